@@ -1,0 +1,90 @@
+"""The only reader of the process environment, and the list of what Penstock reads.
+
+Everybody else takes values as arguments. `read_environment` is called by the command line and by
+process entry points, once; the result is frozen.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.base.errors import ConfigError
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+VARIABLES: Mapping[str, str] = {
+    "PENSTOCK_STATE_DIR": "where running clusters are noted; default "
+    "$XDG_STATE_HOME/penstock, else ~/.local/state/penstock",
+    "PENSTOCK_LOG_LEVEL": f"one of {', '.join(LOG_LEVELS)}; default info",
+    "CUDA_VISIBLE_DEVICES": "GPUs that may be used, as CUDA reads it; default all",
+    "HF_HOME": "cache of downloaded models, read by huggingface_hub",
+    "HF_HUB_OFFLINE": "1: never download models, read by huggingface_hub",
+    "NO_COLOR": "any value: no colours on the terminal, read by rich",
+}
+"""Name -> meaning of every variable that has an effect."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What the process environment says."""
+
+    state_dir: Path
+    log_level: str
+    cuda_visible_devices: str | None
+    """None: unset, all devices. Empty: none."""
+    hub_offline: bool
+
+
+def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """Read the environment (or the given stand-in for it).
+
+    Raises:
+        ConfigError: PENSTOCK_LOG_LEVEL is not a level, or no home directory can be found.
+    """
+    env = os.environ if variables is None else variables
+    level = env.get("PENSTOCK_LOG_LEVEL", "").lower() or "info"
+    if level not in LOG_LEVELS:
+        raise ConfigError(
+            "PENSTOCK_LOG_LEVEL is not a log level.",
+            f"Use one of {', '.join(LOG_LEVELS)}.",
+            param="PENSTOCK_LOG_LEVEL",
+        )
+    return Environment(
+        state_dir=_state_dir(env),
+        log_level=level,
+        cuda_visible_devices=env.get("CUDA_VISIBLE_DEVICES"),
+        hub_offline=env.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"},
+    )
+
+
+def _state_dir(env: Mapping[str, str]) -> Path:
+    if own := env.get("PENSTOCK_STATE_DIR"):
+        return Path(own).absolute()
+    if base := env.get("XDG_STATE_HOME"):
+        return Path(base).absolute() / "penstock"
+    try:
+        home = Path(env["HOME"]) if env.get("HOME") else Path.home()
+    except RuntimeError:
+        raise ConfigError(
+            "No home directory for the state of clusters.",
+            "Set PENSTOCK_STATE_DIR.",
+            param="PENSTOCK_STATE_DIR",
+        ) from None
+    return home / ".local" / "state" / "penstock"
+
+
+def set_ray_defaults() -> None:
+    """Set what Ray reads from the environment of the process that starts it, unless the user did.
+
+    Ray starts its workers at nice +15, which starves a serving process on a shared machine.
+    """
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+
+
+def ray_token_auth() -> bool:
+    """Whether Ray runs with token authentication (it says so in RAY_AUTH_MODE itself)."""
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"

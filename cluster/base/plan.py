@@ -1,0 +1,167 @@
+"""The plan: a cluster file with every `auto` decided. Frozen, sliced per component, never mutated.
+
+`cluster/planner` makes it, `cluster/control` deploys it, and each process receives only its slice
+as plain JSON (`to_json` / `from_json`). Every decision that was not the user's carries a reason.
+Standard library only, so an engine on a bare machine can take a slice too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+PlanT = TypeVar("PlanT")
+
+
+class EngineKind(enum.StrEnum):
+    """The kinds of engine replica."""
+
+    TENSOR_PARALLEL = "tensor_parallel"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvPlan:
+    """The paged KV cache of one replica; block counts are the same on all its ranks."""
+
+    block_size: int
+    num_blocks: int
+    dtype: str
+    bytes_per_rank: int
+    prefix_caching: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerPlan:
+    """Limits of one engine's scheduler."""
+
+    max_running_requests: int
+    max_step_tokens: int
+    max_context: int
+    max_waiting_requests: int
+    step_timeout_s: float
+    """A step without an answer for this long means a hung rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Predicted bytes of one rank."""
+
+    weights_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    available_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All that the rank will hold."""
+        return self.weights_bytes + self.kv_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPlan:
+    """One served model: what every one of its replicas is built from."""
+
+    name: str
+    path: str
+    """Absolute local directory of the checkpoint (a repo id is resolved before planning ends)."""
+    source: str
+    """What the user wrote: a directory or a repo id."""
+    family: str
+    engine: EngineKind
+    replicas: int
+    tp_size: int
+    device: str
+    """cpu or cuda."""
+    dtype: str
+    num_threads: int
+    """Compute threads per rank (CPU)."""
+    cpus_per_rank: float
+    gpus_per_rank: float
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    kv: KvPlan
+    scheduler: SchedulerPlan
+    memory: MemoryPlan
+    seed: int = 0
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Field name -> why `auto` became what it is."""
+    leader_cpus: float = 0.1
+    """Logical CPUs that Ray reserves for each replica's leader."""
+    nodes: tuple[str, ...] = ()
+    """Host foreseen for each replica; Ray has the last word."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsPlan:
+    """What a gateway accepts; over it a request is refused, not queued."""
+
+    max_active_requests: int
+    max_prompt_tokens_waiting: int
+    max_message_bytes: int
+    max_choices: int
+    max_prompts_per_request: int
+    max_stop_strings: int
+    max_logprobs: int
+    max_logit_bias: int
+    default_timeout_s: float
+    stream_buffer_events: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayPlan:
+    """The front: one servicer on a gRPC and an HTTP port, shared by all gateway replicas."""
+
+    host: str
+    grpc_port: int
+    http_port: int
+    replicas: int
+    limits: LimitsPlan
+    cpus: float = 0.1
+    """Logical CPUs that Ray reserves for each gateway replica."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterPlan:
+    """Everything that will run."""
+
+    name: str
+    gateway: GatewayPlan
+    models: tuple[ModelPlan, ...]
+    dashboard_port: int
+    warnings: tuple[str, ...] = ()
+
+
+def to_json(plan: Any) -> dict[str, Any]:
+    """A plan (or slice) as JSON-ready dicts, lists and scalars."""
+    result: dict[str, Any] = dataclasses.asdict(plan)
+    return result
+
+
+def from_json(cls: type[PlanT], data: Mapping[str, Any]) -> PlanT:
+    """Inverse of `to_json` for the plan dataclasses of this module.
+
+    Raises:
+        TypeError: a field is missing or unknown.
+    """
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: _revive(hints[key], value) for key, value in data.items()})
+
+
+def _revive(hint: Any, value: Any) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        (item, *_) = typing.get_args(hint)
+        return tuple(_revive(item, entry) for entry in value)
+    if origin in (typing.Union, types.UnionType):
+        inner = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+        return None if value is None else _revive(inner, value)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_json(hint, value)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return hint(value)
+    return value

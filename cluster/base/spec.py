@@ -1,0 +1,249 @@
+"""What the user writes: the cluster file as frozen pydantic models, one field per key.
+
+Every field says what it means (`description`, printed in docs/cluster-yaml.md) and carries the
+rule that accepts or refuses its value. Nothing is decided here: `auto` stays `auto` until the
+planner resolves it. Checks across keys: `cluster/base/findings.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.base.quantities import Duration, Real, Size, Whole
+from cluster.base.rules import Choice, Flag, Host, Text
+
+KIB, MIB, TIB = 2**10, 2**20, 2**40
+
+Auto = Literal["auto"]
+_PORT = Whole(1, 65535)
+_REPO = r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*"
+_REVISION = r"[A-Za-z0-9][A-Za-z0-9._/-]*"
+_LATER_ENGINE = "not available in this version, which serves tensor_parallel replicas only"
+
+
+class Section(BaseModel):
+    """Base of every mapping in the file: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    later_keys: ClassVar[dict[str, str]] = {}
+    """Keys that are planned: refused with this reason, not as unknown."""
+
+
+class IdentitySpec(Section):
+    """What the cluster is called."""
+
+    name: Annotated[str, Text("small letters, digits and dashes", r"[a-z0-9-]+", 40)] = Field(
+        default="penstock",
+        description="Name of the cluster, in logs, metrics and state files. "
+        "Default: the name of the file without its ending.",
+    )
+
+
+class DashboardSpec(Section):
+    """Ray's dashboard."""
+
+    port: Annotated[int, _PORT] = Field(
+        default=8265, description="Port of the dashboard, on the loopback interface."
+    )
+
+
+class GatewayLimitsSpec(Section):
+    """What one gateway accepts; a request over a limit is refused at once, never queued."""
+
+    max_active_requests: Annotated[int | Auto, Whole(1, 100_000, auto=True)] = Field(
+        default="auto",
+        description="Requests in the gateway at one time. "
+        "auto: what the replicas can run and queue together.",
+    )
+    max_prompt_tokens_waiting: Annotated[int | Auto, Whole(1, 2**31, auto=True)] = Field(
+        default="auto",
+        description="Prompt tokens of requests that have no first token yet. "
+        "auto: 8 times the longest context served.",
+    )
+    max_message: Annotated[int, Size(64 * KIB, 64 * MIB)] = Field(
+        default=4 * MIB, description="Size of one HTTP body or gRPC message."
+    )
+    max_choices: Annotated[int, Whole(1, 128)] = Field(
+        default=8, description="Choices per request (`n`)."
+    )
+    max_prompts_per_request: Annotated[int, Whole(1, 4096)] = Field(
+        default=64, description="Prompts, inputs or continuations in one request."
+    )
+    max_stop_strings: Annotated[int, Whole(1, 64)] = Field(
+        default=4, description="Stop strings per request."
+    )
+    max_logprobs: Annotated[int, Whole(0, 100)] = Field(
+        default=20, description="Most likely tokens reported per position."
+    )
+    max_logit_bias: Annotated[int, Whole(0, 10_000)] = Field(
+        default=300, description="Entries of `logit_bias`."
+    )
+    default_timeout: Annotated[float, Duration(1, 24 * 3600)] = Field(
+        default=600.0, description="Deadline of a request that sets none."
+    )
+    stream_buffer_events: Annotated[int, Whole(16, 65_536)] = Field(
+        default=1024,
+        description="Events kept for a client that reads slowly; past it the stream is closed.",
+    )
+
+
+class GatewaySpec(Section):
+    """The front that clients talk to."""
+
+    host: Annotated[str, Host()] = Field(
+        default="127.0.0.1",
+        description="Address to listen on. There is no authentication: any other address than "
+        "loopback opens the cluster to everybody who can reach it.",
+    )
+    grpc_port: Annotated[int, _PORT] = Field(default=50051, description="Port of the gRPC front.")
+    http_port: Annotated[int, _PORT] = Field(
+        default=8000, description="Port of the OpenAI-compatible HTTP front."
+    )
+    replicas: Annotated[int, Whole(1, 64)] = Field(
+        default=1, description="Gateway processes; all share both ports, and one may die."
+    )
+    limits: GatewayLimitsSpec = Field(
+        default=GatewayLimitsSpec(), description="What a gateway accepts."
+    )
+
+
+class ParallelSpec(Section):
+    """How one replica is split over ranks."""
+
+    later_keys: ClassVar[dict[str, str]] = {
+        "ep": "expert parallelism is not available in this version; only tp is",
+        "dp": "data parallelism inside a replica is not available in this version; "
+        "use `replicas` for more copies of the model",
+        "pp": "pipeline parallelism is not available; only tp is",
+    }
+
+    tp: Annotated[int, Whole(1, 64)] = Field(
+        default=1,
+        description="Tensor-parallel ranks: every rank holds a slice of every layer. Must divide "
+        "the attention heads and the feed-forward width.",
+    )
+
+
+class KvCacheSpec(Section):
+    """The paged key/value cache of each replica."""
+
+    memory: Annotated[int | Auto, Size(64 * KIB, 16 * TIB, auto=True)] = Field(
+        default="auto",
+        description="Cache memory of each rank. auto: a share of what the weights leave, but "
+        "no more than `max_running_requests` requests of `max_context` tokens can fill.",
+    )
+    block_size: Annotated[int, Whole(1, 256)] = Field(
+        default=16, description="Tokens per block, the unit of allocation and of prefix sharing."
+    )
+    prefix_caching: Annotated[bool, Flag()] = Field(
+        default=True, description="Reuse the blocks of prompts that start alike."
+    )
+
+
+class EngineLimitsSpec(Section):
+    """Limits of each replica's scheduler."""
+
+    max_context: Annotated[int | Auto, Whole(1, 2**27, auto=True)] = Field(
+        default="auto",
+        description="Longest prompt plus output, in tokens. auto: what the model was made for, "
+        "or less when the cache cannot hold it.",
+    )
+    max_running_requests: Annotated[int, Whole(1, 4096)] = Field(
+        default=64, description="Requests that one step may advance."
+    )
+    max_step_tokens: Annotated[int, Whole(1, 131_072)] = Field(
+        default=512,
+        description="Tokens that one step may compute; longer prompts are computed in pieces.",
+    )
+    max_waiting_requests: Annotated[int, Whole(1, 65_536)] = Field(
+        default=256, description="Requests that may wait in a replica; more are refused (429)."
+    )
+    step_timeout: Annotated[float, Duration(0.1, 3600)] = Field(
+        default=10.0,
+        description="A step without an answer for this long means a hung rank; the replica is "
+        "then replaced.",
+    )
+
+
+class ResourcesSpec(Section):
+    """What each rank takes of its node."""
+
+    threads_per_rank: Annotated[int | Auto, Whole(1, 1024, auto=True)] = Field(
+        default="auto",
+        description="Compute threads of a rank on the CPU. auto: the node's cores divided by "
+        "all ranks on it.",
+    )
+    cpus_per_rank: Annotated[float | Auto, Real(0.01, 1024, auto=True)] = Field(
+        default="auto",
+        description="Logical CPUs that Ray reserves for a rank; fractions are allowed. auto: the "
+        "threads of the rank, or its fair share when the node has fewer cores.",
+    )
+
+
+class ModelSpec(Section):
+    """One served model and its replicas."""
+
+    name: Annotated[
+        str,
+        Text("letters, digits, `.`, `_` and `-`", r"[A-Za-z0-9][A-Za-z0-9._-]*", 64),
+    ] = Field(description="The name clients ask for. Unique in the file.")
+    path: Annotated[str | None, Text("a directory", r".+", 4096)] = Field(
+        default=None,
+        description="Directory of the checkpoint (config.json, *.safetensors, tokenizer.json), "
+        "relative to this file. Exactly one of `path` and `repo` is needed.",
+    )
+    repo: Annotated[str | None, Text("a model repository such as org/name", _REPO, 200)] = Field(
+        default=None,
+        description="Hugging Face model repository, taken from the local cache or downloaded.",
+    )
+    revision: Annotated[str | None, Text("a branch, tag or commit", _REVISION, 128)] = Field(
+        default=None, description="Branch, tag or commit of `repo`. Default: its main one."
+    )
+    engine: Annotated[
+        Literal["auto", "tensor_parallel"],
+        Choice(
+            ("auto", "tensor_parallel"),
+            (("expert_parallel", _LATER_ENGINE), ("offload", _LATER_ENGINE)),
+        ),
+    ] = Field(default="auto", description="Kind of engine replica. auto: tensor_parallel.")
+    replicas: Annotated[int, Whole(1, 256)] = Field(
+        default=1, description="Independent copies of the model."
+    )
+    parallel: ParallelSpec = Field(
+        default=ParallelSpec(), description="How one replica is split over ranks."
+    )
+    device: Annotated[Literal["auto", "cpu", "cuda"], Choice(("auto", "cpu", "cuda"))] = Field(
+        default="auto",
+        description="Where ranks run. auto: cuda when there are enough GPUs, else cpu.",
+    )
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Choice(("auto", "float32", "bfloat16", "float16")),
+    ] = Field(
+        default="auto",
+        description="Number format of weights and cache. auto: the checkpoint's own on cuda; on "
+        "cpu float32 when that fits comfortably, else the checkpoint's own.",
+    )
+    kv_cache: KvCacheSpec = Field(default=KvCacheSpec(), description="The key/value cache.")
+    limits: EngineLimitsSpec = Field(
+        default=EngineLimitsSpec(), description="Limits of the scheduler."
+    )
+    resources: ResourcesSpec = Field(
+        default=ResourcesSpec(), description="What each rank takes of its node."
+    )
+
+
+class ClusterSpec(Section):
+    """The whole cluster file."""
+
+    cluster: IdentitySpec = Field(default=IdentitySpec(), description="What the cluster is called.")
+    dashboard: DashboardSpec = Field(default=DashboardSpec(), description="Ray's dashboard.")
+    gateway: GatewaySpec = Field(
+        default=GatewaySpec(), description="The front that clients talk to."
+    )
+    models: Annotated[tuple[ModelSpec, ...], Field(min_length=1, max_length=32)] = Field(
+        description="The served models, 1 to 32."
+    )

@@ -1,0 +1,113 @@
+"""A model whose device and dtype are decided and whose cache is not: what each rank must hold.
+
+Drafts are cheap to recompute, so a refusal can try other settings and recommend one that works.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from cluster.planner.decisions import Decision, DeviceChoice
+from cluster.planner.kv_sizing import KvDemand
+from cluster.planner.memory import StepShape, Workspace, workspace
+from cluster.planner.sources import ModelSource
+from replicas.models.memory import kv_bytes_per_token, weight_bytes_per_rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """One model between its first decisions and its plan."""
+
+    source: ModelSource
+    device: DeviceChoice
+    dtype: Decision[str]
+    tp_size: int
+    max_step_tokens: int
+    weights_bytes: int
+    space: Workspace
+    kv: KvDemand
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of one rank that are not up for decision: all but an automatic cache."""
+        return self.weights_bytes + self.space.total_bytes + self.kv.fixed_bytes
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether ranks hold their memory on devices."""
+        return self.device.device == "cuda"
+
+    def parts(self) -> dict[str, int]:
+        """The fixed bytes of one rank by name, for reasons and errors."""
+        parts = {
+            "weights": self.weights_bytes,
+            "workspace": self.space.total_bytes - self.space.process_bytes,
+            "process": self.space.process_bytes,
+        }
+        return {**parts, "kv_cache.memory": self.kv.fixed_bytes} if self.kv.fixed_bytes else parts
+
+
+def draft_model(source: ModelSource, device: DeviceChoice, dtype: Decision[str]) -> Draft:
+    """The draft of a model as its entry asks for it."""
+    spec = source.spec
+    return _draft(source, device, dtype, spec.parallel.tp, spec.limits.max_step_tokens)
+
+
+def redraft(
+    draft: Draft,
+    *,
+    dtype: str | None = None,
+    tp_size: int | None = None,
+    max_step_tokens: int | None = None,
+    kv_memory: int | None = None,
+) -> Draft:
+    """The same model with other settings."""
+    changed = _draft(
+        draft.source,
+        draft.device,
+        Decision(value=dtype) if dtype else draft.dtype,
+        tp_size or draft.tp_size,
+        max_step_tokens or draft.max_step_tokens,
+    )
+    if kv_memory is None:
+        return changed
+    return replace(changed, kv=replace(changed.kv, memory=kv_memory))
+
+
+def _draft(
+    source: ModelSource,
+    device: DeviceChoice,
+    dtype: Decision[str],
+    tp_size: int,
+    max_step_tokens: int,
+) -> Draft:
+    spec, arch = source.spec, source.arch
+    asked = spec.limits.max_context
+    max_running_requests = min(spec.limits.max_running_requests, max_step_tokens)
+    step = StepShape(
+        max_step_tokens=max_step_tokens,
+        max_running_requests=max_running_requests,
+        max_context=arch.max_position if isinstance(asked, str) else asked,
+        tp_size=tp_size,
+        dtype=dtype.value,
+        device=device.device,
+    )
+    kv = KvDemand(
+        param=f"models[{source.index}]",
+        token_bytes=kv_bytes_per_token(arch, tp_size, dtype.value),
+        block_size=spec.kv_cache.block_size,
+        memory=spec.kv_cache.memory,
+        max_context=asked,
+        max_position=arch.max_position,
+        max_running_requests=max_running_requests,
+    )
+    return Draft(
+        source=source,
+        device=device,
+        dtype=dtype,
+        tp_size=tp_size,
+        max_step_tokens=max_step_tokens,
+        weights_bytes=weight_bytes_per_rank(arch, tp_size, dtype.value),
+        space=workspace(arch, step),
+        kv=kv,
+    )

@@ -1,0 +1,132 @@
+"""A plan as tables of text: what runs where, what it takes, and why. Pure; knows no terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cluster.base.plan import ClusterPlan, ModelPlan
+from cluster.base.quantities import duration_text, size_text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """One table; every row has one cell per column."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def explain(plan: ClusterPlan) -> tuple[Table, ...]:
+    """What will run: models, memory of each rank by part, foreseen places, the front."""
+    return (_models(plan), _memory(plan), _places(plan), _front(plan))
+
+
+def explain_reasons(plan: ClusterPlan) -> tuple[Table, ...]:
+    """Why: every decision that was not the user's, then the limits in force."""
+    reasons = tuple(row for model in plan.models for row in _reasons(model))
+    return (
+        Table(title="Decisions", columns=("MODEL", "SETTING", "VALUE", "WHY"), rows=reasons),
+        _limits(plan),
+    )
+
+
+def _models(plan: ClusterPlan) -> Table:
+    return Table(
+        title="Models",
+        columns=("MODEL", "FAMILY", "ENGINE", "REPLICAS", "TP", "DEVICE", "DTYPE", "CONTEXT"),
+        rows=tuple(
+            (
+                model.name,
+                model.family,
+                model.engine.value,
+                str(model.replicas),
+                str(model.tp_size),
+                model.device,
+                model.dtype,
+                str(model.scheduler.max_context),
+            )
+            for model in plan.models
+        ),
+    )
+
+
+def _memory(plan: ClusterPlan) -> Table:
+    return Table(
+        title="Memory of each rank",
+        columns=("MODEL", "WEIGHTS", "KV CACHE", "WORKSPACE", "TOTAL", "AVAILABLE"),
+        rows=tuple(
+            (
+                model.name,
+                size_text(model.memory.weights_bytes),
+                f"{size_text(model.memory.kv_bytes)} ({model.kv.num_blocks} blocks)",
+                size_text(model.memory.workspace_bytes),
+                size_text(model.memory.total_bytes),
+                size_text(model.memory.available_bytes),
+            )
+            for model in plan.models
+        ),
+    )
+
+
+def _places(plan: ClusterPlan) -> Table:
+    rows = []
+    for model in plan.models:
+        for host, count in Counter(model.nodes).items():
+            ranks = count * model.tp_size
+            each = f"{model.gpus_per_rank:g} GPU, " if model.gpus_per_rank else ""
+            each += f"{model.num_threads} thr, {model.cpus_per_rank:g} CPU"
+            rows.append((model.name, host, str(count), str(ranks), each))
+    return Table(
+        title="Foreseen places",
+        columns=("MODEL", "NODE", "REPLICAS", "RANKS", "EACH RANK"),
+        rows=tuple(rows),
+    )
+
+
+def _front(plan: ClusterPlan) -> Table:
+    gateway = plan.gateway
+    host = f"[{gateway.host}]" if ":" in gateway.host else gateway.host
+    return Table(
+        title="Front",
+        columns=("GRPC", "HTTP", "GATEWAYS", "DASHBOARD"),
+        rows=(
+            (
+                f"{host}:{gateway.grpc_port}",
+                f"http://{host}:{gateway.http_port}/v1",
+                str(gateway.replicas),
+                f"http://127.0.0.1:{plan.dashboard_port}",
+            ),
+        ),
+    )
+
+
+def _reasons(model: ModelPlan) -> Iterator[tuple[str, str, str, str]]:
+    for setting, reason in model.reasons.items():
+        value: object = model
+        for part in setting.split("."):
+            value = getattr(value, part)
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        yield model.name, setting, text, reason
+
+
+def _limits(plan: ClusterPlan) -> Table:
+    limits = plan.gateway.limits
+    gateway = (
+        ("active requests", str(limits.max_active_requests)),
+        ("waiting prompt tokens", str(limits.max_prompt_tokens_waiting)),
+        ("message size", size_text(limits.max_message_bytes)),
+        ("default timeout", duration_text(limits.default_timeout_s)),
+    )
+    rows = [("each gateway", *row) for row in gateway]
+    for model in plan.models:
+        scheduler = model.scheduler
+        rows += [
+            (model.name, "running requests", str(scheduler.max_running_requests)),
+            (model.name, "waiting requests", str(scheduler.max_waiting_requests)),
+            (model.name, "tokens per step", str(scheduler.max_step_tokens)),
+            (model.name, "step timeout", duration_text(scheduler.step_timeout_s)),
+        ]
+    return Table(title="Limits", columns=("WHERE", "LIMIT", "VALUE"), rows=tuple(rows))

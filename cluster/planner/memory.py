@@ -1,0 +1,112 @@
+"""Bytes of one rank, part by part, before anything runs. Arithmetic only; torch-free.
+
+Weights and KV bytes come from the model code's own declarations (`replicas/models/memory.py`);
+here they are joined by what a step needs besides (workspace), what a process costs, and how a
+node's memory is shared. All figures are predictions; a worker reports what it measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.base.quantities import size_text
+from cluster.dist.topology import Node
+from replicas.models.arch import ArchConfig
+from replicas.models.memory import DTYPE_BYTES
+
+CPU_USABLE = 0.9
+"""Share of a node's memory that is planned with; the rest is the operating system's."""
+GPU_USABLE = 0.92
+"""Share of a device's memory that is planned with; the rest is fragmentation."""
+NODE_OVERHEAD_BYTES = 1 << 30
+"""Ray's own processes on a node (raylet, GCS, dashboard)."""
+FRONT_PROCESS_BYTES = 256 << 20
+"""One gateway or leader: Python, Ray, gRPC, a tokenizer; no torch."""
+RANK_PROCESS_BYTES = 384 << 20
+"""One CPU rank before its first tensor: Python, Ray, torch (255 MiB resident), threads."""
+CUDA_CONTEXT_BYTES = 768 << 20
+"""CUDA context, kernels, cuBLAS and NCCL buffers of one GPU rank."""
+SCORED_ROWS = 256
+"""Prompt positions whose logits exist at one time."""
+LOGIT_WORDS = 6
+"""fp32 words per logit while a step samples or scores."""
+CPU_KV_SHARE = 0.8
+"""Share of a CPU node's left-over memory that automatic KV caches take together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workspace:
+    """What one rank holds during a step besides weights and cache."""
+
+    activations_bytes: int
+    logits_bytes: int
+    context_bytes: int
+    process_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.activations_bytes + self.logits_bytes + self.context_bytes + self.process_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """The largest step a rank must survive."""
+
+    max_step_tokens: int
+    max_running_requests: int
+    max_context: int
+    tp_size: int
+    dtype: str
+    device: str
+
+
+def workspace(arch: ArchConfig, step: StepShape) -> Workspace:
+    """Upper estimate of a rank's transient memory.
+
+    activations: T x (6 D + (2 H + 2 G) P / tp + 3 F / tp) values: residual, normed input, the
+        layer's output and its reduction; q, k, v and attention output; gate, up and product.
+    logits: Q x V, at most Q = max(running requests, 256) rows at once (prompt scores go in parts
+        of 256): six fp32 words each, for gathered logits, their shares, a softmax copy and the
+        sorted values and indices of the filters.
+    context: one request's keys and values of one layer, gathered from their blocks, and the
+        T x S mask of its chunk, as bool and as the fp32 the kernel makes of it.
+    """
+    values, heads = DTYPE_BYTES[step.dtype], -(-arch.num_heads // step.tp_size)
+    kv_heads = arch.kv_heads_per_rank(step.tp_size)
+    ffn_dim = max(layer.ffn_dim for layer in arch.layers) // step.tp_size
+    per_token = 6 * arch.model_dim + (2 * heads + 2 * kv_heads) * arch.head_dim + 3 * ffn_dim
+    rows = min(step.max_step_tokens, max(step.max_running_requests, SCORED_ROWS))
+    gathered = 2 * kv_heads * arch.head_dim * values
+    mask = (1 + 4) * min(step.max_step_tokens, step.max_context)
+    on_gpu = step.device == "cuda"
+    return Workspace(
+        activations_bytes=step.max_step_tokens * per_token * values,
+        logits_bytes=rows * arch.vocab_size * LOGIT_WORDS * 4,
+        context_bytes=step.max_context * (gathered + mask),
+        process_bytes=CUDA_CONTEXT_BYTES if on_gpu else RANK_PROCESS_BYTES,
+    )
+
+
+def cpu_budget_bytes(node: Node, num_front_processes: int) -> int:
+    """Bytes of a node's memory that its CPU ranks may share."""
+    usable = int(node.memory_bytes * CPU_USABLE)
+    return usable - NODE_OVERHEAD_BYTES - num_front_processes * FRONT_PROCESS_BYTES
+
+
+def gpu_budget_bytes(node: Node) -> int:
+    """Bytes that one rank may use of the node's smallest device."""
+    return int(min(device.memory_bytes for device in node.devices) * GPU_USABLE)
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold `num_tokens` tokens of one request."""
+    return -(-num_tokens // block_size)
+
+
+def sum_text(parts: dict[str, int]) -> str:
+    """`weights 1GiB + workspace 2MiB = 1GiB`, for reasons and errors."""
+    total = sum(parts.values())
+    return " + ".join(f"{name} {size_text(size)}" for name, size in parts.items()) + (
+        f" = {size_text(total)}"
+    )

@@ -1,0 +1,62 @@
+"""Which node each replica is foreseen on, and what is left there. Pure.
+
+A replica is one unit: all its ranks and its leader share a node. Ray places for real; this tells
+beforehand whether it can, and how many ranks share a node's cores and memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cluster.dist.topology import Topology
+from cluster.planner.memory import FRONT_PROCESS_BYTES, cpu_budget_bytes
+
+
+@dataclass(slots=True, kw_only=True)
+class NodeLoad:
+    """What planning has put on one node so far."""
+
+    host: str
+    cores: int
+    free_bytes: int
+    """Left for CPU ranks; negative when gateways alone are too much."""
+    num_gateways: int
+    num_leaders: int = 0
+    num_ranks: int = 0
+    cpu_models: list[int] = field(default_factory=list)
+    """Index of the model of every CPU rank here."""
+
+    def add_replica(self, model: int, num_ranks: int, rank_bytes: int | None) -> None:
+        """Put a replica here; `rank_bytes` is None for ranks that live on GPUs."""
+        self.num_leaders += 1
+        self.num_ranks += num_ranks
+        self.free_bytes -= FRONT_PROCESS_BYTES
+        if rank_bytes is not None:
+            self.free_bytes -= num_ranks * rank_bytes
+            self.cpu_models += [model] * num_ranks
+
+
+def empty_loads(topology: Topology, num_gateways: int) -> list[NodeLoad]:
+    """The nodes before any replica; all gateways on the first."""
+    return [
+        NodeLoad(
+            host=node.host,
+            cores=node.cores,
+            free_bytes=cpu_budget_bytes(node, num_gateways if index == 0 else 0),
+            num_gateways=num_gateways if index == 0 else 0,
+        )
+        for index, node in enumerate(topology.nodes)
+    ]
+
+
+def least_loaded(loads: Sequence[NodeLoad], num_ranks: int, rank_bytes: int) -> int | None:
+    """The node with the fewest ranks per core among those with the memory; None if there is none.
+
+    Ties go to the first node, so that equal inputs give equal plans.
+    """
+    need = num_ranks * rank_bytes + FRONT_PROCESS_BYTES
+    fitting = [index for index, load in enumerate(loads) if load.free_bytes >= need]
+    if not fitting:
+        return None
+    return min(fitting, key=lambda index: (loads[index].num_ranks + num_ranks) / loads[index].cores)

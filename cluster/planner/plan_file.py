@@ -1,0 +1,30 @@
+"""A cluster file -> plan in one call, with the planner's refusals pinned to lines of the file."""
+
+from __future__ import annotations
+
+from cluster.base.errors import ConfigError
+from cluster.base.load import ClusterFile
+from cluster.base.plan import ClusterPlan
+from cluster.base.problems import ClusterFileError, Problem
+from cluster.dist.topology import Topology
+from cluster.planner.hub import Hub
+from cluster.planner.planner import make_plan
+
+
+def plan_file(file: ClusterFile, topology: Topology, hub: Hub | None = None) -> ClusterPlan:
+    """Decide everything that `file` left open.
+
+    Raises:
+        ClusterFileError: what `make_plan` refused, with its line and key path.
+    """
+    try:
+        return make_plan(file.spec, topology, directory=file.directory, hub=hub)
+    except ConfigError as error:
+        param = error.param or ""
+        problem = Problem(
+            file=str(file.path),
+            line=file.line_of(param) if param else 0,
+            param=param,
+            message=error.cause,
+        )
+        raise ClusterFileError([problem], remedy=error.remedy) from error

@@ -1,0 +1,204 @@
+"""Spec and topology -> plan: composes the decisions, in the only order that works.
+
+Sources first (what is in the checkpoints), then device, dtype and placement, and last what is
+left for the caches. Pure but for reading checkpoints; equal inputs give equal plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.base.errors import ConfigError
+from cluster.base.plan import (
+    ClusterPlan,
+    EngineKind,
+    KvPlan,
+    MemoryPlan,
+    ModelPlan,
+    SchedulerPlan,
+)
+from cluster.base.spec import ClusterSpec
+from cluster.dist.topology import Topology
+from cluster.planner.caches import Cache, size_caches
+from cluster.planner.cpus import CpuDemand, front_share, share_cpus
+from cluster.planner.decisions import Decision, choose_devices, choose_threads
+from cluster.planner.drafts import Draft
+from cluster.planner.front import is_loopback, plan_gateway
+from cluster.planner.hub import Hub
+from cluster.planner.packing import NodeLoad, empty_loads
+from cluster.planner.placement import Placed, draft_all, place
+from cluster.planner.sources import open_source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """A model's share of cores."""
+
+    threads: Decision[int]
+    cpus: Decision[float]
+    leader_cpus: float
+
+
+def make_plan(
+    spec: ClusterSpec,
+    topology: Topology,
+    *,
+    directory: Path | None = None,
+    hub: Hub | None = None,
+) -> ClusterPlan:
+    """Decide everything that the cluster file left open.
+
+    Args:
+        directory: what relative paths of the spec are relative to; default: the working directory.
+        hub: where repositories come from; default: the local cache, then a download.
+
+    Raises:
+        ConfigError: a checkpoint is missing or unsupported, or the cluster does not fit.
+    """
+    topology = _with_cores(topology)
+    sources = [
+        open_source(index, model, directory or Path(), hub or Hub())
+        for index, model in enumerate(spec.models)
+    ]
+    loads = empty_loads(topology, spec.gateway.replicas)
+    drafts = draft_all(sources, choose_devices(spec.models, topology), loads)
+    placed = [place(draft, loads, topology) for draft in drafts]
+    compute = _share_cores(placed, loads)
+    caches = size_caches(placed, loads, topology)
+    models = tuple(
+        _plan_model(model, share, cache, topology)
+        for model, share, cache in zip(placed, compute, caches, strict=True)
+    )
+    return ClusterPlan(
+        name=spec.cluster.name,
+        gateway=plan_gateway(spec.gateway, models, front_share(loads)),
+        models=models,
+        dashboard_port=spec.dashboard.port,
+        warnings=tuple(_warnings(spec, models, placed, loads)),
+    )
+
+
+def _with_cores(topology: Topology) -> Topology:
+    """The nodes that can run a process of ours: a Ray head is often given no CPUs."""
+    nodes = tuple(node for node in topology.nodes if node.cores > 0)
+    if not nodes:
+        raise ConfigError(
+            "No node of the cluster has CPUs.", "Start Ray with --num-cpus of at least 1."
+        )
+    return Topology(nodes=nodes, links=topology.links)
+
+
+def _share_cores(placed: Sequence[Placed], loads: Sequence[NodeLoad]) -> list[Compute]:
+    """Threads and reserved CPUs of every model's ranks; the tightest node decides."""
+    threads = [_threads(model, loads) for model in placed]
+    demands = [
+        CpuDemand(
+            param=model.draft.source.param("resources.cpus_per_rank"),
+            wanted=model.draft.source.spec.resources.cpus_per_rank,
+            num_threads=count.value,
+            ranks=tuple(model.ranks_on(node) for node in range(len(loads))),
+        )
+        for model, count in zip(placed, threads, strict=True)
+    ]
+    front = front_share(loads)
+    return [
+        Compute(threads=count, cpus=cpus, leader_cpus=front)
+        for count, cpus in zip(threads, share_cpus(demands, loads), strict=True)
+    ]
+
+
+def _threads(model: Placed, loads: Sequence[NodeLoad]) -> Decision[int]:
+    wanted = model.draft.source.spec.resources.threads_per_rank
+    if model.draft.on_gpu and isinstance(wanted, str):
+        return Decision(value=1, reason="the GPU computes")
+    choices = [
+        choose_threads(wanted, loads[node].cores, loads[node].num_ranks) for node in model.nodes
+    ]
+    return min(choices, key=lambda choice: choice.value)
+
+
+def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topology) -> ModelPlan:
+    draft, source = model.draft, model.draft.source
+    spec, arch = source.spec, source.arch
+    kv_bytes = cache.size.num_blocks.value * draft.kv.block_bytes
+    return ModelPlan(
+        name=spec.name,
+        path=str(source.checkpoint.directory),
+        source=source.written,
+        family=arch.family,
+        engine=EngineKind.TENSOR_PARALLEL,
+        replicas=spec.replicas,
+        tp_size=draft.tp_size,
+        device=draft.device.device,
+        dtype=draft.dtype.value,
+        num_threads=compute.threads.value,
+        cpus_per_rank=compute.cpus.value,
+        gpus_per_rank=1.0 if draft.on_gpu else 0.0,
+        vocab_size=arch.vocab_size,
+        eos_token_ids=source.checkpoint.eos_token_ids(arch.eos_token_ids),
+        kv=KvPlan(
+            block_size=draft.kv.block_size,
+            num_blocks=cache.size.num_blocks.value,
+            dtype=draft.dtype.value,
+            bytes_per_rank=kv_bytes,
+            prefix_caching=spec.kv_cache.prefix_caching,
+        ),
+        scheduler=SchedulerPlan(
+            max_running_requests=draft.kv.max_running_requests,
+            max_step_tokens=draft.max_step_tokens,
+            max_context=cache.size.max_context.value,
+            max_waiting_requests=spec.limits.max_waiting_requests,
+            step_timeout_s=spec.limits.step_timeout,
+        ),
+        memory=MemoryPlan(
+            weights_bytes=draft.weights_bytes,
+            kv_bytes=kv_bytes,
+            workspace_bytes=draft.space.total_bytes,
+            available_bytes=cache.available_bytes,
+        ),
+        reasons=_reasons(draft, compute, cache),
+        leader_cpus=compute.leader_cpus,
+        nodes=tuple(topology.nodes[node].host for node in model.nodes),
+    )
+
+
+def _reasons(draft: Draft, compute: Compute, cache: Cache) -> dict[str, str]:
+    spec = draft.source.spec
+    engine = "the model is dense: every rank takes part in every token"
+    reasons = {
+        "engine": engine if spec.engine == "auto" else "",
+        "device": draft.device.reason,
+        "dtype": draft.dtype.reason,
+        "num_threads": compute.threads.reason,
+        "cpus_per_rank": compute.cpus.reason,
+        "kv.num_blocks": cache.size.num_blocks.reason,
+        "scheduler.max_context": cache.size.max_context.reason,
+    }
+    return {key: reason for key, reason in reasons.items() if reason}
+
+
+def _warnings(
+    spec: ClusterSpec,
+    models: Sequence[ModelPlan],
+    placed: Sequence[Placed],
+    loads: Sequence[NodeLoad],
+) -> Iterator[str]:
+    if not is_loopback(spec.gateway.host):
+        yield (
+            f"gateway.host {spec.gateway.host}: everybody who can reach this address can use the "
+            "cluster; there is no authentication."
+        )
+    for load in loads:
+        if len(load.cpu_models) > load.cores:
+            yield f"{len(load.cpu_models)} CPU ranks share {load.cores} cores on {load.host}."
+    for model, where in zip(models, placed, strict=True):
+        wanted = where.draft.source.spec.limits.max_running_requests
+        if model.scheduler.max_running_requests < wanted:
+            yield (
+                f"{model.name}: max_running_requests {wanted} is lowered to "
+                f"{model.scheduler.max_running_requests}: a step has only that many tokens."
+            )
+        if not model.eos_token_ids:
+            yield f"{model.name}: the checkpoint names no end-of-text token; outputs end at length."

@@ -1,0 +1,112 @@
+"""A model entry -> its checkpoint and architecture, checked against what the entry asks.
+
+The only part of planning that touches the file system or the network; the rest is arithmetic on
+what this returns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.base.errors import ConfigError
+from cluster.base.problems import shown
+from cluster.base.spec import ModelSpec
+from cluster.planner.checkpoint_info import CheckpointInfo, read_checkpoint
+from cluster.planner.hub import Hub
+from replicas.models.arch import ArchConfig
+from replicas.models.hf_config import arch_from_hf
+
+_MAX_TP = 64
+_MAX_LAYERS = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """One model entry with everything known about its checkpoint."""
+
+    index: int
+    spec: ModelSpec
+    checkpoint: CheckpointInfo
+    arch: ArchConfig
+
+    @property
+    def written(self) -> str:
+        """What the user wrote to name the checkpoint."""
+        if self.spec.repo is None:
+            return self.spec.path or ""
+        return f"{self.spec.repo}@{self.spec.revision}" if self.spec.revision else self.spec.repo
+
+    def param(self, key: str) -> str:
+        """Key path of one of this entry's keys."""
+        return f"models[{self.index}].{key}"
+
+
+def open_source(index: int, spec: ModelSpec, directory: Path, hub: Hub) -> ModelSource:
+    """Find and read the checkpoint of `models[index]`.
+
+    Args:
+        directory: what a relative `path` is relative to.
+
+    Raises:
+        ConfigError: no such checkpoint, an incomplete or unsupported one, or one that cannot be
+            split or stretched as the entry asks.
+    """
+    key = "path" if spec.repo is None else "repo"
+    try:
+        if spec.repo is None:
+            folder = (directory / (spec.path or "")).resolve()
+        else:
+            folder = hub.resolve(spec.repo, spec.revision)
+        checkpoint = read_checkpoint(folder)
+        _check_depth(checkpoint)
+        arch = arch_from_hf(checkpoint.config)
+    except ConfigError as error:
+        inner = f" (config.json: {error.param})" if error.param else ""
+        raise ConfigError(
+            f"{error.cause}{inner}", error.remedy, param=f"models[{index}].{key}"
+        ) from None
+    source = ModelSource(index=index, spec=spec, checkpoint=checkpoint, arch=arch)
+    _check_split(source)
+    _check_context(source)
+    return source
+
+
+def possible_tp_sizes(arch: ArchConfig) -> list[int]:
+    """Every number of ranks up to 64 that the model can be split over."""
+    return [tp for tp in range(1, _MAX_TP + 1) if not arch.why_not_tp(tp)]
+
+
+def _check_depth(checkpoint: CheckpointInfo) -> None:
+    """An absurd number of layers is refused before anybody makes a list of them."""
+    for key in ("num_hidden_layers", "n_layer"):
+        value = checkpoint.config.get(key)
+        if isinstance(value, int) and value > _MAX_LAYERS:
+            raise ConfigError(
+                f"{key} is {shown(value)}.", f"At most {_MAX_LAYERS} are supported.", param=key
+            )
+
+
+def _check_split(source: ModelSource) -> None:
+    tp = source.spec.parallel.tp
+    reasons = source.arch.why_not_tp(tp)
+    if not reasons:
+        return
+    possible = possible_tp_sizes(source.arch)
+    nearest = sorted(possible, key=lambda size: (abs(size - tp), size))[:2]
+    raise ConfigError(
+        f"The model cannot be split over {tp} ranks: {'; '.join(reasons)}.",
+        f"Set tp to {' or '.join(str(size) for size in sorted(nearest))} "
+        f"(possible: {', '.join(str(size) for size in possible)}).",
+        param=source.param("parallel.tp"),
+    )
+
+
+def _check_context(source: ModelSource) -> None:
+    wanted, most = source.spec.limits.max_context, source.arch.max_position
+    if wanted != "auto" and wanted > most:
+        raise ConfigError(
+            f"max_context {wanted} is more than the model's {most} positions.",
+            f"Set it to {most} or less.",
+            param=source.param("limits.max_context"),
+        )

@@ -1,0 +1,95 @@
+"""The seam between model code and the home of its weights.
+
+A model is a list of `WeightUnit`s (embedding, each layer, head). A layer declares, once, which
+local tensors it needs and from which slices of which checkpoint tensors they are made
+(`TensorSpec`): loader, memory planner and offload layout all read that declaration. The forward
+pass brackets each unit with `acquire`/`release`; where the bytes are in between (resident, or
+streamed through a ring) is the provider's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A rectangular piece of one checkpoint tensor.
+
+    `dim`/`start`/`stop` slice the checkpoint tensor as it is stored (None: all of it);
+    `transpose` then swaps its two axes (GPT-2 stores linear weights as (in, out)).
+    """
+
+    name: str
+    dim: int = 0
+    start: int | None = None
+    stop: int | None = None
+    transpose: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One local tensor of one rank: its pieces are concatenated along dim 0.
+
+    `shape` is the local shape. When the pieces are shorter than `shape[0]` the rest is zero
+    (padding of a vocabulary that the ranks do not divide).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[Source, ...]
+    full_shapes: tuple[tuple[int, ...], ...] = ()
+    """Stored global shape of each source's checkpoint tensor, checked at load."""
+    duplicates: tuple[str, ...] = ()
+    """Checkpoint names that may hold a second copy of the (single) source, equal if present; one
+    of them stands in when the source itself is absent (tied embeddings)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightUnit:
+    """What is acquired and released together: `embed`, `layer.0` ... `layer.N-1`, `head`."""
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+
+
+class WeightProvider(Protocol):
+    """Hands out the tensors of a unit; calls come in the model's order, one step after another."""
+
+    def acquire(self, unit: str) -> Mapping[str, torch.Tensor]:
+        """Tensors of `unit` by `TensorSpec.name`, valid until `release(unit)`."""
+        ...
+
+    def release(self, unit: str) -> None:
+        """The step is done with `unit`; its memory may be reused."""
+        ...
+
+
+@contextmanager
+def acquired(weights: WeightProvider, unit: str) -> Iterator[Mapping[str, torch.Tensor]]:
+    """The unit's tensors for the length of a `with` block; released on errors too."""
+    tensors = weights.acquire(unit)
+    try:
+        yield tensors
+    finally:
+        weights.release(unit)
+
+
+class ResidentWeights:
+    """Every unit stays in memory for good."""
+
+    def __init__(self, units: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        self._units = units
+
+    def acquire(self, unit: str) -> Mapping[str, torch.Tensor]:
+        """The unit's tensors; no cost."""
+        return self._units[unit]
+
+    def release(self, unit: str) -> None:
+        """Nothing to give back."""

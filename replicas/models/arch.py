@@ -1,0 +1,126 @@
+"""What an architecture is, as data: torch-free, so planner and gateway read it too.
+
+`ArchConfig` is the only thing model code, planner and offload layout know about a checkpoint;
+`replicas/models/hf_config.py` builds it from a Hugging Face `config.json`. Layers may differ from
+each other (`layers[i]`), everything else is one value for the model.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class PositionKind(enum.StrEnum):
+    """How positions enter the model."""
+
+    ROPE = "rope"
+    LEARNED = "learned"
+
+
+class NormKind(enum.StrEnum):
+    """Normalisation used before attention, MLP and head."""
+
+    RMS = "rms"
+    LAYER = "layer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeSpec:
+    """Rotary embedding of one kind of layer; `kind` as in the config's `rope_type`.
+
+    Sources: linear (Chen et al. 2023), dynamic NTK and YaRN (Peng et al. 2023, arXiv 2309.00071),
+    llama3 (Llama 3.1 reference code), as `transformers.modeling_rope_utils` computes them.
+    """
+
+    kind: str = "default"
+    theta: float = 10000.0
+    rotary_dim: int = 0
+    factor: float = 1.0
+    original_max_position: int = 0
+    """Context length before scaling, for the kinds that need it (dynamic, llama3, yarn)."""
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """What may differ between layers."""
+
+    ffn_dim: int
+    sliding_window: int | None = None
+    attention_scale: float | None = None
+    """Factor on the attention scores; None is the usual head_dim ** -0.5."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchConfig:
+    """One decoder-only model. Sizes are global (before tensor parallelism)."""
+
+    family: str
+    """llama, mistral, qwen2, qwen3, gpt2 or opt."""
+    vocab_size: int
+    model_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layers: tuple[LayerSpec, ...]
+    max_position: int
+    """Positions the model is meant for, its RoPE scaling included; a hard limit when learned."""
+    norm: NormKind
+    norm_eps: float
+    activation: str
+    """silu, gelu, gelu_new (tanh), gelu_pytorch_tanh or relu, as the config calls it."""
+    gated_mlp: bool
+    position: PositionKind
+    rope: RopeSpec | None
+    position_offset: int = 0
+    """Rows to skip in the learned position table (OPT: 2)."""
+    embed_dim: int = 0
+    """Token embedding width when it differs from `model_dim` (OPT's projections)."""
+    attention_bias: bool = False
+    """Bias on the q, k, v projections."""
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    norm_before: bool = True
+    """False: layer norm after the residual sum (OPT-350m)."""
+    final_norm: bool = True
+    norm_affine: bool = True
+    tie_embeddings: bool = False
+    dtype: str = "float32"
+    """The checkpoint's own dtype: float32, bfloat16 or float16."""
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    def kv_heads_per_rank(self, tp_size: int) -> int:
+        """KV heads that each tensor-parallel rank holds; fewer heads than ranks are replicated."""
+        return max(1, self.num_kv_heads // tp_size)
+
+    def why_not_tp(self, tp_size: int) -> list[str]:
+        """All reasons why this model cannot be split over `tp_size` ranks; empty if it can."""
+        reasons = []
+        if self.num_heads % tp_size:
+            reasons.append(f"{self.num_heads} attention heads are not divisible by tp={tp_size}")
+        if self.num_kv_heads % tp_size and tp_size % self.num_kv_heads:
+            reasons.append(
+                f"{self.num_kv_heads} key/value heads neither divide nor are divided by "
+                f"tp={tp_size}"
+            )
+        reasons.extend(
+            f"feed-forward width {ffn_dim} is not divisible by tp={tp_size}"
+            for ffn_dim in sorted({layer.ffn_dim for layer in self.layers})
+            if ffn_dim % tp_size
+        )
+        return reasons

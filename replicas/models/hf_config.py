@@ -1,0 +1,74 @@
+"""Hugging Face `config.json` -> `ArchConfig`, torch-free: which family reads the file.
+
+Understands what transformers 4 and 5 write. What this engine does not compute is refused with the
+list of what it does: no setting that changes the maths is ever skipped. Tensors are checked later,
+against the checkpoint itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cluster.base.errors import ConfigError
+from replicas.models.arch import ArchConfig
+from replicas.models.config_fields import ConfigFields
+from replicas.models.hf_learned import gpt2_from_hf, opt_from_hf
+from replicas.models.hf_llama import (
+    llama_from_hf,
+    mistral_from_hf,
+    qwen2_from_hf,
+    qwen3_from_hf,
+)
+
+
+def arch_from_hf(config: Mapping[str, Any]) -> ArchConfig:
+    """The architecture a parsed `config.json` describes.
+
+    Raises:
+        ConfigError: unknown architecture, quantised weights, a setting that is not supported, or
+            a missing or mistyped key; `param` names it.
+    """
+    fields = ConfigFields(config)
+    if fields.raw("quantization_config", "compression_config") is not None:
+        raise ConfigError(
+            "The checkpoint is quantised (quantization_config).",
+            "Use a float32, bfloat16 or float16 checkpoint.",
+            param="quantization_config",
+        )
+    return _FAMILIES[_architecture(fields)](fields)
+
+
+def _architecture(fields: ConfigFields) -> str:
+    named = fields.texts("architectures") or ()
+    for name in named:
+        if name in _FAMILIES:
+            return name
+    by_model_type = _BY_MODEL_TYPE.get(fields.text("model_type", default=""))
+    if not named and by_model_type is not None:
+        return by_model_type
+    found = ", ".join(named) or fields.text("model_type", default="none stated")
+    raise ConfigError(
+        f"Architecture {found} is not supported.",
+        f"Supported: {', '.join(_FAMILIES)}.",
+        param="architectures",
+    )
+
+
+_FAMILIES: Mapping[str, Callable[[ConfigFields], ArchConfig]] = {
+    "LlamaForCausalLM": llama_from_hf,
+    "MistralForCausalLM": mistral_from_hf,
+    "Qwen2ForCausalLM": qwen2_from_hf,
+    "Qwen3ForCausalLM": qwen3_from_hf,
+    "GPT2LMHeadModel": gpt2_from_hf,
+    "OPTForCausalLM": opt_from_hf,
+}
+_BY_MODEL_TYPE: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "opt": "OPTForCausalLM",
+}
+SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)

@@ -1,0 +1,46 @@
+"""Bytes a model needs on each rank, from the same declarations that the loader reads.
+
+Torch-free. Weights that two units share (tied embeddings) count once, as they are loaded once.
+All ranks of a tensor-parallel group hold the same number of bytes.
+"""
+
+from __future__ import annotations
+
+import math
+
+from cluster.base.errors import ConfigError
+from replicas.layers.weights import TensorSpec
+from replicas.models.arch import ArchConfig
+from replicas.models.weight_units import weight_units
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def weight_bytes_per_rank(arch: ArchConfig, tp_size: int, dtype: str) -> int:
+    """Bytes of one rank's resident weights in `dtype`.
+
+    Raises:
+        ConfigError: the model cannot be split so, or the dtype is unknown.
+    """
+    distinct: dict[object, TensorSpec] = {}
+    for unit in weight_units(arch, 0, tp_size):
+        for spec in unit.tensors:
+            distinct[spec.shape, spec.sources] = spec
+    elements = sum(math.prod(spec.shape) for spec in distinct.values())
+    return elements * _item_bytes(dtype)
+
+
+def kv_bytes_per_token(arch: ArchConfig, tp_size: int, dtype: str) -> int:
+    """Bytes of one rank's KV cache for one token: keys and values of all layers.
+
+    Raises:
+        ConfigError: the dtype is unknown.
+    """
+    heads = arch.kv_heads_per_rank(tp_size)
+    return 2 * arch.num_layers * heads * arch.head_dim * _item_bytes(dtype)
+
+
+def _item_bytes(dtype: str) -> int:
+    if dtype not in DTYPE_BYTES:
+        raise ConfigError(f"There is no dtype {dtype!r}.", f"Use one of {sorted(DTYPE_BYTES)}.")
+    return DTYPE_BYTES[dtype]
