@@ -1,0 +1,250 @@
+"""The engine's own thread: commands in from any thread, deltas out once per step.
+
+All scheduler state is touched by the loop alone; other threads only append to the inbox and read
+frozen snapshots. It does not spin: idle, it sleeps until a command arrives. Every request that
+`add_request` accepted gets its last delta, whatever happens: when the executor is lost, or the
+engine itself fails, all of them end with the root cause at once and the loop is over.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.base.errors import PenstockError, UnavailableError, error_from_dict
+from replicas.api import GenerationDelta, GenerationRequest, ReplicaStats
+from replicas.engine.executor import Executor
+from replicas.engine.faults import as_penstock_error
+from replicas.engine.output_processor import error_delta
+from replicas.engine.scheduler import Scheduler
+from replicas.engine.step_ledger import StepTimes
+from replicas.engine.step_runner import Clock, StepRunner
+
+log = logging.getLogger(__name__)
+
+OnDeltas = Callable[[list[GenerationDelta], ReplicaStats], None]
+OnFatal = Callable[[PenstockError], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopHealth:
+    """What a health check judges an engine by; times are on the loop's clock."""
+
+    step_started_s: float | None = None
+    """Start of the step in flight; None between steps."""
+    last_step_end_s: float | None = None
+    oldest_waiting_since_s: float | None = None
+    """Arrival of the choice that has waited longest for its first step."""
+    num_unfinished: int = 0
+    fatal: PenstockError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    request: GenerationRequest
+    arrival_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+    index: int | None
+
+
+class EngineLoop:
+    """Drives one scheduler over one executor; `start()` gives it a thread.
+
+    Without `start()` its owner calls `run_once()`, always from the same thread. The executor stays
+    its owner's: the loop never closes it.
+
+    Args:
+        on_deltas: called from the loop once per step, also when a step said nothing.
+        on_fatal: called from the loop at most once, after the last deltas.
+        step_timeout_s: longest wait for the answer to a step.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        *,
+        on_deltas: OnDeltas,
+        on_fatal: OnFatal,
+        step_timeout_s: float,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = StepRunner(scheduler, executor, step_timeout_s=step_timeout_s, clock=clock)
+        self._on_deltas = on_deltas
+        self._on_fatal = on_fatal
+        self._clock = clock
+        self._inbox: deque[_Add | _Abort] = deque()
+        self._gate = threading.Lock()
+        self._refusal: PenstockError | None = None
+        self._closed = False
+        self._stopping = False
+        self._wake = threading.Event()
+        self._drained = threading.Event()
+        self._ended = threading.Event()
+        self._health = LoopHealth()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def health(self) -> LoopHealth:
+        """The newest snapshot; safe from any thread."""
+        return self._health
+
+    @property
+    def times(self) -> StepTimes:
+        """Where the time of all steps went; safe from any thread."""
+        return self._runner.ledger.times
+
+    def start(self) -> None:
+        """Run in a thread of its own until `stop()` or a fatal error."""
+        self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+        self._thread.start()
+
+    def add_request(self, request: GenerationRequest) -> None:
+        """Queue a request; thread-safe, does not block. A later refusal comes as error deltas.
+
+        Raises:
+            PenstockError: the loop drains, has stopped, or has failed (then: why).
+        """
+        with self._gate:
+            if self._refusal is not None:
+                # A fresh copy: raising one object from many threads would chain tracebacks.
+                raise error_from_dict(self._refusal.to_dict())
+            self._inbox.append(_Add(request, self._clock()))
+        self._wake.set()
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End one choice or all of them before the next step; an unknown id is ignored."""
+        self._inbox.append(_Abort(request_id, index))
+        self._wake.set()
+
+    def drain(self) -> None:
+        """Take no new requests, finish those there are; see `wait_drained`."""
+        self._refuse_with(UnavailableError("The replica is draining.", "Retry on another one."))
+
+    def wait_drained(self, timeout_s: float) -> bool:
+        """Wait until a drain is over; False on timeout."""
+        return self._drained.wait(timeout_s)
+
+    def stop(self, timeout_s: float = 10.0) -> bool:
+        """End every request with an error, then the loop; False if it did not end in time."""
+        self._refuse_with(UnavailableError("The replica is shutting down.", "Retry later."))
+        self._stopping = True
+        self._wake.set()
+        if self._thread is None:
+            self.run_once()
+        elif self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+        return self._ended.is_set()
+
+    def run_once(self) -> bool:
+        """Obey all commands, then run one step; False when there was nothing to do."""
+        if self._ended.is_set():
+            return False
+        self._wake.clear()
+        deltas = self._obey()
+        if self._stopping and self._refusal is not None:
+            self._end(self._refusal, deltas)
+            return False
+        self._note_health(step_started_s=self._clock())
+        try:
+            said = self._runner.step()
+        except Exception as error:
+            self._die(error, deltas)
+            return False
+        self._note_health(step_ended=said is not None)
+        if said is not None or deltas:
+            self._deliver(deltas + (said or []))
+            return True
+        if self._refusal is not None and not self._inbox:
+            self._drained.set()
+        return False
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            if not self.run_once() and not self._ended.is_set():
+                self._wake.wait()
+
+    def _obey(self) -> list[GenerationDelta]:
+        """Commands in order of arrival; what came in meanwhile waits for the next step."""
+        deltas: list[GenerationDelta] = []
+        for _ in range(len(self._inbox)):
+            command = self._inbox.popleft()
+            if isinstance(command, _Abort):
+                deltas.extend(self._scheduler.abort(command.request_id, command.index))
+                continue
+            try:
+                self._scheduler.add(command.request, command.arrival_s)
+            except Exception as error:
+                refusal = as_penstock_error(error)
+                log.info("request %s refused: %s", command.request.request_id, refusal)
+                deltas.extend(_refused(command.request, refusal))
+        return deltas
+
+    def _deliver(self, deltas: list[GenerationDelta]) -> None:
+        try:
+            self._on_deltas(deltas, self._scheduler.stats())
+        except Exception as error:
+            self._die(error, [])
+
+    def _die(self, error: Exception, deltas: list[GenerationDelta]) -> None:
+        """The engine cannot go on: everyone hears why, then the owner does."""
+        fatal = as_penstock_error(error)
+        log.error("engine loop failed: %s", fatal, exc_info=error)
+        self._end(fatal, deltas)
+        self._note_health(fatal=fatal)
+        self._on_fatal(fatal)
+
+    def _end(self, error: PenstockError, deltas: list[GenerationDelta]) -> None:
+        """Fail what runs, waits or is still in the inbox; nothing is accepted afterwards."""
+        with self._gate:
+            self._refusal, self._closed = error, True
+        while self._inbox:
+            command = self._inbox.popleft()
+            if isinstance(command, _Add):
+                deltas.extend(_refused(command.request, error))
+        try:
+            deltas.extend(self._scheduler.fail_all(error))
+            self._on_deltas(deltas, self._scheduler.stats())
+        except Exception:
+            log.exception("could not tell all callers of: %s", error)
+        self._note_health()
+        self._ended.set()
+        self._drained.set()
+
+    def _refuse_with(self, error: PenstockError) -> None:
+        with self._gate:
+            # What closed the loop is the better answer: keep it.
+            if not self._closed:
+                self._refusal = error
+        self._wake.set()
+
+    def _note_health(
+        self,
+        *,
+        step_started_s: float | None = None,
+        step_ended: bool = False,
+        fatal: PenstockError | None = None,
+    ) -> None:
+        self._health = LoopHealth(
+            step_started_s=step_started_s if self._scheduler.num_unfinished else None,
+            last_step_end_s=self._clock() if step_ended else self._health.last_step_end_s,
+            oldest_waiting_since_s=self._scheduler.oldest_waiting_arrival_s,
+            num_unfinished=self._scheduler.num_unfinished,
+            fatal=fatal,
+        )
+
+
+def _refused(request: GenerationRequest, error: PenstockError) -> list[GenerationDelta]:
+    return [
+        error_delta(request.request_id, index, error) for index in range(max(1, request.params.n))
+    ]

@@ -1,0 +1,245 @@
+"""The engine's brain: requests in, step plans out; step results in, deltas out.
+
+There are no prefill and decode phases: every request advances `num_computed_tokens` towards the
+tokens it has, under a budget of query tokens per step. This file owns the life of requests; which
+tokens a step computes is decided in `step_planner.py`, what a result means in
+`output_processor.py`. Pure: no clock, no thread, no I/O. One step is in flight at a time, but all
+that `update_from_output` needs to know about a step is in its plan, so that steps can be pipelined.
+Every choice gets exactly one delta with a finish reason.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from cluster.base.errors import (
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    PenstockError,
+)
+from replicas.api import FinishReason, GenerationDelta, GenerationRequest, ReplicaStats
+from replicas.engine.faults import as_penstock_error
+from replicas.engine.output_processor import OutputProcessor, error_delta, first_word
+from replicas.engine.request import EngineRequest, make_choices
+from replicas.engine.scheduler_config import SchedulerConfig, check_fits
+from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
+from replicas.engine.step_planner import StepPlanner
+
+log = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """All live requests of one engine. Not thread-safe.
+
+    Args:
+        config: limits.
+        eos_token_ids: the model's end-of-sequence tokens.
+    """
+
+    def __init__(self, config: SchedulerConfig, eos_token_ids: Iterable[int] = ()) -> None:
+        self.config = config
+        eos = tuple(eos_token_ids)
+        self._planner = StepPlanner(config, eos)
+        self._outputs = OutputProcessor(config.max_context, eos)
+        self._requests: dict[int, EngineRequest] = {}
+        self._keys_by_id: dict[str, dict[int, int]] = {}
+        self._next_key = 0
+        self._step = 0
+        self._generated_tokens = 0
+
+    @property
+    def num_unfinished(self) -> int:
+        """Choices that have not ended."""
+        return len(self._requests)
+
+    @property
+    def oldest_waiting_arrival_s(self) -> float | None:
+        """Arrival of the choice that has waited longest for its first step."""
+        return self._planner.waiting.oldest_arrival_s
+
+    def add(self, request: GenerationRequest, arrival_s: float = 0.0) -> None:
+        """Queue a request; it answers with deltas until each choice had its last one.
+
+        Args:
+            arrival_s: now, on the caller's clock; only reported back.
+
+        Raises:
+            ContextTooLongError: it can never fit.
+            InvalidRequestError: it has no prompt, or its id is in use.
+            OverloadedError: too many wait already.
+        """
+        check_fits(request, self.config)
+        if request.request_id in self._keys_by_id:
+            raise InvalidRequestError(
+                f"A request with the id {request.request_id!r} is running already.",
+                "Choose another id.",
+                param="request_id",
+            )
+        waiting, limit = self._planner.waiting, self.config.max_waiting_requests
+        if len(waiting) >= limit:
+            raise OverloadedError(
+                f"{len(waiting)} requests are waiting; the limit is {limit}.", "Retry later."
+            )
+        choices = make_choices(request, self._next_key, arrival_s)
+        self._next_key += len(choices)
+        self._keys_by_id[request.request_id] = {choice.index: choice.key for choice in choices}
+        self._requests.update((choice.key, choice) for choice in choices)
+        waiting.add(choices[0])
+        waiting.add_forks(choices[0], choices[1:])
+
+    def abort(self, request_id: str, index: int | None = None) -> list[GenerationDelta]:
+        """End one choice, or all of a request, at once; its blocks are free on return.
+
+        Returns:
+            The last delta of every choice that ended; none for an unknown id.
+        """
+        keys = self._keys_by_id.get(request_id, {})
+        deltas = []
+        for key in [key for i, key in keys.items() if index is None or i == index]:
+            request = self._requests[key]
+            deltas.append(
+                GenerationDelta(
+                    request_id=request_id,
+                    index=request.index,
+                    finish_reason=FinishReason.ABORT,
+                    num_cached_tokens=first_word(request),
+                )
+            )
+            self._finish(request)
+        return deltas
+
+    def fail_all(self, error: PenstockError) -> list[GenerationDelta]:
+        """End every choice, running or waiting, with the same error."""
+        requests = list(self._requests.values())
+        for request in requests:
+            self._finish(request)
+        return [error_delta(request.request_id, request.index, error) for request in requests]
+
+    def schedule(self) -> SchedulerOutput | None:
+        """Plan the next step; None when no request is left.
+
+        Raises:
+            InternalError: requests are left and none can be scheduled (a fault of ours).
+        """
+        if not self._requests:
+            return None
+        self._step += 1
+        return self._planner.plan(self._step)
+
+    def update_from_output(
+        self, plan: SchedulerOutput, output: StepOutput
+    ) -> list[GenerationDelta]:
+        """Take in the answer to `plan`. Requests that ended meanwhile are passed over.
+
+        Raises:
+            InternalError: `output` answers another plan.
+        """
+        if output.step != plan.step:
+            raise InternalError(f"Step {plan.step} was answered with step {output.step}.")
+        results = {result.key: result for result in output.results}
+        deltas: list[GenerationDelta] = []
+        columns = zip(
+            plan.keys,
+            plan.num_computed_tokens,
+            plan.num_scheduled_tokens,
+            plan.samples,
+            strict=True,
+        )
+        for key, start, num_scheduled, sampled in columns:
+            request = self._requests.get(key)
+            if request is None:
+                continue
+            request.num_computed_tokens = start + num_scheduled
+            try:
+                delta = self._outputs.process(request, results.get(key), start, sampled=sampled)
+            except Exception as error:
+                # The fault boundary of one request: whatever went wrong, the others go on.
+                deltas.append(self._fail(request, as_penstock_error(error)))
+                continue
+            self._generated_tokens += sampled
+            self._conclude(request, delta, deltas)
+        return deltas
+
+    def stats(self) -> ReplicaStats:
+        """The load now."""
+        planner = self._planner
+        return ReplicaStats(
+            step=self._step,
+            num_running=len(planner.running),
+            num_waiting=len(planner.waiting),
+            num_waiting_tokens=planner.waiting.num_tokens,
+            kv_blocks_total=planner.kv.num_blocks,
+            kv_blocks_free=planner.kv.num_free_blocks,
+            prefix_hit_tokens=planner.prefix_hit_tokens,
+            prefix_query_tokens=planner.prefix_query_tokens,
+            num_preemptions=planner.num_preemptions,
+            generated_tokens=self._generated_tokens,
+        )
+
+    def check_invariants(self) -> None:
+        """For tests: blocks and queues agree with the live requests.
+
+        Raises:
+            InternalError: what is wrong.
+        """
+        planner = self._planner
+        planner.kv.check_invariants()
+        if len(planner.running) + len(planner.waiting) != len(self._requests):
+            raise InternalError("A live request neither runs nor waits, or does both.")
+        if not self._requests and planner.kv.num_free_blocks != planner.kv.num_blocks:
+            raise InternalError("Blocks are held although no request is live.")
+        if not len(planner.waiting) and planner.waiting.num_tokens:
+            raise InternalError("Tokens wait although no request does.")
+
+    def _conclude(
+        self,
+        request: EngineRequest,
+        delta: GenerationDelta | None,
+        deltas: list[GenerationDelta],
+    ) -> None:
+        """What follows from a sound result: cached blocks, served forks, the end."""
+        planner = self._planner
+        planner.kv.register_computed(request)
+        if delta is not None:
+            deltas.append(delta)
+        if planner.waiting.has_forks(request):
+            if delta is not None:
+                request.kept_scores.extend(delta.prompt_logprobs)
+            if request.num_computed_tokens >= request.num_prompt_tokens:
+                deltas.extend(self._serve_forks(request))
+        if delta is not None and delta.finish_reason is not None:
+            self._finish(request)
+
+    def _serve_forks(self, parent: EngineRequest) -> list[GenerationDelta]:
+        """Hand the computed prompt to waiting choices, and its scores to their callers."""
+        scores, parent.kept_scores = tuple(parent.kept_scores), []
+        forks = self._planner.serve_forks(parent)
+        if not scores:
+            return []
+        for fork in forks:
+            fork.num_scored_tokens = len(scores)
+        return [
+            GenerationDelta(
+                request_id=fork.request_id,
+                index=fork.index,
+                prompt_logprobs=scores,
+                num_cached_tokens=first_word(fork),
+            )
+            for fork in forks
+        ]
+
+    def _fail(self, request: EngineRequest, error: PenstockError) -> GenerationDelta:
+        name, index = request.request_id, request.index
+        log.warning("request %s choice %d failed: %s", name, index, error, exc_info=error)
+        self._finish(request)
+        return error_delta(request.request_id, request.index, error)
+
+    def _finish(self, request: EngineRequest) -> None:
+        self._planner.remove(request)
+        del self._requests[request.key]
+        keys = self._keys_by_id[request.request_id]
+        del keys[request.index]
+        if not keys:
+            del self._keys_by_id[request.request_id]

@@ -1,0 +1,91 @@
+"""The contract between scheduler and workers: one plan down and one result up per step.
+
+Diffs only: a worker keeps one row per live request and a plan says what changed. A preempted
+request is *finished* for the worker and comes back later as a new one with all its tokens. The
+columns of `SchedulerOutput` that are "parallel to `keys`" have one entry per scheduled request,
+in batch order. `key` is the engine's own integer name of one choice of a request, never reused
+within an engine's life.
+
+Plain values of ints, floats, strings and tuples, so that any codec can carry them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from replicas.api import Pooling, SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRequest:
+    """A request the workers have no row for (fresh, or back from preemption).
+
+    `token_ids` holds prompt and, after a preemption, all output so far; the first
+    `num_prompt_tokens` of them are the prompt. Its blocks come with the same step's
+    `new_block_ids`.
+    """
+
+    key: int
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    params: SamplingParams
+    choice_index: int = 0
+    pooling: Pooling | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    """Masked until `min_tokens` are out; empty when the request ignores EOS."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerOutput:
+    """What every rank does in one step."""
+
+    step: int
+    new_requests: tuple[NewRequest, ...] = ()
+    keys: tuple[int, ...] = ()
+    num_scheduled_tokens: tuple[int, ...] = ()
+    """Parallel to `keys`: query tokens of this step, >= 1 each."""
+    num_computed_tokens: tuple[int, ...] = ()
+    """Parallel to `keys`: position of the first query token (KV before it exists)."""
+    new_token_ids: tuple[tuple[int, ...], ...] = ()
+    """Parallel to `keys`: tokens to append to the row before the step (sampled last time)."""
+    new_block_ids: tuple[tuple[int, ...], ...] = ()
+    """Parallel to `keys`: blocks to append to the row's block table before the step."""
+    replaced_blocks: tuple[tuple[int, int, int], ...] = ()
+    """(key, index in block table, new block id): copy-on-write changed an entry in place."""
+    block_copies: tuple[tuple[int, int], ...] = ()
+    """(source block, target block), all layers, done before the forward pass, in order."""
+    samples: tuple[bool, ...] = ()
+    """Parallel to `keys`: whether the last query token's logits give a new token."""
+    finished_keys: tuple[int, ...] = ()
+    """Rows to free before the step: finished, aborted or preempted requests."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Query tokens of the whole step."""
+        return sum(self.num_scheduled_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestResult:
+    """What a step computed for one request; only for requests that have something to say."""
+
+    key: int
+    token_id: int | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """For prompt positions p in [computed+1, computed+scheduled] that lie in the prompt."""
+    embedding: tuple[float, ...] = ()
+    """The pooled, not yet normalised vector; set on the step that completes the prompt."""
+    error: str = ""
+    """This request alone failed (NaN logits, a sampling fault): the reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """Rank 0's answer to a `SchedulerOutput`."""
+
+    step: int
+    results: tuple[RequestResult, ...] = ()
+    duration_s: float = 0.0
+    timings_s: dict[str, float] = field(default_factory=dict)
+    """Where the step's time went: input_build, forward, sample."""

@@ -1,0 +1,47 @@
+"""Where the engine's wall time goes, summed over steps: what a benchmark and a status page read.
+
+Constant memory; the loop thread writes, any thread may read a snapshot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """Totals since the engine started; seconds are wall time of the loop thread."""
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    """Query tokens computed."""
+    schedule_s: float = 0.0
+    execute_s: float = 0.0
+    """From submit to result."""
+    update_s: float = 0.0
+    max_execute_s: float = 0.0
+
+
+class StepLedger:
+    """Adds up steps."""
+
+    def __init__(self) -> None:
+        self._times = StepTimes()
+
+    @property
+    def times(self) -> StepTimes:
+        """Totals so far."""
+        return self._times
+
+    def add(self, *, num_tokens: int, schedule_s: float, execute_s: float, update_s: float) -> None:
+        """Count one finished step."""
+        old = self._times
+        # One assignment of a frozen value, so that a reader never sees half a step.
+        self._times = StepTimes(
+            num_steps=old.num_steps + 1,
+            num_tokens=old.num_tokens + num_tokens,
+            schedule_s=old.schedule_s + schedule_s,
+            execute_s=old.execute_s + execute_s,
+            update_s=old.update_s + update_s,
+            max_execute_s=max(old.max_execute_s, execute_s),
+        )

@@ -1,0 +1,175 @@
+"""Chooses the tokens of one step: who runs, who is let in, who has to make room.
+
+Owns the queues and the blocks. Running requests go first, then waiting ones, both in order of
+(priority, arrival). When blocks run out, waiting forks give theirs back, then the least important
+running request is preempted: its KV is dropped and computed again later. The most important
+running request never gives way to another, and every request fits into an empty pool (checked on
+arrival), so each step makes progress.
+"""
+
+from __future__ import annotations
+
+from cluster.base.errors import InternalError
+from replicas.engine.kv_manager import BlockGrant, KvManager
+from replicas.engine.plan_builder import PlanBuilder
+from replicas.engine.request import EngineRequest, RequestStatus
+from replicas.engine.request_queue import RequestQueue
+from replicas.engine.scheduler_config import SchedulerConfig
+from replicas.engine.scheduler_output import SchedulerOutput
+from replicas.engine.waitlist import Waitlist
+
+
+class StepPlanner:
+    """Queues and blocks of one engine.
+
+    Args:
+        config: limits.
+        eos_token_ids: the model's end-of-sequence tokens, told to the workers.
+    """
+
+    def __init__(self, config: SchedulerConfig, eos_token_ids: tuple[int, ...]) -> None:
+        self._config = config
+        self._eos_token_ids = eos_token_ids
+        self.kv = KvManager(config.num_blocks, config.block_size, config.prefix_caching)
+        self.running = RequestQueue()
+        self.waiting = Waitlist()
+        self._finished_keys: list[int] = []
+        self.num_preemptions = 0
+        self.prefix_hit_tokens = 0
+        self.prefix_query_tokens = 0
+
+    def plan(self, step: int) -> SchedulerOutput:
+        """Plan a step for at least one request, which has to be sent.
+
+        Raises:
+            InternalError: no request can be scheduled (none waits or runs, or a fault of ours).
+        """
+        builder = PlanBuilder(step, self._config.max_step_tokens, self._eos_token_ids)
+        num_preemptions = self.num_preemptions
+        self._schedule_running(builder)
+        if self.num_preemptions == num_preemptions:
+            self._schedule_waiting(builder)
+        if not len(builder):
+            raise InternalError(
+                f"No request can be scheduled: {len(self.running)} run, {len(self.waiting)} wait."
+            )
+        plan = builder.build(self._finished_keys)
+        self._finished_keys = []
+        return plan
+
+    def serve_forks(self, parent: EngineRequest) -> list[EngineRequest]:
+        """Give the choices that wait for this one's computed prompt a share in its blocks."""
+        forks = self.waiting.take_forks(parent)
+        for fork in forks:
+            self.kv.fork(parent, fork)
+            fork.num_cached_tokens = parent.num_cached_tokens
+            self.waiting.add(fork, shares_blocks=self.kv.holds_blocks(fork))
+        return forks
+
+    def remove(self, request: EngineRequest) -> None:
+        """Drop a choice that has ended, with its blocks and the workers' row.
+
+        Choices that waited for its prompt get a new parent among themselves.
+        """
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        request.status = RequestStatus.FINISHED
+        heirs = self.waiting.take_forks(request)
+        if heirs:
+            self.waiting.add(heirs[0])
+            self.waiting.add_forks(heirs[0], heirs[1:])
+        self.kv.forget(request)
+        self._drop_row(request)
+
+    def _schedule_running(self, builder: PlanBuilder) -> None:
+        """Most important first; one token each is kept back for those that follow.
+
+        Victims of preemption come from the end of the same order, so a request that is in the
+        plan is never preempted in the same step.
+        """
+        index = 0
+        while index < len(self.running) and builder.budget > 0:
+            request = self.running[index]
+            num_following = len(self.running) - index - 1
+            share = max(1, builder.budget - num_following)
+            num_tokens = min(request.num_uncomputed_tokens, share)
+            grant = self._allocate_or_preempt(request, num_tokens)
+            if grant is None:
+                return
+            builder.add(request, num_tokens, grant, self.kv.block_table(request))
+            index += 1
+
+    def _allocate_or_preempt(self, request: EngineRequest, num_tokens: int) -> BlockGrant | None:
+        """Blocks for a running request at the cost of less important ones; None: its own."""
+        while True:
+            grant = self.kv.allocate_slots(request, num_tokens)
+            if grant is not None:
+                return grant
+            if self._take_back_blocks():
+                continue
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return None
+
+    def _schedule_waiting(self, builder: PlanBuilder) -> None:
+        while builder.budget > 0 and len(self.running) < self._config.max_running_requests:
+            request = self.waiting.first
+            if request is None or not self._admit(request, builder):
+                return
+
+    def _admit(self, request: EngineRequest, builder: PlanBuilder) -> bool:
+        """Move the first waiting request into the step, if blocks allow.
+
+        As many blocks as requests run must stay free: those need one each before long, and a
+        request admitted only to be preempted would compute its prompt twice.
+        """
+        while True:
+            shares_blocks = self.kv.holds_blocks(request)
+            prefix = [] if shares_blocks else self.kv.find_prefix(request)
+            num_hit_tokens = len(prefix) * self._config.block_size
+            num_tokens = min(request.num_uncomputed_tokens - num_hit_tokens, builder.budget)
+            grant = self.kv.allocate_slots(request, num_tokens, prefix, len(self.running))
+            if grant is not None:
+                break
+            # With nothing running, only waiting forks can hold the missing blocks.
+            if len(self.running) or not self._take_back_blocks(keep=request):
+                return False
+        self.waiting.remove(request)
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = num_hit_tokens
+            self.prefix_hit_tokens += num_hit_tokens
+            self.prefix_query_tokens += request.num_prompt_tokens
+        if not shares_blocks:
+            request.num_computed_tokens = num_hit_tokens
+        request.status = RequestStatus.RUNNING
+        self.running.add(request)
+        builder.add(request, num_tokens, grant, self.kv.block_table(request))
+        return True
+
+    def _preempt(self, request: EngineRequest) -> None:
+        """Drop a running request's KV; it comes back as a new row with all its tokens."""
+        self.running.remove(request)
+        self.kv.release(request)
+        self._drop_row(request)
+        request.num_computed_tokens = 0
+        request.status = RequestStatus.PREEMPTED
+        self.waiting.add(request)
+        self.num_preemptions += 1
+
+    def _take_back_blocks(self, keep: EngineRequest | None = None) -> bool:
+        """Make one waiting fork give its blocks back; it will compute its prompt itself."""
+        request = self.waiting.take_sharer(keep)
+        if request is None:
+            return False
+        self.kv.release(request)
+        request.num_computed_tokens = 0
+        self.waiting.reweigh(request)
+        return True
+
+    def _drop_row(self, request: EngineRequest) -> None:
+        if request.num_worker_tokens:
+            self._finished_keys.append(request.key)
+            request.num_worker_tokens = 0

@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from simulated_executor import EOS, SimulatedExecutor, config, expected, request
+
+from cluster.base.errors import (
+    CollectiveTimeoutError,
+    PenstockError,
+    UnavailableError,
+    WorkerDiedError,
+)
+from replicas.api import FinishReason, GenerationDelta, ReplicaStats
+from replicas.engine.engine_loop import EngineLoop
+from replicas.engine.scheduler import Scheduler
+from replicas.engine.scheduler_output import SchedulerOutput
+
+
+class Harness:
+    """A loop over the simulated executor; collects what it says."""
+
+    def __init__(self, **limits: int) -> None:
+        self.config = config(**limits)
+        self.scheduler = Scheduler(self.config, EOS)
+        self.executor = SimulatedExecutor(self.config)
+        self.now = 100.0
+        self.calls: list[tuple[list[GenerationDelta], ReplicaStats]] = []
+        self.fatal: list[PenstockError] = []
+        self.heard = threading.Condition()
+        self.on_deltas: Callable[[], None] = lambda: None
+        self.loop = EngineLoop(
+            self.scheduler,
+            self.executor,
+            on_deltas=self._hear,
+            on_fatal=self.fatal.append,
+            step_timeout_s=5.0,
+            clock=lambda: self.now,
+        )
+
+    def _hear(self, deltas: list[GenerationDelta], stats: ReplicaStats) -> None:
+        with self.heard:
+            self.calls.append((list(deltas), stats))
+            self.heard.notify_all()
+        self.on_deltas()
+
+    @property
+    def deltas(self) -> list[GenerationDelta]:
+        return [delta for deltas, _ in list(self.calls) for delta in deltas]
+
+    def last(self) -> dict[tuple[str, int], GenerationDelta]:
+        finals = [delta for delta in self.deltas if delta.finish_reason is not None]
+        by_choice = {(delta.request_id, delta.index): delta for delta in finals}
+        assert len(by_choice) == len(finals), "two last deltas for one choice"
+        return by_choice
+
+    def codes(self) -> dict[str, str | None]:
+        return {k[0]: (d.error or {}).get("code") for k, d in self.last().items()}
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        with self.heard:
+            assert self.heard.wait_for(condition, 10.0)
+
+
+@pytest.fixture
+def harness() -> Iterator[Harness]:
+    made = Harness()
+    yield made
+    made.loop.stop()
+
+
+def test_one_call_per_step_with_the_load_after_it(harness: Harness) -> None:
+    wanted = request("a", [1, 2, 3], max_tokens=4, ignore_eos=True)
+    harness.loop.add_request(wanted)
+    while harness.loop.run_once():
+        pass
+    assert [stats.step for _, stats in harness.calls] == [1, 2, 3, 4]
+    tokens = [token for delta in harness.deltas for token in delta.token_ids]
+    assert tokens == expected(wanted, 0, 128).token_ids
+    assert harness.calls[-1][1].kv_blocks_free == 256
+    assert harness.loop.times.num_steps == 4
+    assert harness.loop.times.num_tokens == 3 + 3
+
+
+def test_a_step_that_says_nothing_still_reports_its_load() -> None:
+    harness = Harness(max_step_tokens=2)
+    harness.loop.add_request(request("a", [1, 2, 3, 4], max_tokens=1))
+    assert harness.loop.run_once()
+    assert harness.calls[0][0] == []
+    assert harness.calls[0][1].num_running == 1
+
+
+def test_abort_frees_blocks_before_the_next_step(harness: Harness) -> None:
+    harness.loop.add_request(request("a", [1] * 9, max_tokens=50, n=2, ignore_eos=True))
+    harness.loop.add_request(request("b", [2] * 9, max_tokens=50, ignore_eos=True))
+    for _ in range(3):
+        harness.loop.run_once()
+    harness.loop.abort("a", 1)
+    harness.loop.abort("nobody")
+    harness.loop.run_once()
+    assert set(harness.last()) == {("a", 1)}
+    assert harness.calls[-1][1].num_running == 2
+    harness.loop.abort("a")
+    harness.loop.abort("b")
+    harness.loop.run_once()
+    assert harness.calls[-1][1].kv_blocks_free == 256
+    assert {d.finish_reason for d in harness.last().values()} == {FinishReason.ABORT}
+
+
+def test_add_and_abort_in_one_batch_still_answers(harness: Harness) -> None:
+    harness.loop.add_request(request("a", [1, 2]))
+    harness.loop.abort("a")
+    assert harness.loop.run_once()
+    assert harness.last()["a", 0].finish_reason is FinishReason.ABORT
+    assert harness.executor.history == []
+
+
+def test_a_refused_request_is_answered_and_the_others_go_on() -> None:
+    harness = Harness(max_context=16, max_waiting_requests=1)
+    harness.loop.add_request(request("long", [1] * 99, n=2))
+    harness.loop.add_request(request("good", [1, 2], max_tokens=1))
+    harness.loop.add_request(request("extra", [1, 2], max_tokens=1))
+    harness.loop.run_once()
+    assert harness.codes() == {"long": "context_too_long", "extra": "overloaded", "good": None}
+    assert len(harness.last()) == 4
+    assert harness.fatal == []
+
+
+def test_a_failed_request_fails_alone(harness: Harness) -> None:
+    for name in ("a", "b"):
+        harness.loop.add_request(request(name, [1, 2], max_tokens=3, ignore_eos=True))
+    harness.executor.errors["0"] = "NaN logits"
+    while harness.loop.run_once():
+        pass
+    assert harness.codes() == {"a": "internal", "b": None}
+    assert harness.fatal == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (WorkerDiedError("Rank 1 was killed."), "worker_died"),
+        (CollectiveTimeoutError("No answer in 5 s."), "collective_timeout"),
+        (ZeroDivisionError("oops"), "internal"),
+    ],
+)
+def test_losing_the_executor_ends_everything_at_once(error: Exception, code: str) -> None:
+    harness = Harness(max_running_requests=1)
+    harness.loop.add_request(request("running", [1, 2], max_tokens=9, ignore_eos=True))
+    harness.loop.add_request(request("waiting", [1, 2], n=2))
+    harness.loop.run_once()
+    harness.executor.fail_with = error
+    harness.loop.add_request(request("new", [1, 2]))
+    harness.loop.add_request(request("gone", [1, 2]))
+    harness.loop.abort("gone")
+    harness.on_deltas = lambda: harness.loop.abort("running")
+    assert not harness.loop.run_once()
+    assert harness.codes() == {"running": code, "waiting": code, "new": code, "gone": None}
+    assert len(harness.last()) == 5
+    assert [fatal.code for fatal in harness.fatal] == [code]
+    assert harness.loop.health.fatal is harness.fatal[0]
+    assert harness.calls[-1][1].kv_blocks_free == 256
+    with pytest.raises(PenstockError) as refusal:
+        harness.loop.add_request(request("after", [1]))
+    assert refusal.value.code == code
+    assert not harness.loop.run_once()
+    assert harness.loop.stop()
+    assert len(harness.fatal) == 1
+
+
+def test_a_callback_that_raises_is_fatal_and_said_once(harness: Harness) -> None:
+    def explode() -> None:
+        if len(harness.calls) == 2:
+            raise RuntimeError("callback")
+
+    harness.on_deltas = explode
+    harness.loop.add_request(request("a", [1, 2], max_tokens=9, ignore_eos=True))
+    harness.loop.run_once()
+    assert not harness.fatal
+    harness.loop.run_once()
+    assert harness.codes() == {"a": "internal"}
+    assert len(harness.fatal) == 1
+
+
+def test_drain_finishes_what_runs_and_refuses_the_rest() -> None:
+    harness = Harness(max_running_requests=1)
+    for name in ("a", "b"):
+        harness.loop.add_request(request(name, [1, 2], max_tokens=3, ignore_eos=True))
+    harness.loop.drain()
+    with pytest.raises(UnavailableError, match="draining"):
+        harness.loop.add_request(request("c", [1]))
+    assert not harness.loop.wait_drained(0.0)
+    harness.loop.start()
+    assert harness.loop.wait_drained(10.0)
+    assert harness.codes() == {"a": None, "b": None}
+    assert {d.finish_reason for d in harness.last().values()} == {FinishReason.LENGTH}
+    assert harness.loop.stop()
+
+
+def test_an_idle_drain_is_over_at_once(harness: Harness) -> None:
+    harness.loop.start()
+    harness.loop.drain()
+    assert harness.loop.wait_drained(10.0)
+
+
+def test_stop_ends_requests_with_an_error_and_the_thread() -> None:
+    harness = Harness(max_context=8000, num_blocks=2000)
+    stepped = threading.Event()
+    harness.on_deltas = stepped.set
+    harness.loop.start()
+    harness.loop.add_request(request("a", [1, 2], max_tokens=7000, ignore_eos=True))
+    assert stepped.wait(10.0)
+    assert harness.loop.stop()
+    assert harness.codes() == {"a": "unavailable"}
+    assert harness.fatal == []
+    with pytest.raises(UnavailableError, match="shutting down"):
+        harness.loop.add_request(request("b", [1]))
+
+
+def test_stop_without_a_thread_answers_too(harness: Harness) -> None:
+    harness.loop.add_request(request("a", [1, 2]))
+    assert harness.loop.stop()
+    assert harness.codes() == {"a": "unavailable"}
+
+
+def test_the_idle_loop_sleeps_and_wakes_on_a_command(harness: Harness) -> None:
+    harness.loop.start()
+    time.sleep(0.05)
+    before_s = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - before_s < 0.1
+    harness.loop.add_request(request("a", [1, 2], max_tokens=1))
+    harness.wait_for(lambda: len(harness.calls) == 1)
+    assert set(harness.last()) == {("a", 0)}
+
+
+def test_health_tells_a_stuck_step_from_an_idle_loop() -> None:
+    seen: list[tuple[float | None, int]] = []
+
+    class Watching(SimulatedExecutor):
+        def submit(self, plan: SchedulerOutput) -> None:
+            seen.append((harness.loop.health.step_started_s, harness.loop.health.num_unfinished))
+            harness.now += 2.0
+            super().submit(plan)
+
+    harness = Harness(max_running_requests=1)
+    harness.executor = Watching(harness.config)
+    harness.loop = EngineLoop(
+        harness.scheduler,
+        harness.executor,
+        on_deltas=harness._hear,
+        on_fatal=harness.fatal.append,
+        step_timeout_s=5.0,
+        clock=lambda: harness.now,
+    )
+    assert harness.loop.health.last_step_end_s is None
+    for name in ("a", "b"):
+        harness.loop.add_request(request(name, [1, 2], max_tokens=1))
+    harness.loop.run_once()
+    assert seen == [(100.0, 2)]
+    health = harness.loop.health
+    assert health.step_started_s is None
+    assert health.last_step_end_s == 102.0
+    assert health.oldest_waiting_since_s == 100.0
+    harness.loop.run_once()
+    assert not harness.loop.run_once()
+    assert harness.loop.health.oldest_waiting_since_s is None
+    assert harness.loop.health.last_step_end_s == 104.0
+    assert harness.loop.times.execute_s == 4.0
+
+
+def test_many_threads_add_and_abort_and_every_choice_ends_once() -> None:
+    harness = Harness(num_blocks=24, max_context=32, max_waiting_requests=1000)
+    harness.loop.start()
+
+    def client(number: int) -> None:
+        for count in range(15):
+            name = f"c{number}-{count}"
+            harness.loop.add_request(request(name, [number, count, 1], n=2, max_tokens=4))
+            if count % 3 == 0:
+                harness.loop.abort(name, count % 2)
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    harness.loop.drain()
+    assert harness.loop.wait_drained(20.0)
+    assert len(harness.last()) == 4 * 15 * 2
+    assert harness.fatal == []
+    assert harness.calls[-1][1].kv_blocks_free == 24
+    assert harness.loop.stop()
