@@ -1,0 +1,79 @@
+"""The attention seam: what a step tells a backend, and what a backend promises.
+
+A backend writes this step's keys and values into the paged KV tensors and attends over the
+whole context of every request, causally. It must give the same rows whatever else is in the
+batch. `why_not` returns *all* reasons a backend cannot run a spec, so that selection can say so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """Shape of one rank's attention; head counts are local."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    block_size: int
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionMetadata:
+    """Where each request's tokens and blocks are in this step, the same for all layers.
+
+    Request r owns query rows `query_start[r]:query_start[r+1]`; its first query token stands at
+    position `seq_lens[r] - (query_start[r+1] - query_start[r])`. Python ints beside the tensors,
+    so that CPU backends need no `.tolist()` and device backends no sync.
+    """
+
+    query_start: tuple[int, ...]
+    """R + 1 entries."""
+    seq_lens: tuple[int, ...]
+    """R entries: context length including this step's tokens."""
+    query_start_R1: torch.Tensor
+    seq_lens_R: torch.Tensor
+    block_tables_RN: torch.Tensor
+    """int32; row r holds the request's block ids, padded with 0."""
+    slot_mapping_T: torch.Tensor
+    """int64; slot = block id * block_size + offset of each query token."""
+
+
+class AttentionBackend(Protocol):
+    """One implementation of paged causal attention."""
+
+    name: str
+
+    @staticmethod
+    def why_not(spec: AttentionSpec) -> list[str]:
+        """All reasons why this backend cannot run `spec`; empty when it can."""
+        ...
+
+    def forward(
+        self,
+        query_THP: torch.Tensor,
+        key_TGP: torch.Tensor,
+        value_TGP: torch.Tensor,
+        kv_2NBGP: torch.Tensor,
+        metadata: AttentionMetadata,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """Write keys and values to their slots, then attend.
+
+        Args:
+            kv_2NBGP: this layer's cache, keys at index 0 and values at 1; written in place.
+            sliding_window: a query at position p sees positions > p - window; None sees all.
+
+        Returns:
+            Attention output, (T, H, P), the query's dtype.
+        """
+        ...

@@ -1,0 +1,69 @@
+"""The oracle: paged attention written out as the definition says, request by request, in fp32.
+
+Correct and plain rather than fast; the other backends are tested against it. Runs on any device.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from replicas.attention.backend import AttentionMetadata, AttentionSpec
+from replicas.attention.paging import gather_context, write_slots
+
+
+class TorchReferenceAttention:
+    """softmax(scale * Q K^T + mask) V with scores, softmax and sum in fp32."""
+
+    name = "torch_ref"
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self._spec = spec
+
+    @staticmethod
+    def why_not(spec: AttentionSpec) -> list[str]:
+        """All reasons why this backend cannot run `spec`; empty when it can."""
+        if spec.num_heads % spec.num_kv_heads:
+            return [f"{spec.num_heads} heads do not share {spec.num_kv_heads} kv heads evenly"]
+        return []
+
+    def forward(
+        self,
+        query_THP: torch.Tensor,
+        key_TGP: torch.Tensor,
+        value_TGP: torch.Tensor,
+        kv_2NBGP: torch.Tensor,
+        metadata: AttentionMetadata,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """Write keys and values to their slots, then attend; see `AttentionBackend.forward`."""
+        write_slots(key_TGP, value_TGP, kv_2NBGP, metadata)
+        output_THP = torch.empty_like(query_THP)
+        bounds = zip(metadata.query_start, metadata.query_start[1:], strict=False)
+        for request, (begin, end) in enumerate(bounds):
+            output_THP[begin:end] = self._attend(
+                query_THP[begin:end], kv_2NBGP, metadata, request, sliding_window
+            )
+        return output_THP
+
+    def _attend(
+        self,
+        query_QHP: torch.Tensor,
+        kv_2NBGP: torch.Tensor,
+        metadata: AttentionMetadata,
+        request: int,
+        window: int | None,
+    ) -> torch.Tensor:
+        keys_SGP, values_SGP, _ = gather_context(kv_2NBGP, metadata, request, first=0)
+        group = self._spec.num_heads // self._spec.num_kv_heads
+        keys_HSP = keys_SGP.float().repeat_interleave(group, dim=1).transpose(0, 1)
+        values_HSP = values_SGP.float().repeat_interleave(group, dim=1).transpose(0, 1)
+        scores_HQS = query_QHP.float().transpose(0, 1) @ keys_HSP.transpose(1, 2) * self._spec.scale
+        seq_len = metadata.seq_lens[request]
+        column_S = torch.arange(seq_len, device=query_QHP.device)
+        row_Q1 = column_S[seq_len - query_QHP.shape[0] :, None]
+        visible_QS = column_S <= row_Q1
+        if window is not None:
+            visible_QS &= column_S > row_Q1 - window
+        scores_HQS = scores_HQS.masked_fill(~visible_QS, float("-inf"))
+        output_HQP = torch.softmax(scores_HQS, dim=-1) @ values_HSP
+        return output_HQP.transpose(0, 1).to(query_QHP.dtype)

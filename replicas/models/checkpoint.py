@@ -1,0 +1,195 @@
+"""Safetensors -> the tensors of one rank, reading only the slices that its specs name.
+
+Every tensor of the checkpoint has to be used and every one that is needed has to be there; names,
+shapes, dtypes and finiteness are checked, and each complaint names file, tensor, expected and
+found. No pickle, no code from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cluster.base.errors import CorruptWeightsError
+from replicas.layers.weights import ResidentWeights, Source, TensorSpec, WeightUnit
+from replicas.models.checkpoint_files import StoredTensor, read_index
+from replicas.models.context import torch_dtype
+
+ProgressCallback = Callable[[int, int], None]
+"""(bytes loaded so far, bytes in all) of this rank."""
+
+_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+_BUFFERS = re.compile(
+    r"rotary_emb\.inv_freq$|^(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)$"
+)  # constants that old checkpoints carry; recomputed, never read
+_PREFIXES = (("model.decoder.", "decoder."), ("transformer.", ""), ("model.", ""))
+"""Names as a causal-LM class saves them, and as the bare base model does."""
+
+
+def load_weights(
+    path: str | Path,
+    units: Iterable[WeightUnit],
+    *,
+    dtype: str,
+    device: str,
+    on_progress: ProgressCallback | None = None,
+) -> ResidentWeights:
+    """This rank's weights, in `dtype` on `device`.
+
+    Specs that ask for the same slices (tied embeddings) share one tensor.
+
+    Raises:
+        ConfigError: no safetensors checkpoint at `path`, or unknown dtype.
+        CorruptWeightsError: anything about the files that does not match the specs.
+    """
+    units = tuple(units)
+    stored = _canonical(units, read_index(path))
+    _check_names(Path(path), units, stored)
+    with ExitStack() as files:
+        loader = _Loader(stored, torch_dtype(dtype), device, files)
+        return _load_all(units, loader, on_progress)
+
+
+def _load_all(
+    units: tuple[WeightUnit, ...], loader: _Loader, on_progress: ProgressCallback | None
+) -> ResidentWeights:
+    distinct = {_identity(spec): spec for unit in units for spec in unit.tensors}
+    total = sum(math.prod(spec.shape) for spec in distinct.values()) * loader.dtype.itemsize
+    done = 0
+    loaded: dict[object, torch.Tensor] = {}
+    for identity, spec in distinct.items():
+        loaded[identity] = loader.load(spec)
+        done += loaded[identity].nbytes
+        if on_progress is not None:
+            on_progress(done, total)
+    return ResidentWeights(
+        {unit.name: {spec.name: loaded[_identity(spec)] for spec in unit.tensors} for unit in units}
+    )
+
+
+def _identity(spec: TensorSpec) -> object:
+    return spec.shape, spec.sources
+
+
+class _Loader:
+    """Reads specs from open files; lives as long as the `ExitStack` it was given."""
+
+    def __init__(
+        self,
+        stored: Mapping[str, StoredTensor],
+        dtype: torch.dtype,
+        device: str,
+        files: ExitStack,
+    ) -> None:
+        self.dtype = dtype
+        self._stored = stored
+        self._device = device
+        self._files = files
+        self._open: dict[Path, Any] = {}
+
+    def load(self, spec: TensorSpec) -> torch.Tensor:
+        """The spec's local tensor."""
+        local = torch.empty(spec.shape, dtype=self.dtype)
+        row = 0
+        for source, full_shape in zip(spec.sources, spec.full_shapes, strict=True):
+            piece = self._read(source, full_shape, spec.duplicates)
+            local[row : row + piece.shape[0]] = piece
+            row += piece.shape[0]
+        local[row:] = 0
+        if not torch.isfinite(local).all():
+            names = ", ".join(source.name for source in spec.sources)
+            raise CorruptWeightsError(f"{names} overflows {self.dtype}.", "Choose a wider dtype.")
+        return local.to(self._device)
+
+    def _read(
+        self, source: Source, full_shape: tuple[int, ...], duplicates: tuple[str, ...]
+    ) -> torch.Tensor:
+        present = [name for name in (source.name, *duplicates) if name in self._stored]
+        first, *copies = [self._slice(name, source, full_shape) for name in present]
+        for name, copy in zip(present[1:], copies, strict=True):
+            if not torch.equal(first, copy):
+                raise CorruptWeightsError(
+                    f"{self._stored[name].file}: the configuration ties {name} to {present[0]}, "
+                    "but the checkpoint holds different values for the two.",
+                    "Set tie_word_embeddings to false in config.json.",
+                )
+        return first.t() if source.transpose else first
+
+    def _slice(self, name: str, source: Source, full_shape: tuple[int, ...]) -> torch.Tensor:
+        tensor = self._stored[name]
+        where = f"{tensor.file}: tensor {name}"
+        if tensor.shape != full_shape:
+            raise CorruptWeightsError(
+                f"{where} has shape {list(tensor.shape)}; "
+                f"the configuration needs {list(full_shape)}.",
+                "Check that config.json belongs to these weights.",
+            )
+        if tensor.dtype not in _FLOAT_DTYPES:
+            raise CorruptWeightsError(
+                f"{where} is {tensor.dtype}; expected one of {', '.join(_FLOAT_DTYPES)}.",
+                "Quantised checkpoints are not supported.",
+            )
+        cuts = [slice(None)] * len(full_shape)
+        cuts[source.dim] = slice(source.start, source.stop)
+        try:
+            piece: torch.Tensor = self._file(tensor.file).get_slice(tensor.name)[tuple(cuts)]
+        except (SafetensorError, OSError) as error:
+            raise CorruptWeightsError(f"{where} cannot be read ({error}).") from error
+        if not torch.isfinite(piece).all():
+            raise CorruptWeightsError(f"{where} holds NaN or infinite values; expected finite.")
+        return piece
+
+    def _file(self, file: Path) -> Any:
+        if file not in self._open:
+            opened = safe_open(str(file), framework="pt", device="cpu")
+            self._open[file] = self._files.enter_context(opened)
+        return self._open[file]
+
+
+def _canonical(
+    units: tuple[WeightUnit, ...], stored: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """The checkpoint under the names that the specs use."""
+    wanted = [source.name for unit in units for spec in unit.tensors for source in spec.sources]
+    used = [prefix for prefix in _PREFIXES if any(name.startswith(prefix[0]) for name in wanted)]
+    for full, short in used[:1]:
+        if not any(name.startswith(full) for name in stored):
+            longer = {short + name.removeprefix(full): name for name in wanted}
+            return {longer.get(name, name): tensor for name, tensor in stored.items()}
+    return dict(stored)
+
+
+def _check_names(
+    root: Path, units: tuple[WeightUnit, ...], stored: Mapping[str, StoredTensor]
+) -> None:
+    """Every needed name is there and nothing else is."""
+    missing: set[str] = set()
+    used: set[str] = set()
+    for spec in (spec for unit in units for spec in unit.tensors):
+        used.update(spec.duplicates)
+        for source in spec.sources:
+            used.add(source.name)
+            if not any(name in stored for name in (source.name, *spec.duplicates)):
+                missing.add(source.name)
+    unexpected = {name for name in stored if name not in used and not _BUFFERS.search(name)}
+    if missing or unexpected:
+        complaints = [_naming("missing", missing), _naming("unexpected", unexpected)]
+        raise CorruptWeightsError(
+            f"{root}: {'; '.join(filter(None, complaints))}.",
+            "Check that config.json belongs to these weights.",
+        )
+
+
+def _naming(what: str, names: set[str], shown: int = 8) -> str:
+    if not names:
+        return ""
+    listed = sorted(names)
+    rest = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return f"{len(listed)} {what} tensors: {', '.join(listed[:shown])}{rest}"

@@ -1,0 +1,87 @@
+"""Llama, Mistral, Qwen2 and Qwen3: RMS pre-norm, rotary positions, gated MLP.
+
+What sets them apart (biases, head norms, sliding windows, RoPE scaling) is data in `ArchConfig`;
+there is no branch on the family here. Reference: the modelling files of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from cluster.base.errors import ConfigError
+from replicas.layers.activations import activation
+from replicas.layers.attention import StepContext
+from replicas.layers.linear import GatedMlp
+from replicas.layers.norms import RmsNorm
+from replicas.layers.rotary import Rotary
+from replicas.layers.vocab import VocabEmbedding, VocabHead
+from replicas.layers.weights import WeightProvider, acquired
+from replicas.models.arch import ArchConfig
+from replicas.models.context import ModelContext
+from replicas.models.decoder import ForwardBatch
+from replicas.models.weight_units import weight_units
+
+
+class LlamaLayer:
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, arch: ArchConfig, context: ModelContext, index: int) -> None:
+        self._attention_norm = RmsNorm("attention_norm", arch.norm_eps)
+        self._attention = context.self_attention(arch, index)
+        self._mlp_norm = RmsNorm("mlp_norm", arch.norm_eps)
+        self._mlp = GatedMlp(activation(arch.activation), context.communicator)
+
+    def forward(
+        self,
+        hidden_TD: torch.Tensor,
+        context: StepContext,
+        tensors: Mapping[str, torch.Tensor],
+        kv_2NBGP: torch.Tensor,
+    ) -> torch.Tensor:
+        """The layer's output, (T, D); writes this step's keys and values."""
+        normed_TD = self._attention_norm.forward(hidden_TD, tensors)
+        hidden_TD = hidden_TD + self._attention.forward(normed_TD, context, tensors, kv_2NBGP)
+        normed_TD = self._mlp_norm.forward(hidden_TD, tensors)
+        return hidden_TD + self._mlp.forward(normed_TD, tensors)
+
+
+class LlamaModel:
+    """A `DecoderModel`; see there for the contract.
+
+    Raises:
+        ConfigError: the architecture has no RoPE, or cannot be split over the ranks.
+    """
+
+    def __init__(self, arch: ArchConfig, context: ModelContext) -> None:
+        if arch.rope is None:
+            raise ConfigError(f"A {arch.family} model needs rotary positions.")
+        communicator = context.communicator
+        self.arch = arch
+        self.units = weight_units(arch, communicator.rank, communicator.size)
+        self._rotary = Rotary(arch.rope, context.dtype, context.device)
+        self._embedding = VocabEmbedding(communicator)
+        self._layers = [LlamaLayer(arch, context, index) for index in range(arch.num_layers)]
+        self._norm = RmsNorm("norm", arch.norm_eps)
+        self._head = VocabHead(arch.vocab_size, communicator)
+
+    def forward(
+        self, batch: ForwardBatch, weights: WeightProvider, kv_caches: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Hidden states after the final norm, (T, D)."""
+        context = StepContext(
+            attention=batch.attention, cos_sin=self._rotary.angles(batch.positions_T)
+        )
+        with acquired(weights, "embed") as tensors:
+            hidden_TD = self._embedding.forward(batch.token_ids_T, tensors)
+        for index, layer in enumerate(self._layers):
+            with acquired(weights, f"layer.{index}") as tensors:
+                hidden_TD = layer.forward(hidden_TD, context, tensors, kv_caches[index])
+        with acquired(weights, "norm") as tensors:
+            return self._norm.forward(hidden_TD, tensors)
+
+    def logits(self, hidden_RD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
+        """Logits over the true vocabulary, (R, V) fp32, on every rank."""
+        with acquired(weights, "head") as tensors:
+            return self._head.forward(hidden_RD, tensors)

@@ -1,0 +1,60 @@
+"""`ArchConfig` -> the model of one rank. A new family is one row here and its own file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from cluster.base.errors import ConfigError
+from cluster.dist.communicator import Communicator
+from replicas.attention.select import select_backend
+from replicas.models.arch import ArchConfig
+from replicas.models.context import ModelContext, attention_spec, torch_dtype
+from replicas.models.decoder import DecoderModel
+from replicas.models.gpt2 import Gpt2Model
+from replicas.models.llama import LlamaModel
+from replicas.models.opt import OptModel
+
+_MODELS: Mapping[str, Callable[[ArchConfig, ModelContext], DecoderModel]] = {
+    "llama": LlamaModel,
+    "mistral": LlamaModel,
+    "qwen2": LlamaModel,
+    "qwen3": LlamaModel,
+    "gpt2": Gpt2Model,
+    "opt": OptModel,
+}
+
+
+def build_model(
+    arch: ArchConfig,
+    communicator: Communicator,
+    *,
+    dtype: str,
+    device: str,
+    block_size: int,
+    attention_backend: str = "auto",
+) -> DecoderModel:
+    """The model of this rank, without weights (those come with each call).
+
+    Args:
+        communicator: the tensor-parallel axis.
+        dtype: what weights, activations and KV are in: float32, bfloat16 or float16.
+        device: `cpu` or `cuda`.
+        block_size: tokens per KV block.
+        attention_backend: `auto` or a name of `replicas.attention.select`.
+
+    Raises:
+        ConfigError: unknown family, dtype or backend, or a split that does not work out.
+    """
+    if arch.family not in _MODELS:
+        raise ConfigError(
+            f"Model family {arch.family!r} is not supported.", f"Use one of {sorted(_MODELS)}."
+        )
+    spec = attention_spec(arch, communicator.size, dtype, device, block_size)
+    context = ModelContext(
+        communicator=communicator,
+        dtype=torch_dtype(dtype),
+        device=device,
+        attention_spec=spec,
+        attention_backend=select_backend(spec, attention_backend),
+    )
+    return _MODELS[arch.family](arch, context)

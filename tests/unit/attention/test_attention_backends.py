@@ -1,0 +1,148 @@
+"""CPU backend against oracle, oracle against the definition, on random ragged batches."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from replicas.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec
+from replicas.attention.cpu import CpuAttention
+from replicas.attention.torch_ref import TorchReferenceAttention
+from tests.support.stepping import metadata_for
+
+NUM_BLOCKS = 64
+DTYPES = {"float32": (torch.float32, 2e-5), "bfloat16": (torch.bfloat16, 2e-2)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One step: requests as (query tokens, tokens before them)."""
+
+    requests: tuple[tuple[int, int], ...]
+    kv_heads: int = 2
+    group: int = 2
+    head_dim: int = 8
+    block_size: int = 4
+    window: int | None = None
+    dtype: str = "float32"
+    seed: int = 0
+
+    @property
+    def spec(self) -> AttentionSpec:
+        return AttentionSpec(
+            num_heads=self.kv_heads * self.group,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            scale=0.3,
+            block_size=self.block_size,
+            dtype=self.dtype,
+            device="cpu",
+        )
+
+    def metadata(self) -> AttentionMetadata:
+        free = list(range(NUM_BLOCKS))
+        random.Random(self.seed).shuffle(free)
+        lens = [query + before for query, before in self.requests]
+        tables = [[free.pop() for _ in range(-(-size // self.block_size))] for size in lens]
+        return metadata_for([q for q, _ in self.requests], lens, tables, self.block_size)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """query, key, value and a cache full of other requests' values."""
+        generator = torch.Generator().manual_seed(self.seed)
+        tokens = sum(query for query, _ in self.requests)
+        shapes = [
+            (tokens, self.kv_heads * self.group, self.head_dim),
+            (tokens, self.kv_heads, self.head_dim),
+            (tokens, self.kv_heads, self.head_dim),
+            (2, NUM_BLOCKS, self.block_size, self.kv_heads, self.head_dim),
+        ]
+        dtype = DTYPES[self.dtype][0]
+        return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+
+    def run(self, backend: AttentionBackend) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, value, cache = self.tensors()
+        output = backend.forward(query, key, value, cache, self.metadata(), self.window)
+        return output, cache
+
+
+requests = st.lists(
+    st.tuples(st.one_of(st.just(1), st.integers(1, 13)), st.integers(0, 20)), min_size=1, max_size=5
+).map(tuple)
+cases = st.builds(
+    Case,
+    requests=requests,
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    block_size=st.sampled_from([1, 3, 4, 16]),
+    window=st.one_of(st.none(), st.integers(1, 24)),
+    dtype=st.sampled_from(list(DTYPES)),
+    seed=st.integers(0, 2**20),
+)
+
+
+def _fits(case: Case) -> bool:
+    return sum(-(-sum(pair) // case.block_size) for pair in case.requests) <= NUM_BLOCKS
+
+
+@settings(max_examples=80)
+@given(cases.filter(_fits))
+def test_cpu_equals_the_oracle(case: Case) -> None:
+    tolerance = DTYPES[case.dtype][1]
+    expected, expected_cache = case.run(TorchReferenceAttention(case.spec))
+    output, cache = case.run(CpuAttention(case.spec))
+    assert output.dtype == DTYPES[case.dtype][0]
+    assert torch.equal(cache, expected_cache)
+    torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+def test_oracle_is_the_definition(window: int | None) -> None:
+    """Written out with Python numbers for one request of one head."""
+    case = Case(requests=((5, 4),), kv_heads=1, group=1, window=window, seed=3)
+    output, cache = case.run(TorchReferenceAttention(case.spec))
+    table = case.metadata().block_tables_RN[0].tolist()
+    rows = [(table[p // 4], p % 4) for p in range(9)]
+    keys = [cache[0, block, offset, 0].double() for block, offset in rows]
+    values = [cache[1, block, offset, 0].double() for block, offset in rows]
+    query = case.tensors()[0]
+    for index, position in enumerate(range(4, 9)):
+        seen = [p for p in range(position + 1) if window is None or p > position - window]
+        weights = torch.stack([torch.exp(0.3 * query[index, 0].double() @ keys[p]) for p in seen])
+        mixed = sum(w * values[p] for w, p in zip(weights / weights.sum(), seen, strict=True))
+        torch.testing.assert_close(output[index, 0].double(), mixed, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [CpuAttention, TorchReferenceAttention])
+@pytest.mark.parametrize("window", [None, 5])
+def test_neighbours_change_no_bit(
+    backend: type[CpuAttention] | type[TorchReferenceAttention], window: int | None
+) -> None:
+    case = Case(requests=((1, 17), (6, 9), (1, 3), (11, 0)), window=window)
+    together, _ = case.run(backend(case.spec))
+    query, key, value, cache = case.tensors()
+    metadata = case.metadata()
+    for index, (count, before) in enumerate(case.requests):
+        begin, end = metadata.query_start[index : index + 2]
+        table = metadata.block_tables_RN[index].tolist()
+        alone = backend(case.spec).forward(
+            query[begin:end],
+            key[begin:end],
+            value[begin:end],
+            cache.clone(),
+            metadata_for([count], [count + before], [table], case.block_size),
+            window,
+        )
+        assert torch.equal(alone, together[begin:end])
+
+
+def test_only_own_slots_are_written() -> None:
+    case = Case(requests=((3, 2), (1, 6)))
+    before = case.tensors()[3]
+    _, after = case.run(CpuAttention(case.spec))
+    changed = (before != after).flatten(3).any(-1).any(0).flatten().nonzero().flatten()
+    assert changed.tolist() == sorted(case.metadata().slot_mapping_T.tolist())

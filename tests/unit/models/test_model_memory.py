@@ -1,0 +1,57 @@
+"""What the planner counts is what the loader loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.base.errors import ConfigError
+from replicas.models.checkpoint import load_weights
+from replicas.models.hf_config import arch_from_hf
+from replicas.models.memory import kv_bytes_per_token, weight_bytes_per_rank
+from replicas.models.weight_units import weight_units
+from tests.support.tiny_models import TINY_NAMES
+
+
+@pytest.mark.parametrize("name", TINY_NAMES)
+@pytest.mark.parametrize(("tp_size", "dtype"), [(1, "float32"), (4, "bfloat16")])
+def test_planned_bytes_are_loaded_bytes(
+    checkpoint: Callable[[str], Path], name: str, tp_size: int, dtype: str
+) -> None:
+    path = checkpoint(name)
+    arch = arch_from_hf(json.loads((path / "config.json").read_text()))
+    planned = weight_bytes_per_rank(arch, tp_size, dtype)
+    for rank in {0, tp_size - 1}:
+        progress: list[tuple[int, int]] = []
+        units = weight_units(arch, rank, tp_size)
+        weights = load_weights(
+            path,
+            units,
+            dtype=dtype,
+            device="cpu",
+            on_progress=lambda done, total, log=progress: log.append((done, total)),
+        )
+        tensors = {t.data_ptr(): t for unit in units for t in weights.acquire(unit.name).values()}
+        assert sum(tensor.nbytes for tensor in tensors.values()) == planned
+        assert progress[-1] == (planned, planned)
+        assert progress == sorted(progress)
+
+
+def test_kv_bytes_count_replicated_heads(checkpoint: Callable[[str], Path]) -> None:
+    path = checkpoint("llama")
+    arch = arch_from_hf(json.loads((path / "config.json").read_text()))
+    assert kv_bytes_per_token(arch, 1, "float32") == 2 * 3 * 2 * 8 * 4
+    assert kv_bytes_per_token(arch, 2, "bfloat16") == 2 * 3 * 1 * 8 * 2
+    assert kv_bytes_per_token(arch, 4, "bfloat16") == 2 * 3 * 1 * 8 * 2
+
+
+def test_impossible_splits_and_dtypes_are_refused(checkpoint: Callable[[str], Path]) -> None:
+    path = checkpoint("llama")
+    arch = arch_from_hf(json.loads((path / "config.json").read_text()))
+    with pytest.raises(ConfigError, match="8 attention heads"):
+        weight_bytes_per_rank(arch, 3, "float32")
+    with pytest.raises(ConfigError, match="int8"):
+        kv_bytes_per_token(arch, 1, "int8")
