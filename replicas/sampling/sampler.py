@@ -1,0 +1,125 @@
+"""Picks one token per row of logits, for any mixture of parameters in one batch.
+
+The sampler has no state: a row's token is a function of its logits, parameters, token history and
+(seed, choice index, position). It works on whole batches; only features that a row uses cost
+anything. A row that cannot be sampled carries its own error and never disturbs the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from replicas.api import TokenLogprob
+from replicas.sampling.filters import draw, filtered_probs
+from replicas.sampling.logprobs import token_logprobs
+from replicas.sampling.params_batch import ParamsBatch
+from replicas.sampling.penalties import apply_penalties
+from replicas.sampling.row_groups import row_groups
+
+NOT_FINITE = "The model produced logits that are not finite (NaN or infinity)."
+NOTHING_LEFT = "Bias, penalties and minimum length of the request exclude every token."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledRow:
+    """What came of one row: a token (with logprob if asked for) or an error."""
+
+    token_id: int = -1
+    logprob: TokenLogprob | None = None
+    error: str = ""
+
+
+class Sampler:
+    """Draws tokens; see the module's docstring."""
+
+    def sample(self, logits_RV: torch.Tensor, batch: ParamsBatch) -> list[SampledRow]:
+        """Pick a token for every row.
+
+        Args:
+            logits_RV: raw logits, fp32; not changed.
+            batch: parameters and token history, in the order of the rows.
+
+        Returns:
+            One entry per row. Greedy rows (temperature 0) get the largest logit, the lowest id
+            among equals; other rows invert their cumulative distribution in vocabulary order.
+        """
+        if not len(batch):
+            return []
+        try:
+            return self._sample_batch(logits_RV, batch)
+        except Exception as error:  # the fault boundary of a request
+            if len(batch) == 1:
+                return [SampledRow(error=f"Sampling failed: {error}")]
+        rows = range(len(batch))
+        return [self.sample(logits_RV[row : row + 1], batch.row(row))[0] for row in rows]
+
+    def _sample_batch(self, logits_RV: torch.Tensor, batch: ParamsBatch) -> list[SampledRow]:
+        changed_RV = apply_penalties(logits_RV, batch)
+        # The maximum shows a NaN, a +inf or a row of nothing but -inf, all in one pass.
+        peak_R = changed_RV.amax(dim=-1)
+        tokens_R = self._pick(changed_RV, peak_R, batch)
+        errors = self._errors(logits_RV, changed_RV, peak_R)
+        logprobs = self._logprobs(logits_RV, tokens_R, batch, errors)
+        return [
+            SampledRow(error=errors[row])
+            if row in errors
+            else SampledRow(token_id=token_id, logprob=logprobs.get(row))
+            for row, token_id in enumerate(tokens_R.tolist())
+        ]
+
+    def _pick(
+        self, changed_RV: torch.Tensor, peak_R: torch.Tensor, batch: ParamsBatch
+    ) -> torch.Tensor:
+        random_rows = batch.where(batch.column("temperature") > 0.0)
+        if len(random_rows) < len(batch):
+            tokens_R = _argmax(changed_RV)
+        else:
+            tokens_R = torch.empty(len(batch), dtype=torch.int64, device=changed_RV.device)
+        for part in row_groups(changed_RV, len(random_rows)):
+            rows = random_rows[part]
+            index = torch.from_numpy(rows).to(changed_RV.device)
+            uniform = torch.from_numpy(batch.uniforms(rows)).to(changed_RV.device)
+            probs_KV = filtered_probs(changed_RV[index], peak_R[index], batch, rows)
+            tokens_R[index] = draw(probs_KV, uniform)
+        return tokens_R
+
+    def _errors(
+        self, logits_RV: torch.Tensor, changed_RV: torch.Tensor, peak_R: torch.Tensor
+    ) -> dict[int, str]:
+        """Row -> reason, for rows without a finite largest logit."""
+        finite_R = peak_R.isfinite()
+        bad_rows = (~finite_R).nonzero().flatten().tolist()
+        if not bad_rows:
+            return {}
+        raw_finite = logits_RV[bad_rows].amax(dim=-1).isfinite().tolist()
+        reasons = [NOTHING_LEFT if finite else NOT_FINITE for finite in raw_finite]
+        return dict(zip(bad_rows, reasons, strict=True))
+
+    def _logprobs(
+        self,
+        logits_RV: torch.Tensor,
+        tokens_R: torch.Tensor,
+        batch: ParamsBatch,
+        errors: dict[int, str],
+    ) -> dict[int, TokenLogprob]:
+        """Row -> logprob, for the rows that ask and have no error."""
+        asked: npt.NDArray[np.bool_] = batch.column("logprobs") >= 0
+        asked[list(errors)] = False
+        rows = batch.where(asked)
+        if not rows.size:
+            return {}
+        index = torch.from_numpy(rows).to(logits_RV.device)
+        scored = token_logprobs(logits_RV[index], tokens_R[index], batch.ints("logprobs", rows))
+        return dict(zip(rows.tolist(), scored, strict=True))
+
+
+def _argmax(logits_RV: torch.Tensor) -> torch.Tensor:
+    """The first largest entry of each row."""
+    if logits_RV.device.type == "cpu":
+        # Same result as torch.argmax (first of equals), about ten times as fast on one core.
+        return torch.from_numpy(logits_RV.numpy().argmax(axis=-1))
+    return logits_RV.argmax(dim=-1)

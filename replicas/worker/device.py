@@ -1,0 +1,121 @@
+"""The one place that asks torch about the machine: devices, threads, memory, dtypes, out-of-memory.
+
+The only user of `torch.cuda`; importable and complete on a machine without CUDA. Which GPU a
+worker may see is decided by its environment before the process starts, so the first visible one
+is always the right one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from cluster.base.errors import ConfigError, DeviceOutOfMemoryError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
+_MEMINFO = Path("/proc/meminfo")
+_CPU_OUT_OF_MEMORY = "can't allocate memory"
+
+
+def open_device(kind: str, num_threads: int) -> torch.device:
+    """Make this process ready to compute on `cpu` or `cuda`.
+
+    Sets the process-wide number of compute threads; at most one device per process.
+
+    Raises:
+        ConfigError: an unknown kind, or no CUDA device is visible to this process.
+    """
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"Unknown device {kind!r}.", "Use cpu or cuda.", param="device")
+    if num_threads > 0:
+        torch.set_num_threads(num_threads)
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "The plan asks for a CUDA device and this process sees none.",
+            "Run on a node with a GPU and a CUDA build of torch, or set device: cpu.",
+            param="device",
+        )
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a plan's dtype name.
+
+    Raises:
+        ConfigError: the name is not one of float32, bfloat16, float16.
+    """
+    dtype = _DTYPES.get(name)
+    if dtype is None:
+        raise ConfigError(f"Unknown dtype {name!r}.", f"Use one of {', '.join(_DTYPES)}.")
+    return dtype
+
+
+def available_memory_bytes(device: torch.device) -> int:
+    """Memory that this process could still allocate on `device`, in bytes.
+
+    On the CPU: the smaller of what the machine and the container limit leave.
+    """
+    if device.type == "cuda":
+        free_bytes, _total_bytes = torch.cuda.mem_get_info(device)
+        return int(free_bytes)
+    limits = [_host_available_bytes()]
+    if _CGROUP_LIMIT.exists() and _CGROUP_USED.exists():
+        limit = _CGROUP_LIMIT.read_text().strip()
+        if limit != "max":
+            limits.append(max(0, int(limit) - int(_CGROUP_USED.read_text())))
+    return min(limits)
+
+
+def allocated_memory_bytes(device: torch.device) -> int:
+    """Bytes this process holds in device tensors; 0 on the CPU, where torch does not count."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done everything it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def out_of_memory_as_error(what: str) -> Iterator[None]:
+    """Turn torch's allocation failures inside the block into `DeviceOutOfMemoryError`.
+
+    Args:
+        what: what was being done, for the message ("allocating the KV cache").
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(what) from error
+    except RuntimeError as error:
+        if _CPU_OUT_OF_MEMORY not in str(error):
+            raise
+        raise _out_of_memory(what) from error
+
+
+def _out_of_memory(what: str) -> DeviceOutOfMemoryError:
+    return DeviceOutOfMemoryError(
+        f"The device ran out of memory while {what}.",
+        "Lower the model's KV memory or its max_step_tokens, or use more ranks.",
+    )
+
+
+def _host_available_bytes() -> int:
+    if _MEMINFO.exists():
+        for line in _MEMINFO.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return int(value.split()[0]) * 1024
+    # Not Linux: all of the memory is the best that can be said without another dependency.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

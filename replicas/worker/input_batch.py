@@ -1,0 +1,120 @@
+"""From rows and a plan to the tensors of one step; vectorised, no Python per token.
+
+Pure: reads the rows and writes nothing. Also says which hidden rows need logits, which is the same
+on every rank, because computing logits is a collective.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cluster.base.errors import InternalError
+from replicas.attention.backend import AttentionMetadata
+from replicas.engine.scheduler_output import SchedulerOutput
+from replicas.models.decoder import ForwardBatch
+from replicas.sampling.ragged import IntArray, ragged_ranges
+from replicas.worker.request_rows import RequestRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInput:
+    """One step, ready for the model. Request arrays have R entries in the order of `plan.keys`."""
+
+    forward: ForwardBatch
+    slots: IntArray
+    query_start: IntArray
+    """R + 1 entries: first packed token of each request, then the end."""
+    seq_lens: IntArray
+    """Context length including this step's tokens; the position a sampled token will have."""
+    sampling: IntArray
+    """Requests (indices into the batch) that want a new token."""
+    scored: PromptScoring
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScoring:
+    """Prompt tokens whose logprobs are wanted; one entry per token, ordered by request."""
+
+    request: IntArray
+    """Index into the batch."""
+    hidden_row: IntArray
+    """Packed row of the token before, whose logits predict this one."""
+    token_id: IntArray
+    num_top: IntArray
+
+
+def build_step_input(
+    plan: SchedulerOutput, rows: RequestRows, block_size: int, device: torch.device
+) -> StepInput:
+    """Tensors of a step with at least one request; `rows` must have the plan applied.
+
+    Raises:
+        InternalError: the plan reaches beyond a row's known tokens or blocks.
+    """
+    slots = rows.slots(plan.keys)
+    scheduled = np.array(plan.num_scheduled_tokens, np.int64)
+    computed = np.array(plan.num_computed_tokens, np.int64)
+    seq_lens = computed + scheduled
+    _check(plan, rows, slots, seq_lens)
+    query_start = np.concatenate((np.zeros(1, np.int64), np.cumsum(scheduled)))
+    owner_T, positions_T = ragged_ranges(computed, scheduled)
+    slot_T = slots[owner_T]
+    block_T = rows.block_tables_SN[slot_T, positions_T // block_size].astype(np.int64)
+    num_columns = int(-(-seq_lens.max() // block_size))
+    attention = AttentionMetadata(
+        query_start=tuple(query_start.tolist()),
+        seq_lens=tuple(seq_lens.tolist()),
+        query_start_R1=torch.from_numpy(query_start).to(device),
+        seq_lens_R=torch.from_numpy(seq_lens).to(device),
+        block_tables_RN=torch.from_numpy(rows.block_tables_SN[slots, :num_columns]).to(device),
+        slot_mapping_T=torch.from_numpy(block_T * block_size + positions_T % block_size).to(device),
+    )
+    token_ids_T = rows.token_ids_SC[slot_T, positions_T].astype(np.int64)
+    return StepInput(
+        forward=ForwardBatch(
+            token_ids_T=torch.from_numpy(token_ids_T).to(device),
+            positions_T=torch.from_numpy(positions_T).to(device),
+            attention=attention,
+        ),
+        slots=slots,
+        query_start=query_start,
+        seq_lens=seq_lens,
+        sampling=np.flatnonzero(np.array(plan.samples, np.bool_)).astype(np.int64),
+        scored=_prompt_scoring(rows, slots, computed, seq_lens, query_start),
+    )
+
+
+def _prompt_scoring(
+    rows: RequestRows,
+    slots: IntArray,
+    computed: IntArray,
+    seq_lens: IntArray,
+    query_start: IntArray,
+) -> PromptScoring:
+    """Prompt positions p in [computed + 1, seq_len] of the requests that want their logprobs."""
+    num_top_R = rows.prompt_logprobs(slots)
+    end = np.minimum(seq_lens, rows.num_prompt_S[slots] - 1)
+    length = np.where(num_top_R >= 0, np.maximum(end - computed, 0), 0)
+    request, position = ragged_ranges(computed + 1, length)
+    return PromptScoring(
+        request=request,
+        hidden_row=query_start[request] + position - 1 - computed[request],
+        token_id=rows.token_ids_SC[slots[request], position].astype(np.int64),
+        num_top=num_top_R[request],
+    )
+
+
+def _check(plan: SchedulerOutput, rows: RequestRows, slots: IntArray, seq_lens: IntArray) -> None:
+    """Reading beyond a row would compute garbage into blocks that others may share."""
+    capacity = rows.num_blocks_S[slots] * rows.block_size
+    wrong = np.flatnonzero((seq_lens > rows.num_tokens_S[slots]) | (seq_lens > capacity))
+    if wrong.size:
+        index = int(wrong[0])
+        raise InternalError(
+            f"Step {plan.step} wants request {plan.keys[index]} computed to {seq_lens[index]} "
+            f"tokens, but its row has {rows.num_tokens_S[slots[index]]} tokens and room for "
+            f"{capacity[index]}."
+        )

@@ -1,0 +1,79 @@
+"""The paged KV cache tensors of one rank: allocation and block copies, nothing about contents.
+
+One tensor (2, N, B, G, P) per layer, keys at index 0 and values at 1. Block numbers mean the same
+block in every layer and on every rank; who may write which block is the scheduler's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from replicas.worker.device import out_of_memory_as_error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvCacheSpec:
+    """Shape of one rank's cache; `num_kv_heads` is local to the rank."""
+
+    num_layers: int
+    num_blocks: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(2, N, B, G, P), one layer."""
+        return (2, self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
+
+
+def allocate_kv_caches(spec: KvCacheSpec, device: torch.device) -> list[torch.Tensor]:
+    """One zeroed cache per layer.
+
+    Zeroed, because a backend may read the unused end of a block and multiply it by zero, which
+    a leftover NaN would survive.
+
+    Raises:
+        DeviceOutOfMemoryError: the device cannot hold it.
+    """
+    with out_of_memory_as_error(f"allocating {spec.num_blocks} KV cache blocks"):
+        return [
+            torch.zeros(spec.shape, dtype=spec.dtype, device=device) for _ in range(spec.num_layers)
+        ]
+
+
+def copy_blocks(kv_caches: Sequence[torch.Tensor], block_copies: Sequence[tuple[int, int]]) -> None:
+    """Copy (source, target) blocks in all layers, as if one after another in the order given.
+
+    Args:
+        kv_caches: (2, N, B, G, P) per layer; written in place.
+    """
+    for run in _independent_runs(block_copies):
+        device = kv_caches[0].device
+        sources = torch.tensor([source for source, _ in run], device=device)
+        targets = torch.tensor([target for _, target in run], device=device)
+        for cache_2NBGP in kv_caches:
+            cache_2NBGP[:, targets] = cache_2NBGP[:, sources]
+
+
+def _independent_runs(
+    block_copies: Sequence[tuple[int, int]],
+) -> Iterator[list[tuple[int, int]]]:
+    """Split copies into runs that may be done at once: nothing is read or written after a write.
+
+    A run gathers all sources before it writes, so overwriting an earlier source is harmless.
+    """
+    run: list[tuple[int, int]] = []
+    written: set[int] = set()
+    for source, target in block_copies:
+        if source in written or target in written:
+            yield run
+            run, written = [], set()
+        run.append((source, target))
+        written.add(target)
+    if run:
+        yield run

@@ -1,0 +1,201 @@
+"""Runs one step of one rank: rows, inputs, forward pass, logits, tokens. Nothing else.
+
+Charter. The runner owns the rank's rows, KV tensors and pooling sums and calls the model. It
+decides nothing about scheduling, holds no text, opens no sockets, knows no Ray and no family of
+models; features go into the part that owns them (`sampling/`, `input_batch`, `pooling`, ...), not
+in here. Keep this file under 300 lines.
+
+Invariants: every rank makes the same collective calls in the same order for the same plan, so
+what a step computes may depend on plan and rows only, never on results; only the output rank
+samples. A fault of one request ends that request; a fault of the step leaves by exception.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
+from replicas.layers.weights import WeightProvider
+from replicas.models.decoder import DecoderModel
+from replicas.sampling.logprobs import token_logprobs
+from replicas.sampling.sampler import NOT_FINITE, Sampler
+from replicas.worker.device import out_of_memory_as_error
+from replicas.worker.input_batch import StepInput, build_step_input
+from replicas.worker.kv_tensors import copy_blocks
+from replicas.worker.pooling import PoolingStates
+from replicas.worker.request_rows import RequestRows
+from replicas.worker.step_answers import StepAnswers
+
+# Logits of a long prompt would not fit (4k tokens of a 150k vocabulary are 2.4 GB in fp32).
+_SCORED_ROWS_AT_ONCE = 256
+
+
+class ModelRunner:
+    """Executes plans on one rank.
+
+    Args:
+        model: this rank's share of the model.
+        weights: where the model's weights come from.
+        kv_caches: (2, N, B, G, P) per layer; written by every step.
+        block_size: B.
+        max_context: most tokens a request may hold.
+        is_output_rank: whether this rank samples and answers.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(  # noqa: PLR0913 - where a rank is put together
+        self,
+        model: DecoderModel,
+        weights: WeightProvider,
+        kv_caches: Sequence[torch.Tensor],
+        *,
+        block_size: int,
+        max_context: int,
+        is_output_rank: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self._model = model
+        self._weights = weights
+        self._kv_caches = kv_caches
+        self._device = kv_caches[0].device
+        self._block_size = block_size
+        self._is_output_rank = is_output_rank
+        self._clock = clock
+        self._sampler = Sampler()
+        self._pooling = PoolingStates()
+        self._rows = RequestRows(
+            vocab_size=model.arch.vocab_size, max_context=max_context, block_size=block_size
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Live requests on this rank."""
+        return len(self._rows)
+
+    @torch.inference_mode()
+    def execute(self, plan: SchedulerOutput) -> StepOutput:
+        """Run one step; plans come in the order the scheduler made them.
+
+        On a device the time of the forward pass shows up where the host first waits for it,
+        which is under `sample`.
+
+        Returns:
+            Results on the output rank; on other ranks an output without results.
+
+        Raises:
+            InternalError: the plan contradicts what this rank knows.
+            DeviceOutOfMemoryError: the device ran out of memory.
+            CollectiveTimeoutError, WorkerDiedError: a peer is late or gone.
+        """
+        started_s = self._clock()
+        self._apply(plan)
+        if not plan.keys:
+            return StepOutput(step=plan.step, duration_s=self._clock() - started_s)
+        inputs = build_step_input(plan, self._rows, self._block_size, self._device)
+        built_s = self._clock()
+        with out_of_memory_as_error("running a step"):
+            hidden_TD = self._model.forward(inputs.forward, self._weights, self._kv_caches)
+            computed_s = self._clock()
+            answers = self._answer(plan, inputs, hidden_TD)
+        ended_s = self._clock()
+        return StepOutput(
+            step=plan.step,
+            results=answers.results(),
+            duration_s=ended_s - started_s,
+            timings_s={
+                "input_build": built_s - started_s,
+                "forward": computed_s - built_s,
+                "sample": ended_s - computed_s,
+            },
+        )
+
+    def _apply(self, plan: SchedulerOutput) -> None:
+        for key in plan.finished_keys:
+            self._pooling.forget(key)
+        self._rows.apply(plan)
+        if plan.block_copies:
+            copy_blocks(self._kv_caches, plan.block_copies)
+
+    def _answer(
+        self, plan: SchedulerOutput, inputs: StepInput, hidden_TD: torch.Tensor
+    ) -> StepAnswers:
+        answers = StepAnswers()
+        if self._is_output_rank and self._rows.has_errors:
+            for key in plan.keys:
+                if error := self._rows.error_of(key):
+                    answers.fail(key, error)
+        self._score_prompts(plan, inputs, hidden_TD, answers)
+        self._sample(plan, inputs, hidden_TD, answers)
+        if self._is_output_rank and self._rows.pooling:
+            self._pool(plan, inputs, hidden_TD, answers)
+        return answers
+
+    def _sample(
+        self,
+        plan: SchedulerOutput,
+        inputs: StepInput,
+        hidden_TD: torch.Tensor,
+        answers: StepAnswers,
+    ) -> None:
+        sampling = inputs.sampling
+        if not sampling.size:
+            return
+        last_rows = torch.from_numpy(inputs.query_start[sampling + 1] - 1).to(self._device)
+        logits_RV = self._model.logits(hidden_TD[last_rows], self._weights)
+        if not self._is_output_rank:
+            return
+        batch = self._rows.sampling_batch(inputs.slots[sampling], inputs.seq_lens[sampling])
+        sampled = self._sampler.sample(logits_RV, batch)
+        for index, row in zip(sampling.tolist(), sampled, strict=True):
+            answers.add_sampled(plan.keys[index], row)
+
+    def _score_prompts(
+        self,
+        plan: SchedulerOutput,
+        inputs: StepInput,
+        hidden_TD: torch.Tensor,
+        answers: StepAnswers,
+    ) -> None:
+        scored = inputs.scored
+        for part in _slices(len(scored.hidden_row), _SCORED_ROWS_AT_ONCE):
+            hidden_rows = torch.from_numpy(scored.hidden_row[part]).to(self._device)
+            logits_RV = self._model.logits(hidden_TD[hidden_rows], self._weights)
+            if not self._is_output_rank:
+                continue
+            token_ids = torch.from_numpy(scored.token_id[part]).to(self._device)
+            logprobs = token_logprobs(logits_RV, token_ids, scored.num_top[part])
+            for index, logprob in zip(scored.request[part].tolist(), logprobs, strict=True):
+                key = plan.keys[index]
+                if math.isnan(logprob.logprob):
+                    answers.fail(key, NOT_FINITE)
+                else:
+                    answers.add_prompt_logprob(key, logprob)
+
+    def _pool(
+        self,
+        plan: SchedulerOutput,
+        inputs: StepInput,
+        hidden_TD: torch.Tensor,
+        answers: StepAnswers,
+    ) -> None:
+        for index, key in enumerate(plan.keys):
+            pooling = self._rows.pooling.get(key)
+            if pooling is None:
+                continue
+            start, stop = inputs.query_start[index : index + 2].tolist()
+            pooled = self._pooling.add(
+                key,
+                pooling,
+                hidden_TD[start:stop],
+                num_computed_tokens=plan.num_computed_tokens[index],
+                num_prompt_tokens=int(self._rows.num_prompt_S[inputs.slots[index]]),
+            )
+            if pooled is not None:
+                answers.add_pooled(key, pooled)
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))

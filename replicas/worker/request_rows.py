@@ -1,0 +1,201 @@
+"""A rank's memory of its live requests: one row slot each, kept up to date by step diffs.
+
+Owns token ids, block tables, lengths and sampling parameters by slot; every rank holds the same
+rows. It never decides anything: a diff that contradicts the rows is an `InternalError`, because
+scheduler and worker then disagree about what is in the KV cache. Invariant: block table entries
+beyond a row's own blocks are 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.base.errors import InternalError
+from replicas.api import Pooling, SamplingParams
+from replicas.engine.scheduler_output import NewRequest, SchedulerOutput
+from replicas.sampling.params_batch import ParamsBatch, ParamsTable
+from replicas.sampling.ragged import IntArray
+
+IntT = TypeVar("IntT", bound=np.signedinteger)
+
+_FIRST_SLOTS = 16
+_FIRST_TOKENS = 256
+
+
+class RequestRows:
+    """All live rows; S slots, C token columns, N block columns, grown by doubling.
+
+    Args:
+        vocab_size: token ids at or above it make a row faulty, see `error_of`.
+        max_context: most tokens a request may ever hold.
+        block_size: tokens per KV block.
+    """
+
+    def __init__(self, *, vocab_size: int, max_context: int, block_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._max_context = max_context
+        self.block_size = block_size
+        self._slot_of: dict[int, int] = {}
+        self._free_slots = list(range(_FIRST_SLOTS))[::-1]
+        self._errors: dict[int, str] = {}
+        self._pooling: dict[int, Pooling] = {}
+        self._params = ParamsTable(_FIRST_SLOTS)
+        num_tokens = min(max_context, _FIRST_TOKENS)
+        self.token_ids_SC = np.zeros((_FIRST_SLOTS, num_tokens), np.int32)
+        self.block_tables_SN = np.zeros((_FIRST_SLOTS, -(-num_tokens // block_size)), np.int32)
+        self.num_prompt_S = np.zeros(_FIRST_SLOTS, np.int64)
+        self.num_tokens_S = np.zeros(_FIRST_SLOTS, np.int64)
+        self.num_blocks_S = np.zeros(_FIRST_SLOTS, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._slot_of)
+
+    def apply(self, plan: SchedulerOutput) -> None:
+        """Bring the rows to the state the step starts from.
+
+        Raises:
+            InternalError: the plan does not fit the rows.
+        """
+        for key in plan.finished_keys:
+            self._remove(key)
+        for request in plan.new_requests:
+            self._add(request)
+        columns = zip(plan.keys, plan.new_token_ids, plan.new_block_ids, strict=True)
+        for key, token_ids, block_ids in columns:
+            if token_ids:
+                self._append_tokens(self._slot(key), token_ids)
+            if block_ids:
+                self._append_blocks(self._slot(key), block_ids)
+        for key, index, block_id in plan.replaced_blocks:
+            slot = self._slot(key)
+            if not 0 <= index < self.num_blocks_S[slot]:
+                raise InternalError(f"Request {key} has no block at index {index} to replace.")
+            self.block_tables_SN[slot, index] = block_id
+
+    def slots(self, keys: Sequence[int]) -> IntArray:
+        """Slots of the given requests, in order.
+
+        Raises:
+            InternalError: a key has no row.
+        """
+        return np.fromiter((self._slot(key) for key in keys), np.int64, len(keys))
+
+    def error_of(self, key: int) -> str:
+        """Why this request must fail although its row exists; empty when it is sound."""
+        return self._errors.get(key, "")
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether any live row is faulty."""
+        return bool(self._errors)
+
+    @property
+    def pooling(self) -> dict[int, Pooling]:
+        """Key -> pooling, for live embedding requests."""
+        return self._pooling
+
+    def prompt_logprobs(self, slots_R: IntArray) -> IntArray:
+        """Alternatives wanted per prompt position; -1 where prompt logprobs are off."""
+        return self._params.prompt_logprobs(slots_R)
+
+    def sampling_batch(self, slots_R: IntArray, num_tokens_R: IntArray) -> ParamsBatch:
+        """What the sampler needs to know about rows whose next token stands at `num_tokens_R`."""
+        return self._params.gather(
+            slots_R,
+            num_prompt_R=self.num_prompt_S[slots_R],
+            num_tokens_R=num_tokens_R,
+            token_ids_SC=self.token_ids_SC,
+        )
+
+    def _slot(self, key: int) -> int:
+        slot = self._slot_of.get(key)
+        if slot is None:
+            raise InternalError(f"The plan names request {key}, which has no row.")
+        return slot
+
+    def _add(self, request: NewRequest) -> None:
+        if request.key in self._slot_of:
+            raise InternalError(f"Request {request.key} is announced as new and has a row already.")
+        if not self._free_slots:
+            self._grow_slots()
+        slot = self._free_slots.pop()
+        self._slot_of[request.key] = slot
+        self.num_prompt_S[slot] = request.num_prompt_tokens
+        error = self._fault(request)
+        params = request.params
+        if error:
+            # The row takes part in the step all the same (its blocks are scheduled), as a
+            # harmless stand-in: its tokens become 0 where they are out of range.
+            self._errors[request.key] = error
+            params = SamplingParams(temperature=0.0)
+        ending_ids = (*request.eos_token_ids, *params.stop_token_ids)
+        ending_ids = tuple(t for t in dict.fromkeys(ending_ids) if 0 <= t < self._vocab_size)
+        self._params.put(slot, params, request.choice_index, ending_ids)
+        if request.pooling is not None:
+            self._pooling[request.key] = request.pooling
+        self._append_tokens(slot, request.token_ids)
+
+    def _fault(self, request: NewRequest) -> str:
+        """Token ids are range-checked at the front; here they would reach memory."""
+        biased = (token_id for token_id, _ in request.params.logit_bias)
+        for name, token_ids in (("token_ids", request.token_ids), ("logit_bias", biased)):
+            bad = next((t for t in token_ids if not 0 <= t < self._vocab_size), None)
+            if bad is not None:
+                return f"{name}: token id {bad} is outside the vocabulary of {self._vocab_size}."
+        return ""
+
+    def _remove(self, key: int) -> None:
+        # A request that was aborted before its first step never had a row.
+        slot = self._slot_of.pop(key, None)
+        if slot is None:
+            return
+        self._errors.pop(key, None)
+        self._pooling.pop(key, None)
+        self._params.clear(slot)
+        self.block_tables_SN[slot, : self.num_blocks_S[slot]] = 0
+        self.num_tokens_S[slot] = self.num_prompt_S[slot] = self.num_blocks_S[slot] = 0
+        self._free_slots.append(slot)
+
+    def _append_tokens(self, slot: int, token_ids: Sequence[int]) -> None:
+        start = int(self.num_tokens_S[slot])
+        stop = start + len(token_ids)
+        if stop > self._max_context:
+            raise InternalError(f"A request of {stop} tokens exceeds {self._max_context}.")
+        if stop > self.token_ids_SC.shape[1]:
+            width = min(self._max_context, max(stop, 2 * self.token_ids_SC.shape[1]))
+            self.token_ids_SC = _grown(self.token_ids_SC, (len(self.token_ids_SC), width))
+        tokens = np.array(token_ids, np.int64)
+        tokens[(tokens < 0) | (tokens >= self._vocab_size)] = 0
+        self.token_ids_SC[slot, start:stop] = tokens
+        self.num_tokens_S[slot] = stop
+
+    def _append_blocks(self, slot: int, block_ids: Sequence[int]) -> None:
+        start = int(self.num_blocks_S[slot])
+        stop = start + len(block_ids)
+        if stop > self.block_tables_SN.shape[1]:
+            width = max(stop, 2 * self.block_tables_SN.shape[1])
+            self.block_tables_SN = _grown(self.block_tables_SN, (len(self.block_tables_SN), width))
+        self.block_tables_SN[slot, start:stop] = block_ids
+        self.num_blocks_S[slot] = stop
+
+    def _grow_slots(self) -> None:
+        old = len(self.num_tokens_S)
+        new = 2 * old
+        self.token_ids_SC = _grown(self.token_ids_SC, (new, self.token_ids_SC.shape[1]))
+        self.block_tables_SN = _grown(self.block_tables_SN, (new, self.block_tables_SN.shape[1]))
+        self.num_prompt_S = _grown(self.num_prompt_S, (new,))
+        self.num_tokens_S = _grown(self.num_tokens_S, (new,))
+        self.num_blocks_S = _grown(self.num_blocks_S, (new,))
+        self._params.grow(new)
+        self._free_slots = list(range(old, new))[::-1]
+
+
+def _grown(array: npt.NDArray[IntT], shape: tuple[int, ...]) -> npt.NDArray[IntT]:
+    """A zero-extended copy; `shape` is at least as large in every dim."""
+    grown = np.zeros(shape, array.dtype)
+    grown[tuple(slice(0, size) for size in array.shape)] = array
+    return grown

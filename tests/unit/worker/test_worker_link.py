@@ -1,0 +1,171 @@
+"""The step channel over real sockets: order, big frames, death, faults, impostors, deadlines."""
+
+import threading
+import time
+
+import pytest
+
+from cluster.base.errors import (
+    CollectiveTimeoutError,
+    CorruptWeightsError,
+    InternalError,
+    WorkerDiedError,
+)
+from replicas.api import Pooling, SamplingParams, TokenLogprob
+from replicas.engine.scheduler_output import (
+    NewRequest,
+    RequestResult,
+    SchedulerOutput,
+    StepOutput,
+)
+from replicas.worker import wire
+from replicas.worker.link_executor import LinkExecutor
+from replicas.worker.worker_link import LeaderLink, LinkListener, WorkerLink
+
+PLAN = SchedulerOutput(
+    step=7,
+    new_requests=(
+        NewRequest(
+            key=3,
+            token_ids=(1, 2, 3),
+            num_prompt_tokens=2,
+            params=SamplingParams(logit_bias=((5, -1.5),), seed=-(2**62), logprobs=2),
+            pooling=Pooling.MEAN,
+            eos_token_ids=(0,),
+        ),
+    ),
+    keys=(3, 4),
+    num_scheduled_tokens=(3, 1),
+    num_computed_tokens=(0, 17),
+    new_token_ids=((), (9,)),
+    new_block_ids=((0, 1), ()),
+    replaced_blocks=((4, 1, 8),),
+    block_copies=((2, 8),),
+    samples=(True, False),
+    finished_keys=(1,),
+)
+RESULT = StepOutput(
+    step=7,
+    results=(
+        RequestResult(
+            key=3,
+            token_id=11,
+            logprob=TokenLogprob(token_id=11, logprob=-0.25, rank=1, top=((11, -0.25), (4, -2.0))),
+            embedding=(0.5, -1.0),
+        ),
+    ),
+    duration_s=0.25,
+    timings_s={"forward": 0.2},
+)
+
+
+def open_links(size: int, host: str | None = None) -> tuple[LeaderLink, list[WorkerLink]]:
+    listener = LinkListener(size=size, epoch="e1", secret="s", host=host)
+    links: list[WorkerLink] = []
+
+    def join() -> None:
+        for rank in reversed(range(size)):  # ranks may come in any order
+            links.insert(
+                0,
+                WorkerLink.connect(
+                    listener.address, rank=rank, epoch="e1", secret="s", timeout_s=5.0
+                ),
+            )
+
+    thread = threading.Thread(target=join)
+    thread.start()
+    leader = listener.accept_all(timeout_s=5.0)
+    thread.join()
+    listener.close()
+    return leader, links
+
+
+def test_codec_round_trip():
+    assert wire.decode_plan(wire.encode(PLAN)) == PLAN
+    assert wire.decode_result(wire.encode(RESULT)) == RESULT
+
+
+@pytest.mark.parametrize("payload", [b"", b"\xc1", wire.encode(RESULT)[:-3], b"\x93\x01\x02\x03"])
+def test_codec_refuses_other_bytes(payload):
+    with pytest.raises(InternalError, match="could not be read"):
+        wire.decode_plan(payload)
+
+
+@pytest.mark.parametrize("host", [None, "127.0.0.1"])
+def test_plans_reach_every_rank_in_order_and_rank_0_answers(host):
+    leader, workers = open_links(3, host)
+    executor = LinkExecutor(leader)
+    executor.submit(PLAN)
+    for worker in workers:
+        assert wire.decode_plan(worker.receive_plan()) == PLAN
+    workers[0].send_result(wire.encode(RESULT))
+    assert executor.collect(timeout_s=5.0) == RESULT
+    executor.close()
+    assert all(worker.receive_plan() is None for worker in workers)
+
+
+def test_a_frame_larger_than_any_socket_buffer_arrives_whole():
+    leader, (worker,) = open_links(1)
+    payload = bytes(range(256)) * 40_000
+    received: list[bytes] = []
+    thread = threading.Thread(target=lambda: received.append(bytes(worker.receive_plan())))
+    thread.start()
+    leader.send_plan(payload, timeout_s=5.0)
+    thread.join(5.0)
+    assert received == [payload]
+
+
+def test_death_of_a_silent_rank_is_seen_at_once_and_named():
+    leader, workers = open_links(3)
+    leader.send_plan(b"x", timeout_s=1.0)
+    threading.Timer(0.1, workers[2].close).start()
+    started_s = time.monotonic()
+    with pytest.raises(WorkerDiedError, match="rank 2 of 3"):
+        leader.receive_result(timeout_s=30.0)
+    assert time.monotonic() - started_s < 5.0
+
+
+def test_a_rank_that_hangs_is_a_timeout():
+    leader, _workers = open_links(2)
+    with pytest.raises(CollectiveTimeoutError, match=r"within 0\.2 s"):
+        leader.receive_result(timeout_s=0.2)
+
+
+def test_the_root_cause_of_a_rank_reaches_the_leader():
+    leader, workers = open_links(2)
+    workers[1].send_fault(CorruptWeightsError("tensor x is NaN", "fetch it again").to_dict())
+    workers[1].close()
+    workers[0].send_result(wire.encode(RESULT))
+    with pytest.raises(CorruptWeightsError, match="rank 1: tensor x is NaN") as caught:
+        leader.receive_result(timeout_s=5.0)
+    assert caught.value.remedy == "fetch it again"
+
+
+def test_sending_to_a_dead_rank_tells_its_last_words():
+    leader, (worker,) = open_links(1)
+    worker.send_fault(CorruptWeightsError("bad file").to_dict())
+    worker.close()
+    with pytest.raises((CorruptWeightsError, WorkerDiedError)):
+        for _ in range(50):
+            leader.send_plan(b"x" * 100_000, timeout_s=1.0)
+
+
+def test_an_answer_to_another_step_is_refused():
+    leader, (worker,) = open_links(1)
+    executor = LinkExecutor(leader)
+    executor.submit(SchedulerOutput(step=8))
+    worker.send_result(wire.encode(RESULT))
+    with pytest.raises(InternalError, match="step 7 instead of 8"):
+        executor.collect(timeout_s=5.0)
+
+
+@pytest.mark.parametrize(("epoch", "secret"), [("e1", "wrong"), ("e0", "s")])
+def test_strangers_and_late_ranks_of_another_epoch_are_dropped(epoch, secret):
+    listener = LinkListener(size=1, epoch="e1", secret="s", host="127.0.0.1")
+    stranger = WorkerLink.connect(
+        listener.address, rank=0, epoch=epoch, secret=secret, timeout_s=5.0
+    )
+    with pytest.raises(CollectiveTimeoutError, match=r"ranks \[0\] did not connect"):
+        listener.accept_all(timeout_s=0.5)
+    assert stranger.receive_plan() is None
+    listener.close()
