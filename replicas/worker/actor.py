@@ -1,0 +1,58 @@
+"""Ray shell of one worker rank: an actor whose `run` call stays parked for the rank's life.
+
+Only set-up passes through Ray; steps come over the link. `run` blocks in one thread, so the actor
+has more than one: `progress` answers while weights load and while steps run. The leader imports
+this class to create the actors, and a leader stays free of torch: so the rank's own code
+is imported where it runs, when the actor is constructed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from cluster.base.plan import from_json
+from replicas.worker.plan import WorkerPlan
+
+if TYPE_CHECKING:
+    from replicas.worker.worker import Worker
+
+
+class WorkerActor:
+    """One tensor-parallel rank."""
+
+    def __init__(self) -> None:
+        self._rank_code = importlib.import_module("replicas.worker.worker")
+        self._worker: Worker | None = None
+        self._progress: tuple[str, float] = ("starting", 0.0)
+
+    def load(self, plan: dict[str, Any]) -> dict[str, Any]:
+        """Join the group, load this rank's weights, allocate its cache, connect to the leader.
+
+        Returns:
+            pid, node, device and the start-up ledger in seconds.
+        """
+        worker: Worker = self._rank_code.Worker(from_json(WorkerPlan, plan), self._report)
+        self._worker = worker
+        return {
+            "pid": os.getpid(),
+            "node": ray.get_runtime_context().get_node_id(),
+            "device": worker.device,
+            "startup_s": worker.startup_s,
+        }
+
+    def run(self) -> None:
+        """Serve steps until the leader says stop; the parked call whose end means death."""
+        if self._worker is None:
+            raise RuntimeError("load() comes before run()")
+        self._worker.run()
+
+    def progress(self) -> tuple[str, float]:
+        """What the rank is doing, and how far it is (0..1)."""
+        return self._progress
+
+    def _report(self, phase: str, fraction: float) -> None:
+        self._progress = (phase, fraction)

@@ -1,0 +1,79 @@
+"""Codec of the leader-worker link: plans and results as typed MessagePack, never pickle.
+
+Encoders and decoders are made once per process and are bound to the exact dataclasses of the step
+contract, so malformed bytes raise here and nowhere deeper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from cluster.base.errors import InternalError
+from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """First frame of a worker; proves that it belongs to this leader's epoch."""
+
+    rank: int
+    epoch: str
+    secret: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """A worker's last words: `PenstockError.to_dict()` of the root cause."""
+
+    rank: int
+    error: dict[str, str | None]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_plan_decoder = msgspec.msgpack.Decoder(SchedulerOutput)
+_result_decoder = msgspec.msgpack.Decoder(StepOutput)
+_hello_decoder = msgspec.msgpack.Decoder(Hello)
+_fault_decoder = msgspec.msgpack.Decoder(Fault)
+
+
+def encode(value: SchedulerOutput | StepOutput | Hello | Fault) -> bytes:
+    """Bytes of one link message."""
+    return _encoder.encode(value)
+
+
+def decode_plan(payload: bytes | bytearray | memoryview) -> SchedulerOutput:
+    """Inverse of `encode` for a plan.
+
+    Raises:
+        InternalError: the bytes are not a plan.
+    """
+    try:
+        return _plan_decoder.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise InternalError(f"A step plan could not be read: {error}.") from error
+
+
+def decode_result(payload: bytes | bytearray | memoryview) -> StepOutput:
+    """Inverse of `encode` for a result; raises InternalError on bad bytes."""
+    try:
+        return _result_decoder.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise InternalError(f"A step result could not be read: {error}.") from error
+
+
+def decode_hello(payload: bytes | bytearray | memoryview) -> Hello:
+    """Inverse of `encode` for a hello; raises InternalError on bad bytes."""
+    try:
+        return _hello_decoder.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise InternalError(f"A worker's hello could not be read: {error}.") from error
+
+
+def decode_fault(payload: bytes | bytearray | memoryview) -> Fault:
+    """Inverse of `encode` for a fault; raises InternalError on bad bytes."""
+    try:
+        return _fault_decoder.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise InternalError(f"A worker's fault report could not be read: {error}.") from error
