@@ -1,0 +1,74 @@
+"""`penstock status`: replicas, ranks, load and memory blocks of a running cluster."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from rich.table import Table
+
+from cluster.cli.console import console
+from cluster.control.target import grpc_target
+from router.client import PenstockClient
+
+_SHORT_ID = 8
+_COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "failed": "red"}
+
+
+@click.command()
+@click.argument("cluster", required=False)
+@click.option("--address", metavar="HOST:PORT", help="A gateway's gRPC address.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (proto StatusResponse).")
+@click.option("--timeout", default=10.0, show_default=True, help="Seconds to wait for an answer.")
+def status(cluster: str | None, address: str | None, as_json: bool, timeout: float) -> None:
+    """Show what runs: CLUSTER on this machine, or whatever answers at --address."""
+    with PenstockClient(grpc_target(address, cluster)) as client:
+        answer = client.status(deadline_s=timeout)
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    console.print(_models(answer))
+    console.print(_replicas(answer))
+    console.print(
+        f"gateway pid {answer['gateway_pid']}, {answer['active_requests']} active request(s), "
+        f"dashboard {answer['dashboard_url'] or 'none'}",
+        highlight=False,
+    )
+
+
+def _models(answer: dict[str, Any]) -> Table:
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for heading in ("MODEL", "FAMILY", "ENGINE", "READY", "CONTEXT"):
+        table.add_column(heading)
+    for model in answer["models"]:
+        ready = f"{model['ready_replicas']}/{model['replicas']}"
+        colour = "green" if model["ready_replicas"] >= model["replicas"] else "yellow"
+        table.add_row(
+            model["name"],
+            model["family"],
+            model["engine"],
+            f"[{colour}]{ready}[/]",
+            str(model["max_context"]),
+        )
+    return table
+
+
+def _replicas(answer: dict[str, Any]) -> Table:
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for heading in ("REPLICA", "MODEL", "STATE", "RUN", "WAIT", "KV FREE", "LEADER", "RANKS (PID)"):
+        table.add_column(heading)
+    for replica in answer["replicas"]:
+        state = replica["state"]
+        ranks = ", ".join(f"{worker['rank']} ({worker['pid']})" for worker in replica["workers"])
+        table.add_row(
+            replica["replica_id"][:_SHORT_ID],
+            replica["model"],
+            f"[{_COLOURS.get(state, 'white')}]{state}[/]",
+            str(replica["num_running"]),
+            str(replica["num_waiting"]),
+            f"{replica['kv_blocks_free']}/{replica['kv_blocks_total']}",
+            str(replica["pid"]),
+            ranks or replica["detail"],
+        )
+    return table

@@ -1,0 +1,71 @@
+"""Plan -> Ray Serve applications: one per model, one for the gateway.
+
+Every replica of a model owns a placement group: bundle 0 for the leader, then one bundle per rank,
+packed strictly on one node so that tensor-parallel ranks share it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve.api import RunTarget
+
+from cluster.base import names
+from cluster.base.plan import ClusterPlan, ModelPlan, to_json
+from replicas.leader.actor import LeaderReplica
+from router.app import GatewayReplica
+
+# Health is judged by step progress inside the leader, which ends itself; Serve's check is the net
+# under it, so its period may be short without being the detector.
+_HEALTH_PERIOD_S = 1.0
+_HEALTH_TIMEOUT_S = 10.0
+_DRAIN_S = 5.0
+
+
+def engine_target(cluster: str, model: ModelPlan, host: str) -> RunTarget:
+    """The Serve application of one model; its leaders and ranks listen on `host`.
+
+    An empty `host` stands for each node's own address, for clusters of several nodes.
+    """
+    rank_bundle: dict[str, float] = {"CPU": model.cpus_per_rank}
+    if model.gpus_per_rank:
+        rank_bundle["GPU"] = model.gpus_per_rank
+    deployment: Any = serve.deployment(
+        LeaderReplica,
+        name="leader",
+        num_replicas=model.replicas,
+        ray_actor_options={"num_cpus": model.leader_cpus},
+        placement_group_bundles=[{"CPU": model.leader_cpus}, *([rank_bundle] * model.tp_size)],
+        placement_group_strategy="STRICT_PACK",
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=_DRAIN_S,
+        graceful_shutdown_wait_loop_s=0.2,
+        max_constructor_retry_count=3,
+    )
+    return RunTarget(
+        target=deployment.bind(to_json(model), cluster, host),
+        name=names.engine_app(cluster, model.name),
+        route_prefix=None,
+    )
+
+
+def gateway_target(plan: ClusterPlan, dashboard_url: str) -> RunTarget:
+    """The Serve application of the gateway."""
+    deployment: Any = serve.deployment(
+        GatewayReplica,
+        name="gateway",
+        num_replicas=plan.gateway.replicas,
+        ray_actor_options={"num_cpus": plan.gateway.cpus},
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=_DRAIN_S,
+        graceful_shutdown_wait_loop_s=0.2,
+        max_constructor_retry_count=3,
+    )
+    return RunTarget(
+        target=deployment.bind(to_json(plan), dashboard_url),
+        name=names.gateway_app(plan.name),
+        route_prefix=None,
+    )

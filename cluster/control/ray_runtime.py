@@ -1,0 +1,110 @@
+"""The Ray runtime under a cluster: started here and owned, or joined and left as found.
+
+A runtime that we start belongs to this process: it listens for nobody else, and ends with
+`leave()`. Ray's token authentication stays as Ray (or the user's RAY_AUTH_MODE) sets it: on.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._private.worker import BaseContext
+
+from cluster.base import env
+from cluster.base.errors import ConfigError, UnavailableError
+from cluster.base.names import NAMESPACE
+
+_OBJECT_STORE_BYTES = 100 * 1024 * 1024
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayRuntime:
+    """A connected Ray runtime."""
+
+    address: str
+    dashboard_url: str
+    session_dir: str
+    owned: bool
+    token_auth: bool
+    """Whether the dashboard asks for Ray's token."""
+
+
+def start_local(*, dashboard_port: int, num_cpus: int | None = None) -> RayRuntime:
+    """Start a one-node runtime on this machine and connect to it.
+
+    Our data never goes through Ray's object store, so it is kept small.
+
+    Raises:
+        UnavailableError: Ray did not start; carries Ray's reason.
+    """
+    env.set_ray_defaults()
+    _quieten()
+    try:
+        context = ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=True,
+            dashboard_host=_LOOPBACK,
+            dashboard_port=dashboard_port,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            namespace=NAMESPACE,
+            configure_logging=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    except (RuntimeError, ConnectionError, OSError, ValueError, TimeoutError) as error:
+        raise UnavailableError(
+            f"Ray did not start on this machine: {error}.",
+            "See the newest session under /tmp/ray for its logs.",
+        ) from error
+    return _runtime(context, owned=True)
+
+
+def join(address: str) -> RayRuntime:
+    """Connect to a running Ray cluster ("auto" finds this machine's).
+
+    Raises:
+        ConfigError: nothing answers at `address`, or it refuses our token.
+    """
+    _quieten()
+    try:
+        context = ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            configure_logging=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    except (RuntimeError, ConnectionError, OSError, ValueError, TimeoutError) as error:
+        raise ConfigError(
+            f"Cannot join the Ray cluster at {address!r}: {error}.",
+            "Start it with `ray start --head`, or leave --address out to start one here.",
+            param="--address",
+        ) from error
+    return _runtime(context, owned=False)
+
+
+def leave() -> None:
+    """Disconnect; a runtime that `start_local` made ends here, with all its processes."""
+    ray.shutdown()
+
+
+def _runtime(context: BaseContext, *, owned: bool) -> RayRuntime:
+    info: dict[str, Any] = context.address_info  # type: ignore[attr-defined]
+    return RayRuntime(
+        address=info["gcs_address"],
+        dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else "",
+        session_dir=info["session_dir"],
+        owned=owned,
+        token_auth=env.ray_token_auth(),
+    )
+
+
+def _quieten() -> None:
+    """Keep Ray's own narration off the terminal; its warnings stay."""
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)

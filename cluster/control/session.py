@@ -1,0 +1,130 @@
+"""A foreground cluster session: up, on record, until a signal, down.
+
+This is `penstock up` without its display: it ties runtime, run and record together so that every
+way out (ready and signalled, failed, interrupted while starting) takes everything down again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from cluster.base.errors import CancelledError
+from cluster.base.plan import ClusterPlan
+from cluster.control import ray_runtime, run_state
+from cluster.control.lifecycle import ClusterRun, Snapshot, check_ports
+from cluster.control.ray_runtime import RayRuntime
+from cluster.control.run_state import RunState
+
+
+class ClusterSession:
+    """Runs one plan from this process.
+
+    Args:
+        plan: what to run.
+        joined: the Ray runtime to deploy on; None starts one here and ends it afterwards.
+        timeout_s: how long start-up may take.
+    """
+
+    def __init__(self, plan: ClusterPlan, *, joined: RayRuntime | None, timeout_s: float) -> None:
+        self._plan = plan
+        self._joined = joined
+        self._timeout_s = timeout_s
+        self._stop = threading.Event()
+        self.phases_s: dict[str, float] = {}
+        """Start-up ledger: seconds of each phase."""
+
+    def request_stop(self) -> None:
+        """End the session; callable from a signal handler."""
+        self._stop.set()
+
+    @contextmanager
+    def up(
+        self, on_phase: Callable[[str], None], on_progress: Callable[[Snapshot], None]
+    ) -> Iterator[RunState]:
+        """Bring the cluster up; it is down again when the context ends, however it ends.
+
+        Raises:
+            ConfigError: a port is taken, the name is taken, Ray cannot be joined.
+            CancelledError: `request_stop` was called while starting.
+            PenstockError: why a replica could not start.
+        """
+        runtime = self._runtime(on_phase)
+        run = ClusterRun(self._plan, runtime)
+        try:
+            on_phase("deploying")
+            started_s = time.monotonic()
+            run.start()
+            self._mark("deploy", started_s)
+            state = self._record(run)
+            started_s = time.monotonic()
+            run.wait_ready(self._timeout_s, lambda snapshot: self._progress(snapshot, on_progress))
+            self._mark("replicas", started_s)
+            state = self._record(run, ready=True)
+            yield state
+        finally:
+            on_phase("stopping")
+            run.stop()
+            ray_runtime.leave()
+            run_state.remove(self._plan.name, os.getpid())
+
+    def _runtime(self, on_phase: Callable[[str], None]) -> RayRuntime:
+        if self._joined is not None:
+            return self._joined
+        check_ports(self._plan)
+        on_phase("starting Ray")
+        started_s = time.monotonic()
+        runtime = ray_runtime.start_local(dashboard_port=self._plan.dashboard_port)
+        self._mark("ray", started_s)
+        return runtime
+
+    def wait(self) -> None:
+        """Block until `request_stop`."""
+        while not self._stop.wait(timeout=1.0):
+            pass
+
+    def _progress(self, snapshot: Snapshot, on_progress: Callable[[Snapshot], None]) -> None:
+        if self._stop.is_set():
+            raise CancelledError("Stopped while starting.")
+        on_progress(snapshot)
+
+    def _mark(self, phase: str, started_s: float) -> None:
+        self.phases_s[phase] = round(time.monotonic() - started_s, 3)
+
+    def _record(self, run: ClusterRun, *, ready: bool = False) -> RunState:
+        gateway = self._plan.gateway
+        state = RunState(
+            name=self._plan.name,
+            pid=os.getpid(),
+            pid_started=run_state.process_started(os.getpid()),
+            grpc=f"{gateway.host}:{gateway.grpc_port}",
+            http=f"http://{gateway.host}:{gateway.http_port}",
+            dashboard_url=run.runtime.dashboard_url,
+            dashboard_token=run.runtime.token_auth,
+            ray_address=run.runtime.address,
+            models=tuple(model.name for model in self._plan.models),
+            ready=ready,
+        )
+        run_state.write(state)
+        return state
+
+
+@contextmanager
+def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Let SIGINT and SIGTERM call `stop` once; a second one interrupts the hard way."""
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        stop()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,185 @@
+"""The leader replica: a Ray Serve deployment that owns one engine and its worker ranks.
+
+It ties scheduler, engine loop, step link, worker group and replica stream together and stays free
+of torch. It is ready when its constructor returns. On the loss or hang of any rank every
+request ends with the root cause, the ranks are killed and the process exits; Serve starts a new
+one. It never waits for a collective to notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import Any
+
+import ray
+from ray import serve
+
+from cluster.base import names
+from cluster.base.errors import CollectiveTimeoutError, PenstockError
+from cluster.base.ids import new_epoch
+from cluster.base.plan import ModelPlan, from_json
+from replicas.api import GenerationDelta, ReplicaStats
+from replicas.engine.engine_loop import EngineLoop
+from replicas.engine.scheduler import Scheduler
+from replicas.engine.scheduler_config import SchedulerConfig
+from replicas.leader.load_metrics import LoadMetrics
+from replicas.leader.record import LoadRecord, ReplicaRecord, ReplicaState
+from replicas.leader.reporter import DirectoryReporter
+from replicas.leader.stream_server import ReplicaStreamServicer, start_replica_server
+from replicas.leader.worker_group import WorkerGroup
+from replicas.worker.link_executor import LinkExecutor
+
+_LAST_WORDS_S = 0.25
+_DRAIN_S = 4.0
+_METRICS_PERIOD_S = 1.0
+# The loop's own deadline fires first; this one is for a loop that is itself stuck.
+_HANG_MARGIN_S = 5.0
+
+
+class LeaderReplica:
+    """One replica of one model.
+
+    Args:
+        model: JSON of the `ModelPlan`.
+        cluster: the cluster's name, under which the directory is found.
+        host: address to listen on; empty for this node's own.
+    """
+
+    # Ray Serve awaits an async constructor; the replica is ready when it has returned.
+    async def __init__(  # type: ignore[misc]
+        self, model: dict[str, Any], cluster: str, host: str
+    ) -> None:
+        self._plan = from_json(ModelPlan, model)
+        self._stats = ReplicaStats()
+        self._dying = False
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        host = host or ray.util.get_node_ip_address()
+        epoch = new_epoch("leader")
+        self._reporter = DirectoryReporter(
+            lambda: ray.get_actor(names.directory_actor(cluster), namespace=names.NAMESPACE),
+            ReplicaRecord(
+                replica_id=replica_id,
+                model=self._plan.name,
+                epoch=epoch,
+                state=ReplicaState.STARTING,
+                pid=os.getpid(),
+                node=host,
+            ),
+            lambda: _load_record(self._stats),
+        )
+        self._metrics = LoadMetrics(self._plan.name, replica_id)
+        self._group = WorkerGroup(self._plan, cluster=cluster, replica_id=replica_id, epoch=epoch)
+        try:
+            await self._start(host, epoch)
+        except PenstockError as error:
+            self._group.kill()
+            self._reporter.update(state=ReplicaState.FAILED, error=error.to_dict())
+            await self._reporter.flush()
+            raise
+
+    async def _start(self, host: str, epoch: str) -> None:
+        """Workers first, then the engine, then the door."""
+        started_s = time.monotonic()
+        self._asyncio_loop = asyncio.get_running_loop()
+        link = await self._group.start(host, self._show_progress)
+        scheduler = Scheduler(_scheduler_config(self._plan), self._plan.eos_token_ids)
+        self._stats = scheduler.stats()
+        self._engine = EngineLoop(
+            scheduler,
+            LinkExecutor(link),
+            on_deltas=self._on_deltas,
+            on_fatal=self._on_fatal,
+            step_timeout_s=self._plan.scheduler.step_timeout_s,
+        )
+        self._servicer = ReplicaStreamServicer(self._engine, epoch=epoch)
+        self._server, port = await start_replica_server(self._servicer, host)
+        self._engine.start()
+        self._watcher = asyncio.create_task(self._watch_workers())
+        self._exporter = asyncio.create_task(self._export_metrics())
+        self._reporter.update(
+            state=ReplicaState.READY,
+            detail="",
+            progress=1.0,
+            endpoint=f"{host}:{port}",
+            workers=self._group.records,
+            startup_s=self._group.startup_s | {"total": round(time.monotonic() - started_s, 3)},
+        )
+
+    def check_health(self) -> None:
+        """Serve's periodic check; progress, not presence.
+
+        Raises:
+            CollectiveTimeoutError: a step has been in flight far beyond its deadline.
+            PenstockError: what ended the engine.
+        """
+        health = self._engine.health
+        if health.fatal is not None:
+            raise health.fatal
+        limit_s = self._plan.scheduler.step_timeout_s + _HANG_MARGIN_S
+        if health.step_started_s is not None:
+            age_s = time.monotonic() - health.step_started_s
+            if age_s > limit_s:
+                raise CollectiveTimeoutError(f"The engine has been in one step for {age_s:.0f} s.")
+
+    async def __del__(self) -> None:
+        """Serve is taking this replica down: drain, say goodbye, let the ranks go."""
+        if self._dying:
+            return
+        self._dying = True
+        self._reporter.update(state=ReplicaState.DRAINING)
+        await self._servicer.drain(_DRAIN_S)
+        self._watcher.cancel()
+        self._exporter.cancel()
+        await self._asyncio_loop.run_in_executor(None, self._engine.stop)
+        await self._server.stop(grace=0.5)
+        self._group.kill()
+        await self._reporter.goodbye()
+
+    def _show_progress(self, phase: str, fraction: float) -> None:
+        self._reporter.update(detail=phase, progress=fraction)
+
+    def _on_deltas(self, deltas: list[GenerationDelta], stats: ReplicaStats) -> None:
+        """Engine thread: one hand-over per step."""
+        self._stats = stats
+        self._servicer.publish(deltas, stats)
+
+    def _on_fatal(self, error: PenstockError) -> None:
+        """Engine thread: the loop has ended every request and is over."""
+        self._asyncio_loop.call_soon_threadsafe(self._die, error)
+
+    async def _watch_workers(self) -> None:
+        self._die(await self._group.wait_failure())
+
+    async def _export_metrics(self) -> None:
+        while True:
+            await asyncio.sleep(_METRICS_PERIOD_S)
+            self._metrics.flush(self._stats)
+
+    def _die(self, error: PenstockError) -> None:
+        """Leave so that Serve starts a new replica; the clients hear the cause first."""
+        if self._dying:
+            return
+        self._dying = True
+        self._group.kill()
+        self._servicer.fail_all(error)
+        self._reporter.update(state=ReplicaState.FAILED, detail=error.cause, error=error.to_dict())
+        self._asyncio_loop.call_later(_LAST_WORDS_S, os._exit, 1)
+
+
+def _scheduler_config(plan: ModelPlan) -> SchedulerConfig:
+    limits = plan.scheduler
+    return SchedulerConfig(
+        max_running_requests=limits.max_running_requests,
+        max_step_tokens=limits.max_step_tokens,
+        max_context=limits.max_context,
+        block_size=plan.kv.block_size,
+        num_blocks=plan.kv.num_blocks,
+        prefix_caching=plan.kv.prefix_caching,
+        max_waiting_requests=limits.max_waiting_requests,
+    )
+
+
+def _load_record(stats: ReplicaStats) -> LoadRecord:
+    return LoadRecord(**{name: getattr(stats, name) for name in LoadRecord.__slots__})

@@ -1,0 +1,227 @@
+"""The leader's worker actors: created in its placement group, loaded, watched, killed together.
+
+All or nothing: a rank that cannot start, dies or leaves its parked call takes the group with it.
+The handles are kept here, so Ray does not collect the actors; they die with the leader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.base import names
+from cluster.base.errors import (
+    InternalError,
+    PenstockError,
+    UnavailableError,
+    WorkerDiedError,
+)
+from cluster.base.plan import ModelPlan, to_json
+from cluster.dist.rendezvous import pick_port
+from replicas.leader.record import WorkerRecord
+from replicas.worker.actor import WorkerActor
+from replicas.worker.plan import WorkerPlan
+from replicas.worker.worker_link import LeaderLink, LinkListener
+
+_CREATE_TIMEOUT_S = 120.0
+_LOAD_TIMEOUT_S = 3600.0
+_CONNECT_TIMEOUT_S = 30.0
+_POLL_S = 0.2
+
+OnProgress = Callable[[str, float], None]
+
+
+class WorkerGroup:
+    """The ranks of one replica in one epoch."""
+
+    def __init__(self, plan: ModelPlan, *, cluster: str, replica_id: str, epoch: str) -> None:
+        self._plan = plan
+        self._epoch = epoch
+        self._names = [
+            names.worker_actor(cluster, plan.name, replica_id, epoch, rank)
+            for rank in range(plan.tp_size)
+        ]
+        self._actors: list[Any] = []
+        self._parked: list[Any] = []
+        self.records: tuple[WorkerRecord, ...] = ()
+        self.startup_s: dict[str, float] = {}
+
+    async def start(self, host: str, on_progress: OnProgress) -> LeaderLink:
+        """Create and load every rank, then connect the step link.
+
+        Raises:
+            PenstockError: the root cause of the first rank that failed, or what took too long.
+        """
+        started_s = time.monotonic()
+        on_progress("starting workers", 0.0)
+        self._create()
+        await self._call(
+            self._actors[0].progress.remote(), _CREATE_TIMEOUT_S, "starting worker processes"
+        )
+        self.startup_s["worker_processes"] = time.monotonic() - started_s
+        listener = LinkListener(
+            size=self._plan.tp_size, epoch=self._epoch, secret=secrets.token_hex(16)
+        )
+        try:
+            link = await self._load(listener, host, on_progress)
+        finally:
+            listener.close()
+        self._parked = [actor.run.remote() for actor in self._actors]
+        return link
+
+    async def wait_failure(self) -> PenstockError:
+        """Return when a rank leaves its parked call; says which and why."""
+        calls = [asyncio.ensure_future(_outcome(ref)) for ref in self._parked]
+        try:
+            await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for call in calls:
+                call.cancel()
+        rank = next(rank for rank, call in enumerate(calls) if call.done() and not call.cancelled())
+        return _as_error(calls[rank].result(), rank)
+
+    def kill(self) -> None:
+        """End every rank now; safe to call twice."""
+        for actor in self._actors:
+            with suppress(Exception):  # already dead, or Ray itself is going down
+                ray.kill(actor)
+        self._actors = []
+
+    def _create(self) -> None:
+        group = get_current_placement_group()
+        if group is None:
+            raise InternalError("A leader must run in a placement group with a bundle per rank.")
+        for rank, name in enumerate(self._names):
+            strategy = PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=rank + 1
+            )
+            options = {
+                "name": name,
+                "namespace": names.NAMESPACE,
+                "num_cpus": self._plan.cpus_per_rank,
+                "num_gpus": self._plan.gpus_per_rank,
+                "max_concurrency": 4,
+                "scheduling_strategy": strategy,
+            }
+            self._actors.append(ray.remote(WorkerActor).options(**options).remote())
+
+    async def _load(self, listener: LinkListener, host: str, on_progress: OnProgress) -> LeaderLink:
+        store_port = pick_port(host)
+        calls = [
+            self._call(
+                actor.load.remote(to_json(self._worker_plan(rank, listener, host, store_port))),
+                _LOAD_TIMEOUT_S,
+                "loading weights",
+                rank,
+            )
+            for rank, actor in enumerate(self._actors)
+        ]
+        accepting = asyncio.get_running_loop().run_in_executor(
+            None, listener.accept_all, _LOAD_TIMEOUT_S
+        )
+        watching = asyncio.ensure_future(self._watch_progress(on_progress))
+        try:
+            infos = await _all_or_first_error(calls)
+        except BaseException:
+            listener.close()
+            raise
+        finally:
+            watching.cancel()
+        link = await asyncio.wait_for(accepting, _CONNECT_TIMEOUT_S)
+        self.records = tuple(
+            WorkerRecord(
+                rank=rank,
+                pid=info["pid"],
+                node=info["node"],
+                device=info["device"],
+                actor_name=self._names[rank],
+            )
+            for rank, info in enumerate(infos)
+        )
+        self.startup_s |= infos[0]["startup_s"]
+        return link
+
+    def _worker_plan(
+        self, rank: int, listener: LinkListener, host: str, store_port: int
+    ) -> WorkerPlan:
+        plan = self._plan
+        return WorkerPlan(
+            rank=rank,
+            tp_size=plan.tp_size,
+            epoch=self._epoch,
+            model_path=plan.path,
+            device=plan.device,
+            dtype=plan.dtype,
+            kv_dtype=plan.kv.dtype,
+            block_size=plan.kv.block_size,
+            num_blocks=plan.kv.num_blocks,
+            max_context=plan.scheduler.max_context,
+            num_threads=plan.num_threads,
+            collective_timeout_s=plan.scheduler.step_timeout_s,
+            store_host=host,
+            store_port=store_port,
+            link_path=listener.address.path,
+            link_host=listener.address.host,
+            link_port=listener.address.port,
+            link_secret=listener.secret,
+        )
+
+    async def _watch_progress(self, on_progress: OnProgress) -> None:
+        while True:
+            await asyncio.sleep(_POLL_S)
+            with suppress(RayActorError, TimeoutError):
+                calls = [asyncio.wait_for(actor.progress.remote(), 5.0) for actor in self._actors]
+                states = await asyncio.gather(*calls)
+                phase, fraction = min(states, key=lambda state: state[1])
+                on_progress(phase, fraction)
+
+    async def _call(self, ref: Any, timeout_s: float, doing: str, rank: int = 0) -> Any:
+        try:
+            return await asyncio.wait_for(ref, timeout_s)
+        except TimeoutError:
+            raise UnavailableError(
+                f"Worker rank {rank} is not done with {doing} after {timeout_s:.0f} s.",
+                "See its log in the Ray dashboard.",
+            ) from None
+        except (RayActorError, RayTaskError) as error:
+            raise _as_error(error, rank) from error
+
+
+async def _all_or_first_error(calls: Sequence[Awaitable[Any]]) -> list[Any]:
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _outcome(ref: Any) -> Exception | None:
+    try:
+        await ref
+    except Exception as error:
+        return error
+    return None
+
+
+def _as_error(error: BaseException | None, rank: int) -> PenstockError:
+    """The root cause behind what Ray reports of a rank."""
+    cause = getattr(error, "cause", None)
+    for candidate in (cause, error):
+        if isinstance(candidate, PenstockError):
+            return candidate
+    if isinstance(error, RayTaskError):
+        return InternalError(f"Worker rank {rank} failed: {cause or error}.")
+    return WorkerDiedError(
+        f"Worker rank {rank} died.",
+        "The replica restarts by itself; retry the request.",
+    )

@@ -1,0 +1,116 @@
+"""One real cluster for the whole folder: `penstock up` as a user runs it, two replicas of two ranks."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "examples" / "models" / "demo-dense"
+PENSTOCK = str(Path(sys.executable).with_name("penstock"))
+CLUSTER = """
+cluster: {{name: {name}}}
+dashboard: {{port: {dashboard}}}
+gateway: {{grpc_port: {grpc}, http_port: {http}}}
+models:
+  - name: demo-dense
+    path: {model}
+    dtype: float32
+    replicas: 2
+    parallel: {{tp: 2}}
+    kv_cache: {{memory: 16MiB}}
+    limits: {{max_step_tokens: 128, step_timeout: 5s}}
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def penstock(*arguments: str, env: dict[str, str], timeout: float = 60.0) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [PENSTOCK, *arguments],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@dataclass
+class RunningCluster:
+    """A `penstock up` in the foreground, as this test run's child."""
+
+    process: subprocess.Popen
+    grpc: str
+    http: str
+    env: dict[str, str]
+    log: Path
+
+    def status(self) -> dict:
+        answer = penstock("status", "--json", env=self.env)
+        assert answer.returncode == 0, answer.stderr
+        return json.loads(answer.stdout)
+
+    def replicas(self, state: str = "ready") -> list[dict]:
+        return [replica for replica in self.status()["replicas"] if replica["state"] == state]
+
+    def wait_for(self, condition, timeout_s: float = 60.0) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline_s, f"not within {timeout_s} s\n{self.log.read_text()}"
+            time.sleep(0.1)
+
+
+def start_cluster(folder: Path, name: str) -> RunningCluster:
+    grpc_port, http_port, dashboard = free_ports(3)
+    file = folder / "cluster.yaml"
+    file.write_text(
+        CLUSTER.format(name=name, dashboard=dashboard, grpc=grpc_port, http=http_port, model=MODEL)
+    )
+    env = {"PENSTOCK_STATE_DIR": str(folder / "state")}
+    log = folder / "up.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [PENSTOCK, "up", str(file), "--timeout", "120"],
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    cluster = RunningCluster(
+        process, f"127.0.0.1:{grpc_port}", f"http://127.0.0.1:{http_port}", env, log
+    )
+    deadline_s = time.monotonic() + 150.0
+    while "ready in" not in log.read_text():
+        assert process.poll() is None, f"up ended early:\n{log.read_text()}"
+        assert time.monotonic() < deadline_s, f"up is not ready:\n{log.read_text()}"
+        time.sleep(0.1)
+    return cluster
+
+
+def stop_cluster(cluster: RunningCluster) -> int:
+    if cluster.process.poll() is None:
+        cluster.process.send_signal(signal.SIGINT)
+    return cluster.process.wait(timeout=90)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    running = start_cluster(tmp_path_factory.mktemp("cluster"), "e2e")
+    try:
+        yield running
+    finally:
+        stop_cluster(running)

@@ -1,0 +1,124 @@
+"""`penstock up` and its ends: nothing stays behind, and wrong input never starts anything."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from tests.e2e.conftest import CLUSTER, MODEL, free_ports, penstock, start_cluster, stop_cluster
+
+pytestmark = pytest.mark.e2e
+
+
+def descendants(pid: int) -> set[int]:
+    """Every process below `pid`, found through /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat") as stat:
+                    parent = int(stat.read().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            children.setdefault(parent, []).append(int(entry))
+    found: set[int] = set()
+    todo = [pid]
+    while todo:
+        for child in children.get(todo.pop(), []):
+            found.add(child)
+            todo.append(child)
+    return found
+
+
+def alive(pids: set[int]) -> set[int]:
+    left = set()
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/stat") as stat:
+                if stat.read().rpartition(")")[2].split()[0] != "Z":
+                    left.add(pid)
+        except OSError:
+            continue
+    return left
+
+
+def test_ctrl_c_leaves_nothing_running(tmp_path):
+    cluster = start_cluster(tmp_path, "ctrl-c")
+    processes = descendants(cluster.process.pid)
+    assert len(processes) > 5
+    assert stop_cluster(cluster) == 0
+    deadline_s = time.monotonic() + 10.0
+    while alive(processes) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert alive(processes) == set()
+    assert penstock("status", env=cluster.env).returncode == 2
+    for address in (cluster.grpc, cluster.http.removeprefix("http://")):
+        host, port = address.split(":")
+        with socket.socket() as probe:
+            assert probe.connect_ex((host, int(port))) != 0
+
+
+def test_a_taken_port_is_refused_before_anything_starts(tmp_path):
+    grpc_port, http_port, dashboard = free_ports(3)
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        CLUSTER.format(name="taken", dashboard=dashboard, grpc=grpc_port, http=http_port, model=MODEL)
+    )
+    with socket.create_server(("127.0.0.1", http_port)):
+        answer = penstock("up", str(file), env={"PENSTOCK_STATE_DIR": str(tmp_path)})
+    assert answer.returncode == 2
+    assert f"127.0.0.1:{http_port}" in answer.stderr
+    assert "gateway.http_port" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_damaged_checkpoint_is_reported_with_its_cause_and_nothing_stays(tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in MODEL.iterdir():
+        if file.is_file():
+            (broken / file.name).write_bytes(file.read_bytes())
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[:-1000])
+    grpc_port, http_port, dashboard = free_ports(3)
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        CLUSTER.format(
+            name="broken", dashboard=dashboard, grpc=grpc_port, http=http_port, model=broken
+        )
+    )
+    answer = penstock("up", str(file), env={"PENSTOCK_STATE_DIR": str(tmp_path)}, timeout=120)
+    assert answer.returncode in (1, 2)
+    assert "model.safetensors" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_interrupting_while_starting_leaves_nothing(tmp_path):
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    grpc_port, http_port, dashboard = free_ports(3)
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        CLUSTER.format(name="hasty", dashboard=dashboard, grpc=grpc_port, http=http_port, model=MODEL)
+    )
+    process = subprocess.Popen(
+        [str(Path(sys.executable).with_name("penstock")), "up", str(file)],
+        env={**os.environ, "PENSTOCK_STATE_DIR": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(6.0)
+    processes = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert "Traceback" not in errors
+    deadline_s = time.monotonic() + 10.0
+    while alive(processes) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert alive(processes) == set()
