@@ -42,7 +42,6 @@ class Metric:
 SECONDS_TO_FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
 SECONDS_WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-SECONDS_STEP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16_384, 65_536, 262_144)
 
 
@@ -110,9 +109,6 @@ PROMPT_LENGTH = _histogram(
 OUTPUT_LENGTH = _histogram(
     "output_length_tokens", _GATEWAY, "Output length per request.", "tokens", TOKENS
 )
-RETRIES = _counter(
-    "resumed_requests_total", _GATEWAY, "Requests moved to another replica after a loss."
-)
 READY_REPLICAS = _gauge("ready_replicas", _GATEWAY, "Replicas the gateway can send to now.")
 
 RUNNING = _gauge("running_requests", _LEADER, "Requests that take part in steps.")
@@ -132,9 +128,11 @@ PREFIX_QUERY_TOKENS = _counter(
     "prefix_query_tokens_total", _LEADER, "Prompt tokens looked up in the prefix cache."
 )
 STEPS = _counter("steps_total", _LEADER, "Engine steps.")
-STEP = _histogram("step_seconds", _LEADER, "Duration of an engine step.", "seconds", SECONDS_STEP)
-STEP_TOKENS = _histogram(
-    "step_size_tokens", _LEADER, "Tokens computed by a step.", "tokens", TOKENS
+STEP_SECONDS = _counter(
+    "step_seconds_total", _LEADER, "Time spent in engine steps, scheduling included."
+)
+STEP_TOKENS = _counter(
+    "step_tokens_total", _LEADER, "Tokens computed by steps, prompt and output together."
 )
 ENGINE_TOKENS = _counter(
     "engine_generated_tokens_total", _LEADER, "Tokens sampled, resent ones included."
@@ -151,7 +149,6 @@ METRICS: tuple[Metric, ...] = (
     GENERATED_TOKENS,
     PROMPT_LENGTH,
     OUTPUT_LENGTH,
-    RETRIES,
     READY_REPLICAS,
     RUNNING,
     WAITING,
@@ -162,7 +159,7 @@ METRICS: tuple[Metric, ...] = (
     PREFIX_HIT_TOKENS,
     PREFIX_QUERY_TOKENS,
     STEPS,
-    STEP,
+    STEP_SECONDS,
     STEP_TOKENS,
     ENGINE_TOKENS,
 )

@@ -1,4 +1,4 @@
-"""Names under which the parts of a cluster find each other in Ray; also what the dashboard shows."""
+"""Names under which the parts of a cluster find each other in Ray; the dashboard shows them."""
 
 from __future__ import annotations
 

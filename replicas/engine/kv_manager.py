@@ -208,6 +208,8 @@ class KvManager:
         for block, count in enumerate(held):
             if count != self._pool.num_references(block):
                 raise InternalError(f"Block {block} has {count} holders but other references.")
+            if self._pool.is_cached(block) != (self._cache is not None and block in self._cache):
+                raise InternalError(f"Pool and cache disagree whether block {block} is cached.")
 
     def _extend(self, table: _Table, tail: int | None, num_new: int) -> BlockGrant:
         """Make the tail writable and append blocks; the pool has enough of them."""

@@ -68,6 +68,9 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, block: int) -> bool:
+        return block in self._by_block
+
     def find(self, digest: bytes, token_ids: Sequence[int]) -> int | None:
         """The block that holds exactly this content after exactly this prefix, if any."""
         entry = self._entries.get(digest[: self._index_bytes])

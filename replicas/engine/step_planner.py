@@ -123,27 +123,30 @@ class StepPlanner:
     def _admit(self, request: EngineRequest, builder: PlanBuilder) -> bool:
         """Move the first waiting request into the step, if blocks allow.
 
-        As many blocks as requests run must stay free: those need one each before long, and a
-        request admitted only to be preempted would compute its prompt twice.
+        Blocks for the rest of its tokens must stay free, and one for each running request, which
+        will need it before long: a request let in only to be preempted computes its prompt twice.
         """
         while True:
             shares_blocks = self.kv.holds_blocks(request)
             prefix = [] if shares_blocks else self.kv.find_prefix(request)
             num_hit_tokens = len(prefix) * self._config.block_size
-            num_tokens = min(request.num_uncomputed_tokens - num_hit_tokens, builder.budget)
-            grant = self.kv.allocate_slots(request, num_tokens, prefix, len(self.running))
+            start = request.num_computed_tokens if shares_blocks else num_hit_tokens
+            num_tokens = min(request.num_tokens - start, builder.budget)
+            later = self.kv.num_blocks_for(request.num_tokens) - self.kv.num_blocks_for(
+                start + num_tokens
+            )
+            grant = self.kv.allocate_slots(request, num_tokens, prefix, len(self.running) + later)
             if grant is not None:
                 break
             # With nothing running, only waiting forks can hold the missing blocks.
-            if len(self.running) or not self._take_back_blocks(keep=request):
+            if self.running or not self._take_back_blocks():
                 return False
         self.waiting.remove(request)
         if request.num_cached_tokens is None:
             request.num_cached_tokens = num_hit_tokens
             self.prefix_hit_tokens += num_hit_tokens
             self.prefix_query_tokens += request.num_prompt_tokens
-        if not shares_blocks:
-            request.num_computed_tokens = num_hit_tokens
+        request.num_computed_tokens = start
         request.status = RequestStatus.RUNNING
         self.running.add(request)
         builder.add(request, num_tokens, grant, self.kv.block_table(request))
@@ -159,9 +162,9 @@ class StepPlanner:
         self.waiting.add(request)
         self.num_preemptions += 1
 
-    def _take_back_blocks(self, keep: EngineRequest | None = None) -> bool:
+    def _take_back_blocks(self) -> bool:
         """Make one waiting fork give its blocks back; it will compute its prompt itself."""
-        request = self.waiting.take_sharer(keep)
+        request = self.waiting.take_sharer()
         if request is None:
             return False
         self.kv.release(request)

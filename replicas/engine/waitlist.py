@@ -89,17 +89,16 @@ class Waitlist:
         self._drop_weight(request)
         self._unstarted.pop(request.key, None)
 
-    def take_sharer(self, keep: EngineRequest | None = None) -> EngineRequest | None:
-        """The least important ready choice with blocks, `keep` apart; it counts as without now.
+    def take_sharer(self) -> EngineRequest | None:
+        """The least important ready choice that shares blocks; from now on it counts as without.
 
         The caller releases its blocks and calls `reweigh`.
         """
-        for index in range(len(self._sharing) - 1, -1, -1):
-            request = self._sharing[index]
-            if request is not keep:
-                self._sharing.remove(request)
-                return request
-        return None
+        if not self._sharing:
+            return None
+        request = self._sharing[-1]
+        self._sharing.remove(request)
+        return request
 
     def reweigh(self, request: EngineRequest) -> None:
         """The tokens a waiting choice has to compute have changed."""

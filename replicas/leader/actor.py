@@ -155,7 +155,7 @@ class LeaderReplica:
     async def _export_metrics(self) -> None:
         while True:
             await asyncio.sleep(_METRICS_PERIOD_S)
-            self._metrics.flush(self._stats)
+            self._metrics.flush(self._stats, self._engine.times)
 
     def _die(self, error: PenstockError) -> None:
         """Leave so that Serve starts a new replica; the clients hear the cause first."""

@@ -29,8 +29,8 @@ from cluster.base.plan import ModelPlan, to_json
 from cluster.dist.rendezvous import pick_port
 from replicas.leader.record import WorkerRecord
 from replicas.worker.actor import WorkerActor
+from replicas.worker.leader_link import LeaderLink, LinkListener
 from replicas.worker.plan import WorkerPlan
-from replicas.worker.worker_link import LeaderLink, LinkListener
 
 _CREATE_TIMEOUT_S = 120.0
 _LOAD_TIMEOUT_S = 3600.0

@@ -7,7 +7,7 @@ from collections import deque
 from cluster.base.errors import InternalError
 from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
 from replicas.worker import wire
-from replicas.worker.worker_link import LeaderLink
+from replicas.worker.leader_link import LeaderLink
 
 _SEND_TIMEOUT_S = 10.0
 

@@ -24,10 +24,11 @@ from replicas.models.hf_config import arch_from_hf
 from replicas.models.registry import build_model
 from replicas.worker import device as devices
 from replicas.worker import wire
+from replicas.worker.frames import LinkAddress
 from replicas.worker.kv_tensors import KvCacheSpec, allocate_kv_caches
 from replicas.worker.model_runner import ModelRunner
 from replicas.worker.plan import WorkerPlan
-from replicas.worker.worker_link import LinkAddress, WorkerLink
+from replicas.worker.worker_link import WorkerLink
 
 log = logging.getLogger(__name__)
 

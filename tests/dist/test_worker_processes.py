@@ -17,9 +17,9 @@ from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.sync_engine import SyncEngine
 from replicas.worker.link_executor import LinkExecutor
+from replicas.worker.leader_link import LinkListener
 from replicas.worker.plan import WorkerPlan
 from replicas.worker.worker import Worker
-from replicas.worker.worker_link import LinkListener
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "demo-dense"
 NUM_BLOCKS, BLOCK_SIZE, MAX_CONTEXT = 64, 16, 512
@@ -38,7 +38,9 @@ class Ranks:
         port = pick_port("127.0.0.1")
         self.processes = [
             context.Process(
-                target=run_worker, args=(self._plan(rank, size, port, listener, model),), daemon=True
+                target=run_worker,
+                args=(self._plan(rank, size, port, listener, model),),
+                daemon=True,
             )
             for rank in range(size)
         ]
@@ -147,8 +149,6 @@ def test_a_rank_that_cannot_load_says_why(tmp_path):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])
-    plan = Ranks._plan(
-        None, 0, 1, 0, LinkListener(size=1, epoch="e", secret="s"), tmp_path
-    )
+    plan = Ranks._plan(None, 0, 1, 0, LinkListener(size=1, epoch="e", secret="s"), tmp_path)
     with pytest.raises(CorruptWeightsError, match=r"model\.safetensors"):
         Worker(plan, lambda phase, fraction: None)

@@ -1,4 +1,4 @@
-"""One real cluster for the whole folder: `penstock up` as a user runs it, two replicas of two ranks."""
+"""One real cluster for the folder: `penstock up` as a user runs it, two replicas of two ranks."""
 
 import json
 import os
@@ -38,7 +38,9 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def penstock(*arguments: str, env: dict[str, str], timeout: float = 60.0) -> subprocess.CompletedProcess:
+def penstock(
+    *arguments: str, env: dict[str, str], timeout: float = 60.0
+) -> subprocess.CompletedProcess:
     return subprocess.run(
         [PENSTOCK, *arguments],
         env={**os.environ, **env},
@@ -70,28 +72,42 @@ class RunningCluster:
     def wait_for(self, condition, timeout_s: float = 60.0) -> None:
         deadline_s = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < deadline_s, f"not within {timeout_s} s\n{self.log.read_text()}"
+            assert time.monotonic() < deadline_s, (
+                f"not within {timeout_s} s\n{self.log.read_text()}"
+            )
             time.sleep(0.1)
 
 
-def start_cluster(folder: Path, name: str) -> RunningCluster:
+@dataclass
+class ClusterFile:
+    path: Path
+    grpc: int
+    http: int
+
+
+def write_cluster(folder: Path, name: str, model: Path = MODEL) -> ClusterFile:
+    """A cluster file on free ports."""
     grpc_port, http_port, dashboard = free_ports(3)
-    file = folder / "cluster.yaml"
-    file.write_text(
-        CLUSTER.format(name=name, dashboard=dashboard, grpc=grpc_port, http=http_port, model=MODEL)
-    )
+    path = folder / "cluster.yaml"
+    ports = {"dashboard": dashboard, "grpc": grpc_port, "http": http_port}
+    path.write_text(CLUSTER.format(name=name, model=model, **ports))
+    return ClusterFile(path, grpc_port, http_port)
+
+
+def start_cluster(folder: Path, name: str) -> RunningCluster:
+    file = write_cluster(folder, name)
     env = {"PENSTOCK_STATE_DIR": str(folder / "state")}
     log = folder / "up.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [PENSTOCK, "up", str(file), "--timeout", "120"],
+            [PENSTOCK, "up", str(file.path), "--timeout", "120"],
             env={**os.environ, **env},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
         )
     cluster = RunningCluster(
-        process, f"127.0.0.1:{grpc_port}", f"http://127.0.0.1:{http_port}", env, log
+        process, f"127.0.0.1:{file.grpc}", f"http://127.0.0.1:{file.http}", env, log
     )
     deadline_s = time.monotonic() + 150.0
     while "ready in" not in log.read_text():

@@ -5,6 +5,8 @@ The oracle is `transformers` on the same checkpoint in fp32.
 
 import concurrent.futures
 import json
+import os
+import signal
 import time
 
 import grpc
@@ -138,9 +140,7 @@ def test_a_seed_repeats_and_sampled_runs_do_not_depend_on_the_batch(stub):
     sampled = request("def ", temperature=0.9, top_p=0.95, seed=11)
     alone = collect(stub.Generate(sampled, timeout=60))
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        together = list(
-            pool.map(lambda _: collect(stub.Generate(sampled, timeout=60)), range(8))
-        )
+        together = list(pool.map(lambda _: collect(stub.Generate(sampled, timeout=60)), range(8)))
     assert together == [alone] * 8
 
 
@@ -252,9 +252,6 @@ def test_a_killed_worker_ends_its_streams_with_a_code_and_the_replica_comes_back
         streams = [pool.submit(_until_end, stub, f"# {i}\n") for i in range(8)]
         cluster.wait_for(lambda: all(r["num_running"] > 0 for r in cluster.replicas()), 20.0)
         victim = before[0]
-        import os
-        import signal
-
         killed_s = time.monotonic()
         os.kill(int(victim["workers"][1]["pid"]), signal.SIGKILL)
         ends = [stream.result(timeout=60) for stream in streams]

@@ -3,11 +3,19 @@
 import os
 import signal
 import socket
+import subprocess
 import time
 
 import pytest
 
-from tests.e2e.conftest import CLUSTER, MODEL, free_ports, penstock, start_cluster, stop_cluster
+from tests.e2e.conftest import (
+    MODEL,
+    PENSTOCK,
+    penstock,
+    start_cluster,
+    stop_cluster,
+    write_cluster,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -61,15 +69,11 @@ def test_ctrl_c_leaves_nothing_running(tmp_path):
 
 
 def test_a_taken_port_is_refused_before_anything_starts(tmp_path):
-    grpc_port, http_port, dashboard = free_ports(3)
-    file = tmp_path / "cluster.yaml"
-    file.write_text(
-        CLUSTER.format(name="taken", dashboard=dashboard, grpc=grpc_port, http=http_port, model=MODEL)
-    )
-    with socket.create_server(("127.0.0.1", http_port)):
-        answer = penstock("up", str(file), env={"PENSTOCK_STATE_DIR": str(tmp_path)})
+    file = write_cluster(tmp_path, "taken")
+    with socket.create_server(("127.0.0.1", file.http)):
+        answer = penstock("up", str(file.path), env={"PENSTOCK_STATE_DIR": str(tmp_path)})
     assert answer.returncode == 2
-    assert f"127.0.0.1:{http_port}" in answer.stderr
+    assert f"127.0.0.1:{file.http}" in answer.stderr
     assert "gateway.http_port" in answer.stderr
     assert "Traceback" not in answer.stderr
 
@@ -82,31 +86,17 @@ def test_a_damaged_checkpoint_is_reported_with_its_cause_and_nothing_stays(tmp_p
             (broken / file.name).write_bytes(file.read_bytes())
     weights = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(weights[:-1000])
-    grpc_port, http_port, dashboard = free_ports(3)
-    file = tmp_path / "cluster.yaml"
-    file.write_text(
-        CLUSTER.format(
-            name="broken", dashboard=dashboard, grpc=grpc_port, http=http_port, model=broken
-        )
-    )
-    answer = penstock("up", str(file), env={"PENSTOCK_STATE_DIR": str(tmp_path)}, timeout=120)
+    file = write_cluster(tmp_path, "broken", broken)
+    answer = penstock("up", str(file.path), env={"PENSTOCK_STATE_DIR": str(tmp_path)}, timeout=120)
     assert answer.returncode in (1, 2)
     assert "model.safetensors" in answer.stderr
     assert "Traceback" not in answer.stderr
 
 
 def test_interrupting_while_starting_leaves_nothing(tmp_path):
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    grpc_port, http_port, dashboard = free_ports(3)
-    file = tmp_path / "cluster.yaml"
-    file.write_text(
-        CLUSTER.format(name="hasty", dashboard=dashboard, grpc=grpc_port, http=http_port, model=MODEL)
-    )
+    file = write_cluster(tmp_path, "hasty")
     process = subprocess.Popen(
-        [str(Path(sys.executable).with_name("penstock")), "up", str(file)],
+        [PENSTOCK, "up", str(file.path)],
         env={**os.environ, "PENSTOCK_STATE_DIR": str(tmp_path)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -19,8 +19,9 @@ from replicas.engine.scheduler_output import (
     StepOutput,
 )
 from replicas.worker import wire
+from replicas.worker.leader_link import LeaderLink, LinkListener
 from replicas.worker.link_executor import LinkExecutor
-from replicas.worker.worker_link import LeaderLink, LinkListener, WorkerLink
+from replicas.worker.worker_link import WorkerLink
 
 PLAN = SchedulerOutput(
     step=7,
@@ -145,9 +146,13 @@ def test_sending_to_a_dead_rank_tells_its_last_words():
     leader, (worker,) = open_links(1)
     worker.send_fault(CorruptWeightsError("bad file").to_dict())
     worker.close()
-    with pytest.raises((CorruptWeightsError, WorkerDiedError)):
+
+    def send_until_it_shows() -> None:
         for _ in range(50):
             leader.send_plan(b"x" * 100_000, timeout_s=1.0)
+
+    with pytest.raises((CorruptWeightsError, WorkerDiedError)):
+        send_until_it_shows()
 
 
 def test_an_answer_to_another_step_is_refused():

@@ -1,0 +1,193 @@
+"""The leader's end of the step channel: one framed socket to each worker rank.
+
+Ray is not involved in a step: it costs two system calls a worker. Every rank is watched while
+rank 0's answer is awaited, so the end of any of them is seen at once, with its root cause.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import select
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+from cluster.base.errors import (
+    CollectiveTimeoutError,
+    InternalError,
+    PenstockError,
+    WorkerDiedError,
+    error_from_dict,
+)
+from replicas.worker import wire
+from replicas.worker.frames import FrameKind, FrameSocket, LinkAddress
+
+
+class LinkListener:
+    """The leader's end before its workers have joined."""
+
+    def __init__(self, *, size: int, epoch: str, secret: str, host: str | None = None) -> None:
+        """Listen for `size` workers; on `host` over TCP, or on a private unix socket if None."""
+        self._size = size
+        self._epoch = epoch
+        self.secret = secret
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        if host is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="penstock-link-")
+            path = str(Path(self._folder.name) / "leader.sock")
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._sock.bind(path)
+            os.chmod(path, 0o600)
+            self.address = LinkAddress(path=path)
+        else:
+            self._sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            self._sock.bind((host, 0))
+            self.address = LinkAddress(host=host, port=self._sock.getsockname()[1])
+        self._sock.listen(size)
+
+    def accept_all(self, timeout_s: float) -> LeaderLink:
+        """Wait until every rank has said hello, then give the link.
+
+        A connection that does not know the secret or belongs to another epoch is dropped.
+
+        Raises:
+            CollectiveTimeoutError: ranks are missing at the deadline; names them.
+        """
+        deadline = time.monotonic() + timeout_s
+        peers: dict[int, FrameSocket] = {}
+        while len(peers) < self._size:
+            self._sock.settimeout(max(1e-3, deadline - time.monotonic()))
+            try:
+                connection, _ = self._sock.accept()
+            except TimeoutError:
+                missing = sorted(set(range(self._size)) - set(peers))
+                for peer in peers.values():
+                    peer.close()
+                raise CollectiveTimeoutError(
+                    f"Worker ranks {missing} did not connect within {timeout_s:.0f} s.",
+                    "See their logs in the Ray dashboard.",
+                ) from None
+            peer = FrameSocket(connection)
+            rank = self._greet(peer)
+            if rank is None or rank in peers:
+                peer.close()
+            else:
+                peers[rank] = peer
+        return LeaderLink([peers[rank] for rank in range(self._size)])
+
+    def close(self) -> None:
+        """Stop listening; an accepted link stays open."""
+        self._sock.close()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _greet(self, peer: FrameSocket) -> int | None:
+        try:
+            kind, payload = peer.receive(timeout_s=5.0)
+            hello = wire.decode_hello(payload)
+        except (OSError, InternalError):
+            return None
+        trusted = hmac.compare_digest(hello.secret, self.secret) and hello.epoch == self._epoch
+        return hello.rank if kind is FrameKind.HELLO and trusted else None
+
+
+class LeaderLink:
+    """The leader's end: plans out to all ranks, results back from rank 0, faults from any."""
+
+    def __init__(self, peers: list[FrameSocket]) -> None:
+        self._peers = peers
+        self._rank_of = {peer.fileno(): rank for rank, peer in enumerate(peers)}
+        self._poll = select.poll()
+        for peer in peers:
+            self._poll.register(peer.fileno(), select.POLLIN)
+
+    def send_plan(self, payload: bytes, timeout_s: float) -> None:
+        """Send one encoded plan to every rank.
+
+        Raises:
+            WorkerDiedError: a rank's socket is closed.
+            CollectiveTimeoutError: a rank does not read.
+        """
+        for rank, peer in enumerate(self._peers):
+            try:
+                peer.send(FrameKind.PLAN, payload, timeout_s)
+            except TimeoutError:
+                raise CollectiveTimeoutError(
+                    f"Worker rank {rank} did not take the step plan within {timeout_s:.0f} s."
+                ) from None
+            except OSError as error:
+                raise self._last_words(rank) from error
+
+    def receive_result(self, timeout_s: float) -> bytearray:
+        """The next result of rank 0, while watching every rank.
+
+        Raises:
+            WorkerDiedError: a rank's socket closed.
+            CollectiveTimeoutError: nothing within `timeout_s` seconds.
+            PenstockError: the root cause that a failing rank reported.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = deadline - time.monotonic()
+            ready = self._poll.poll(max(0.0, left_s) * 1e3)
+            if not ready:
+                raise CollectiveTimeoutError(
+                    f"The workers did not finish a step within {timeout_s:.1f} s.",
+                    "A rank may be stopped or its machine overloaded; "
+                    "raise limits.step_timeout if steps are really that long.",
+                )
+            # Rank 0 last: a fault elsewhere explains a missing or broken result.
+            for fd, _ in sorted(ready, key=lambda item: -self._rank_of[item[0]]):
+                payload = self._read_from(self._rank_of[fd])
+                if payload is not None:
+                    return payload
+
+    def stop(self) -> None:
+        """Ask every rank to leave its loop, then close."""
+        for peer in self._peers:
+            try:
+                peer.send(FrameKind.STOP, b"", timeout_s=1.0)
+            except OSError:
+                continue  # that rank is already gone
+        self.close()
+
+    def close(self) -> None:
+        """Close all sockets: the workers see EOF and exit."""
+        for peer in self._peers:
+            peer.close()
+
+    def _read_from(self, rank: int) -> bytearray | None:
+        try:
+            kind, payload = self._peers[rank].receive(timeout_s=10.0)
+        except OSError as error:
+            raise WorkerDiedError(
+                f"Worker rank {rank} of {len(self._peers)} is gone ({error}).",
+                "The replica restarts by itself; retry the request.",
+            ) from error
+        if kind is FrameKind.FAULT:
+            raise _error_of(payload)
+        return payload if kind is FrameKind.RESULT else None
+
+    def _last_words(self, rank: int) -> PenstockError:
+        """Why a rank is gone: its fault report if one is in the socket, else that it died."""
+        try:
+            while True:
+                kind, payload = self._peers[rank].receive(timeout_s=0.05)
+                if kind is FrameKind.FAULT:
+                    return _error_of(payload)
+        except OSError:
+            return WorkerDiedError(
+                f"Worker rank {rank} of {len(self._peers)} is gone.",
+                "The replica restarts by itself; retry the request.",
+            )
+
+
+def _error_of(payload: bytearray) -> PenstockError:
+    """The error a rank reported, with the rank in its cause."""
+    fault = wire.decode_fault(payload)
+    fields = dict(fault.error)
+    fields["cause"] = f"Worker rank {fault.rank}: {fields.get('cause')}"
+    return error_from_dict(fields)

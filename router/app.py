@@ -1,0 +1,105 @@
+"""The gateway as a Ray Serve deployment: models' text side, directory, handler, both fronts.
+
+Thin: it builds the parts from the plan and starts and stops them. Clients connect to the ports it
+opens itself (shared by all gateway replicas of a node), never through Serve's proxy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from importlib import metadata
+from typing import Any
+
+import ray
+
+from cluster.base import names
+from cluster.base.errors import UnavailableError
+from cluster.base.ids import new_epoch
+from cluster.base.plan import ClusterPlan, from_json
+from replicas.leader.record import ReplicaRecord
+from router.directory import ReplicaDirectory
+from router.gateway_metrics import GatewayMetrics, MeasuredHandler
+from router.grpc.server import GrpcFront
+from router.handler import GatewayHandler, GatewayIdentity
+from router.http.app import build_http_app
+from router.http.server import bind_http, serve_http
+from router.policies.prefix_affinity import PrefixAffinity
+from router.replica_stream import HopSettings
+from router.served_model import ServedModel
+
+_STOP_GRACE_S = 3.0
+_CALL_MARGIN_S = 5.0
+
+
+class RayMembership:
+    """`MembershipSource` over the cluster's directory actor."""
+
+    def __init__(self, cluster: str) -> None:
+        self._name = names.directory_actor(cluster)
+        self._actor: Any = None
+
+    async def watch(self, version: int, timeout_s: float) -> tuple[int, list[ReplicaRecord]]:
+        """The directory's records as soon as they differ from `version`.
+
+        Raises:
+            UnavailableError: the directory does not answer now.
+        """
+        try:
+            if self._actor is None:
+                self._actor = ray.get_actor(self._name, namespace=names.NAMESPACE)
+            version, records = await asyncio.wait_for(
+                self._actor.watch.remote(version, timeout_s), timeout_s + _CALL_MARGIN_S
+            )
+        except (ValueError, TimeoutError, ray.exceptions.RayError) as error:
+            self._actor = None
+            raise UnavailableError(f"The directory does not answer: {error}.") from error
+        return version, [from_json(ReplicaRecord, record) for record in records]
+
+
+class GatewayReplica:
+    """One gateway process.
+
+    Args:
+        plan: JSON of the `ClusterPlan`.
+        dashboard_url: shown by Status.
+    """
+
+    # Ray Serve awaits an async constructor; the replica is ready when it has returned.
+    async def __init__(  # type: ignore[misc]
+        self, plan: dict[str, Any], dashboard_url: str
+    ) -> None:
+        cluster = from_json(ClusterPlan, plan)
+        gateway = cluster.gateway
+        policy = PrefixAffinity()
+        self._directory = ReplicaDirectory(
+            RayMembership(cluster.name),
+            gateway_id=new_epoch("gateway"),
+            hop=HopSettings(stream_buffer_events=gateway.limits.stream_buffer_events),
+            on_gone=policy.forget,
+        )
+        handler = GatewayHandler(
+            {model.name: ServedModel.from_plan(model) for model in cluster.models},
+            gateway.limits,
+            self._directory,
+            policy,
+            GatewayIdentity(
+                cluster=cluster.name,
+                version=metadata.version("penstock"),
+                dashboard_url=dashboard_url,
+            ),
+        )
+        self._directory.start()
+        metrics = GatewayMetrics(handler.list_models)
+        measured = MeasuredHandler(handler, metrics)
+        self._grpc = GrpcFront(measured, gateway)
+        self._http = await serve_http(
+            build_http_app(measured, gateway, metrics.registry),
+            bind_http(gateway.host, gateway.http_port),
+            drain_s=_STOP_GRACE_S,
+        )
+        await self._grpc.start()
+
+    async def __del__(self) -> None:
+        """Serve is taking this replica down: stop accepting, let running calls finish, leave."""
+        await asyncio.gather(self._grpc.stop(_STOP_GRACE_S), self._http.stop())
+        await self._directory.close()

@@ -1,0 +1,229 @@
+"""The asyncio client; users import it from `router.client`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from cluster.base.errors import CancelledError
+from router import client_codec as codec
+from router.api import EmbedOutput, ModelInfo, Piece, ScoreOutput
+from router.client_codec import Completion, MessageLike, PromptLike, RequestOptions
+from router.client_transport import channel_options
+from router.grpc.status_details import REQUEST_ID_KEY, error_from_status
+from router.proto import penstock_pb2 as pb
+from router.proto import penstock_pb2_grpc as pb_grpc
+
+_NO_OPTIONS = RequestOptions()
+
+
+@contextmanager
+def _coded_errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise error_from_status(
+            error.code(), error.details() or "", error.trailing_metadata()
+        ) from None
+
+
+class AsyncTokenStream(AsyncIterator[Piece]):
+    """A running generation: iterate its pieces, or take `result()`."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._cancelled = False
+
+    async def request_id(self) -> str:
+        """The request's id; waits for the first piece.
+
+        Raises:
+            PenstockError: the request was refused.
+        """
+        with _coded_errors():
+            metadata = await self._call.initial_metadata()
+        return str(dict(metadata or ()).get(REQUEST_ID_KEY, ""))
+
+    async def __anext__(self) -> Piece:
+        try:
+            with _coded_errors():
+                message = await self._call.read()
+        except asyncio.CancelledError:
+            if not self._cancelled:
+                raise
+            raise CancelledError("The request was cancelled.") from None
+        if message is grpc.aio.EOF:  # type: ignore[attr-defined]
+            raise StopAsyncIteration
+        return codec.piece_from_proto(message)
+
+    async def result(self) -> list[Completion]:
+        """Read to the end; one entry per choice."""
+        return codec.completions([piece async for piece in self])
+
+    def cancel(self) -> None:
+        """Stop the request."""
+        self._cancelled = True
+        self._call.cancel()
+
+    async def __aenter__(self) -> AsyncTokenStream:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+
+class AsyncPenstockClient:
+    """Asyncio client of one cluster; belongs to the loop it is used on.
+
+    Example:
+        async with AsyncPenstockClient("localhost:8101") as client:
+            async for piece in client.generate("tiny", "Once upon a time", max_tokens=64):
+                print(piece.text, end="")
+    """
+
+    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+        """`target` is `host:port`; `credentials` switch TLS on."""
+        options = channel_options()
+        self._channel = (
+            grpc.aio.insecure_channel(target, options=options)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, options=options)
+        )
+        self._stub = pb_grpc.PenstockStub(self._channel)
+
+    def generate(
+        self,
+        model: str,
+        prompt: PromptLike,
+        *,
+        options: RequestOptions = _NO_OPTIONS,
+        deadline_s: float | None = None,
+        **sampling: Any,
+    ) -> AsyncTokenStream:
+        """Complete a text or a list of token ids; `sampling` are SamplingOptions fields."""
+        message = codec.generate_message(model, prompt, options, sampling)
+        return AsyncTokenStream(self._stub.Generate(message, timeout=deadline_s))
+
+    def chat(
+        self,
+        model: str,
+        messages: Iterable[MessageLike],
+        *,
+        options: RequestOptions = _NO_OPTIONS,
+        deadline_s: float | None = None,
+        **sampling: Any,
+    ) -> AsyncTokenStream:
+        """Answer a conversation: `ChatTurn`s or dicts with role and content."""
+        message = codec.chat_message(model, messages, options, sampling)
+        return AsyncTokenStream(self._stub.Chat(message, timeout=deadline_s))
+
+    async def embed(
+        self,
+        model: str,
+        inputs: Iterable[PromptLike],
+        *,
+        deadline_s: float | None = None,
+        **fields: Any,
+    ) -> EmbedOutput:
+        """Embed inputs; `fields`: pooling, normalize, dimensions, request_id."""
+        message = pb.EmbedRequest(model=model, inputs=codec.inputs(inputs), **fields)
+        with _coded_errors():
+            return codec.embed_from_proto(await self._stub.Embed(message, timeout=deadline_s))
+
+    async def score(
+        self,
+        model: str,
+        prompt: PromptLike,
+        continuations: Iterable[PromptLike],
+        *,
+        deadline_s: float | None = None,
+        request_id: str = "",
+    ) -> ScoreOutput:
+        """Log-probabilities of each continuation's tokens after the prompt."""
+        message = pb.ScoreRequest(
+            model=model,
+            continuations=codec.inputs(continuations),
+            request_id=request_id,
+            **codec.prompt_fields(prompt),
+        )
+        with _coded_errors():
+            return codec.score_from_proto(await self._stub.Score(message, timeout=deadline_s))
+
+    async def tokenize(
+        self,
+        model: str,
+        text: str = "",
+        *,
+        messages: Iterable[MessageLike] | None = None,
+        add_special_tokens: bool = True,
+        deadline_s: float | None = None,
+    ) -> tuple[list[int], list[str]]:
+        """Token ids and printable tokens of a text, or of a conversation."""
+        message = pb.TokenizeRequest(
+            model=model,
+            text=text,
+            messages=codec.turns(messages or ()),
+            add_special_tokens=add_special_tokens,
+        )
+        with _coded_errors():
+            answer = await self._stub.Tokenize(message, timeout=deadline_s)
+        return list(answer.token_ids), list(answer.tokens)
+
+    async def detokenize(
+        self,
+        model: str,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        deadline_s: float | None = None,
+    ) -> str:
+        """Text of token ids."""
+        message = pb.DetokenizeRequest(
+            model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens
+        )
+        with _coded_errors():
+            return str((await self._stub.Detokenize(message, timeout=deadline_s)).text)
+
+    async def models(self, *, deadline_s: float | None = None) -> list[ModelInfo]:
+        """All served models."""
+        with _coded_errors():
+            answer = await self._stub.ListModels(pb.ListModelsRequest(), timeout=deadline_s)
+        return [codec.model_from_proto(entry) for entry in answer.models]
+
+    async def cancel(self, request_id: str, *, deadline_s: float | None = None) -> bool:
+        """Stop a running request; False when the gateway has none of that id."""
+        message = pb.CancelRequest(request_id=request_id)
+        with _coded_errors():
+            return bool((await self._stub.Cancel(message, timeout=deadline_s)).cancelled)
+
+    async def status(self, *, deadline_s: float | None = None) -> dict[str, Any]:
+        """The cluster's status as plain data; keys as in the proto's StatusResponse."""
+        with _coded_errors():
+            answer = await self._stub.Status(pb.StatusRequest(), timeout=deadline_s)
+        return codec.status_from_proto(answer)
+
+    async def close(self) -> None:
+        """Close the connection; running streams end as cancelled."""
+        await self._channel.close(None)
+
+    async def __aenter__(self) -> AsyncPenstockClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()

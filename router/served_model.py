@@ -1,0 +1,71 @@
+"""One model as the gateway serves it: its plan and the text side of its checkpoint.
+
+Immutable after construction and shared by all requests. No weights, no torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cluster.base.errors import InvalidRequestError
+from cluster.base.plan import ModelPlan
+from replicas.text.chat_template import ChatTemplate
+from replicas.text.generation_defaults import GenerationDefaults
+from replicas.text.tokenizer import Tokenizer
+from router.api import ChatTurn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A model's plan, tokenizer, chat template and generation defaults."""
+
+    plan: ModelPlan
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    defaults: GenerationDefaults
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def from_plan(cls, plan: ModelPlan) -> ServedModel:
+        """Read the text side of the planned checkpoint.
+
+        Raises:
+            ConfigError: the directory lacks a tokenizer or holds a broken one.
+        """
+        return cls(
+            plan=plan,
+            tokenizer=Tokenizer.from_directory(plan.path),
+            chat_template=ChatTemplate.from_directory(plan.path),
+            defaults=GenerationDefaults.from_directory(plan.path),
+        )
+
+    @property
+    def max_tokens_per_choice(self) -> int:
+        """Prompt plus output tokens that one choice may hold: context, or all of the KV cache."""
+        return min(
+            self.plan.scheduler.max_context, self.plan.kv.num_blocks * self.plan.kv.block_size
+        )
+
+    def encode_chat(self, messages: Sequence[ChatTurn]) -> list[int]:
+        """Token ids of a conversation, up to where the model's answer begins.
+
+        Raises:
+            InvalidRequestError: the model has no template, or it refuses the messages.
+        """
+        if self.chat_template is None:
+            raise InvalidRequestError(
+                f"Model {self.plan.name!r} has no chat template.",
+                "Send a plain prompt instead.",
+                param="messages",
+            )
+        turns = [
+            {
+                "role": turn.role,
+                "content": turn.content,
+                **({"name": turn.name} if turn.name else {}),
+            }
+            for turn in messages
+        ]
+        return self.tokenizer.encode_template(self.chat_template.render(turns))

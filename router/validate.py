@@ -1,0 +1,278 @@
+"""The one validator of both fronts: raw request -> checked request, in two halves.
+
+`check_*` looks at everything that needs no tokenizer and is cheap enough to run before admission;
+`build_generation` takes the prompt's ids and yields the engine's request. Nothing downstream checks
+again, so every range the engine relies on is enforced here. User input never meets `assert`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+
+from cluster.base.errors import (
+    ContextTooLongError,
+    InvalidRequestError,
+    PenstockError,
+    UnknownModelError,
+)
+from cluster.base.ids import is_client_id, new_request_id
+from cluster.base.plan import LimitsPlan
+from replicas.api import GenerationRequest, Pooling, SamplingParams
+from router import field_checks as check
+from router.api import ChatTurn, EmbedInput, GenerationInput, ScoreInput, TextOrIds
+from router.checked_requests import CheckedEmbed, CheckedGeneration, CheckedScore, Prompt
+from router.sampling_fields import INT32_MAX, check_sampling
+from router.served_model import ServedModel
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""What OpenAI's completions generate when max_tokens is unset."""
+MAX_MESSAGES = 1024
+MAX_NAME_BYTES = 256
+MAX_TIMEOUT_S = 86_400.0
+MAX_DIMENSIONS = 1 << 20
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Accepted roles and what templates know them as ("developer" is OpenAI's newer "system")."""
+
+
+class Validator:
+    """Checks requests against the served models and the limits; holds no state of requests."""
+
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        limits: LimitsPlan,
+        *,
+        draw_seed: Callable[[], int],
+    ) -> None:
+        """`draw_seed()` gives a fresh seed in [0, 2^63) for a request that names none."""
+        self._models = models
+        self._limits = limits
+        self._draw_seed = draw_seed
+
+    def model(self, name: object) -> ServedModel:
+        """The served model of that name.
+
+        Raises:
+            InvalidRequestError: the name is missing or no string.
+            UnknownModelError: nothing of that name is served; names the nearest.
+        """
+        if not isinstance(name, str) or not name:
+            raise check.bad_field("model", "must name a served model", self._served(""))
+        found = self._models.get(name)
+        if found is None:
+            raise UnknownModelError(
+                f"Model '{check.shown(name)}' is not served here.",
+                self._served(name),
+                param="model",
+            )
+        return found
+
+    def _served(self, name: str) -> str:
+        near = difflib.get_close_matches(name[:64], self._models, n=3, cutoff=0.4)
+        return "Served: " + ", ".join(near or list(self._models)[:3]) + "."
+
+    def check_generation(self, raw: GenerationInput) -> CheckedGeneration:
+        """Check a generation; the prompt's length is checked by `build_generation`."""
+        model = self.model(raw.model)
+        sampling = check_sampling(raw.sampling, model, self._limits)
+        echo = check.boolean("echo", raw.echo)
+        if echo and raw.messages is not None:
+            raise check.bad_field("echo", "is not available for chat")
+        if sampling.max_tokens == 0 and not echo and sampling.params["prompt_logprobs"] is None:
+            raise check.bad_field(
+                "max_tokens", "must be at least 1", "0 makes sense with echo or prompt_logprobs."
+            )
+        return CheckedGeneration(
+            request_id=request_id_or_new(raw.request_id),
+            model=model,
+            prompt=self._generation_prompt(raw, model),
+            sampling=sampling,
+            priority=check.integer("priority", raw.priority, -INT32_MAX - 1, INT32_MAX),
+            echo=echo,
+            timeout_s=self.timeout_s(raw.timeout_s),
+        )
+
+    def timeout_s(self, raw: object) -> float:
+        """The request's own deadline, or the default one for 0; 0.0 when there is none."""
+        value = check.number("timeout_s", raw, 0.0, MAX_TIMEOUT_S)
+        return value or self._limits.default_timeout_s
+
+    def check_embed(self, raw: EmbedInput) -> CheckedEmbed:
+        """Check an embedding request."""
+        model = self.model(raw.model)
+        try:
+            pooling = Pooling(raw.pooling or "last")
+        except ValueError:
+            raise check.bad_field("pooling", "must be 'last' or 'mean'") from None
+        return CheckedEmbed(
+            request_id=request_id_or_new(raw.request_id),
+            model=model,
+            inputs=self._inputs("inputs", raw.inputs, model),
+            pooling=pooling,
+            normalize=check.boolean("normalize", raw.normalize),
+            dimensions=check.integer("dimensions", raw.dimensions, 0, MAX_DIMENSIONS),
+            timeout_s=self.timeout_s(raw.timeout_s),
+        )
+
+    def check_score(self, raw: ScoreInput) -> CheckedScore:
+        """Check a scoring request."""
+        model = self.model(raw.model)
+        return CheckedScore(
+            request_id=request_id_or_new(raw.request_id),
+            model=model,
+            prompt=self._text_or_ids("prompt", raw.prompt, model),
+            continuations=self._inputs("continuations", raw.continuations, model),
+            timeout_s=self.timeout_s(raw.timeout_s),
+        )
+
+    def messages(self, raw: object) -> tuple[ChatTurn, ...]:
+        """Check a conversation."""
+        entries = check.items("messages", raw, MAX_MESSAGES)
+        if not entries:
+            raise check.bad_field("messages", "must not be empty")
+        return tuple(_turn(f"messages[{at}]", entry) for at, entry in enumerate(entries))
+
+    def token_ids(
+        self, param: str, raw: object, model: ServedModel, limit: int | None = None
+    ) -> tuple[int, ...]:
+        """Check a list of ids of the model; by default as many as the context holds."""
+        if limit is None:
+            limit = model.max_tokens_per_choice
+            if isinstance(raw, Sequence) and not isinstance(raw, str) and len(raw) > limit:
+                raise too_long(model, len(raw), 0, param)
+        return check.token_ids(param, raw, vocab_size=model.plan.vocab_size, limit=limit)
+
+    def build_generation(
+        self, checked: CheckedGeneration, prompt_ids: Sequence[int]
+    ) -> GenerationRequest:
+        """The engine's request, now that the prompt's ids are known.
+
+        Raises:
+            ContextTooLongError: prompt plus max_tokens do not fit.
+            InvalidRequestError: no prompt token, or min_tokens > max_tokens.
+        """
+        room = self.room(checked.model, prompt_ids, _prompt_param(checked.prompt))
+        params = dict(checked.sampling.params)
+        max_tokens = self._max_tokens(checked, room)
+        if max_tokens > room:
+            raise too_long(checked.model, len(prompt_ids), max_tokens, "max_tokens")
+        if params["min_tokens"] > max_tokens:
+            raise check.bad_field("min_tokens", f"must be at most max_tokens ({max_tokens})")
+        if params["seed"] is None:
+            params["seed"] = self._draw_seed()
+        return GenerationRequest(
+            request_id=checked.request_id,
+            prompt_token_ids=tuple(prompt_ids),
+            params=SamplingParams(max_tokens=max_tokens, **params),
+            priority=checked.priority,
+        )
+
+    def room(self, model: ServedModel, prompt_ids: Sequence[int], param: str) -> int:
+        """Tokens that fit after a prompt; also checks that its ids are the model's.
+
+        Raises:
+            ContextTooLongError: the prompt alone does not fit.
+            InvalidRequestError: the prompt has no token, or one the model has no row for.
+        """
+        if not prompt_ids:
+            raise check.bad_field(param, "must hold at least one token")
+        if max(prompt_ids) >= model.plan.vocab_size:
+            raise check.bad_field(
+                param, f"holds a token the model has no embedding for (id {max(prompt_ids)})"
+            )
+        room = model.max_tokens_per_choice - len(prompt_ids)
+        if room < 0:
+            raise too_long(model, len(prompt_ids), 0, param)
+        return room
+
+    def _max_tokens(self, checked: CheckedGeneration, room: int) -> int:
+        asked = checked.sampling.max_tokens
+        if asked is not None:
+            return asked
+        wanted = checked.model.defaults.max_new_tokens
+        if wanted is None:
+            wanted = room if checked.prompt.messages is not None else DEFAULT_COMPLETION_TOKENS
+        # At least 1: a prompt that fills the context is refused rather than answered with nothing.
+        return max(1, min(wanted, room))
+
+    def _generation_prompt(self, raw: GenerationInput, model: ServedModel) -> Prompt:
+        given = [raw.text is not None, raw.token_ids is not None, raw.messages is not None]
+        if sum(given) != 1:
+            raise check.bad_field("prompt", "must be given exactly once, as text or token ids")
+        if raw.messages is not None:
+            return Prompt(messages=self.messages(raw.messages))
+        return self._text_or_ids("prompt", TextOrIds(text=raw.text, token_ids=raw.token_ids), model)
+
+    def _inputs(self, param: str, raw: object, model: ServedModel) -> tuple[Prompt, ...]:
+        entries = check.items(param, raw, self._limits.max_prompts_per_request)
+        if not entries:
+            raise check.bad_field(param, "must not be empty")
+        return tuple(
+            self._text_or_ids(f"{param}[{at}]", entry, model) for at, entry in enumerate(entries)
+        )
+
+    def _text_or_ids(self, param: str, raw: object, model: ServedModel) -> Prompt:
+        if not isinstance(raw, TextOrIds) or (raw.text is None) == (raw.token_ids is None):
+            raise check.bad_field(param, "must be given exactly once, as text or token ids")
+        if raw.text is not None:
+            text = check.text(param, raw.text)
+            if not text:
+                raise check.bad_field(param, "must not be empty")
+            return Prompt(text=text)
+        ids = self.token_ids(param, raw.token_ids, model)
+        if not ids:
+            raise check.bad_field(param, "must not be empty")
+        return Prompt(token_ids=ids)
+
+
+def request_id_or_new(raw: object) -> str:
+    """The client's id, or a fresh one when it gave none.
+
+    Raises:
+        InvalidRequestError: the id has characters or a length that are not allowed.
+    """
+    if raw is None or raw == "":
+        return new_request_id()
+    if isinstance(raw, str) and is_client_id(raw):
+        return raw
+    raise check.bad_field(
+        "request_id",
+        "must match [A-Za-z0-9._-]{1,64}",
+        "Leave it empty to get one from the server.",
+    )
+
+
+def _turn(param: str, raw: object) -> ChatTurn:
+    if not isinstance(raw, ChatTurn):
+        raise check.bad_field(param, "must be a message with role and content")
+    role = _ROLES.get(raw.role) if isinstance(raw.role, str) else None
+    if role is None:
+        raise InvalidRequestError(
+            f"{param}.role must be one of {', '.join(_ROLES)}, not '{check.shown(raw.role)}'.",
+            param=f"{param}.role",
+        )
+    return ChatTurn(
+        role=role,
+        content=check.text(f"{param}.content", raw.content),
+        name=check.text(f"{param}.name", raw.name, max_bytes=MAX_NAME_BYTES),
+    )
+
+
+def _prompt_param(prompt: Prompt) -> str:
+    return "messages" if prompt.messages is not None else "prompt"
+
+
+def too_long(
+    model: ServedModel, num_prompt_tokens: int | str, max_tokens: int, param: str
+) -> PenstockError:
+    """The error for a prompt (and output) that does not fit, with the numbers."""
+    limit = model.max_tokens_per_choice
+    asked = f" plus max_tokens {max_tokens}" if max_tokens else ""
+    return ContextTooLongError(
+        f"The prompt's {num_prompt_tokens} tokens{asked} exceed the {limit} tokens that "
+        f"{model.plan.name!r} holds per request.",
+        "Shorten the prompt or lower max_tokens.",
+        param=param,
+    )

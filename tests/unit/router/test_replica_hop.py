@@ -1,0 +1,310 @@
+"""The hop between gateway and leader: fan-out, cancel, loss, silence, epochs, bounds."""
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+
+import pytest
+from fake_engine import FakeEngine
+from gateway_harness import fake_replica, until
+
+from cluster.base.errors import (
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+    WorkerDiedError,
+)
+from replicas.api import FinishReason, GenerationRequest, SamplingParams
+from replicas.leader.stream_codec import error_to_proto
+from router.replica_stream import HopSettings, ReplicaStream
+
+FAST = HopSettings(backoff_initial_s=0.01, backoff_max_s=0.05, silence_timeout_s=5.0)
+
+
+def a_request(max_tokens=5, n=1, request_id="same-id", prompt=(1, 2, 3)) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_token_ids=tuple(prompt),
+        params=SamplingParams(max_tokens=max_tokens, n=n),
+    )
+
+
+@asynccontextmanager
+async def hop_to(replica, epoch="e1", settings=FAST, gateway_id="gw"):
+    stream = ReplicaStream(replica.record.endpoint, epoch, gateway_id=gateway_id, settings=settings)
+    stream.start()
+    try:
+        yield stream
+    finally:
+        await stream.close(UnavailableError("closing"))
+
+
+async def read_all(channel):
+    deltas = []
+    while batch := await channel.receive():
+        deltas += batch
+    return deltas
+
+
+def tokens(deltas, index=0):
+    return [t for delta in deltas if delta.index == index for t in delta.token_ids]
+
+
+async def test_requests_with_one_id_from_two_gateways_do_not_mix():
+    async with (
+        fake_replica(FakeEngine()) as replica,
+        hop_to(replica, gateway_id="a") as first,
+        hop_to(replica, gateway_id="b") as second,
+    ):
+        await until(lambda: first.ready and second.ready)
+        channels = [
+            first.submit(a_request(6, prompt=(1, 2))),
+            second.submit(a_request(6, prompt=(7, 8))),
+            first.submit(a_request(6, prompt=(3, 4))),
+        ]
+        answers = await asyncio.gather(*(read_all(channel) for channel in channels))
+        assert [tokens(answer) for answer in answers] == [
+            [1, 2, 1, 2, 1, 2],
+            [7, 8, 7, 8, 7, 8],
+            [3, 4, 3, 4, 3, 4],
+        ]
+        assert first.num_in_flight == second.num_in_flight == 0
+        assert replica.servicer.num_requests == 0
+
+
+async def test_every_choice_ends_once_and_load_is_reported():
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+        await until(lambda: stream.ready)
+        deltas = await read_all(stream.submit(a_request(4, n=3)))
+        ends = [d.index for d in deltas if d.finish_reason is not None]
+        assert sorted(ends) == [0, 1, 2]
+        assert stream.stats.step > 0
+
+
+async def test_cancel_of_one_choice_leaves_the_others():
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+        await until(lambda: stream.ready)
+        channel = stream.submit(a_request(60, n=2))
+        await channel.receive()
+        channel.cancel_choice(0)
+        rest = await read_all(channel)
+        assert {d.index for d in rest if d.finish_reason is not None} == {1}
+        await until(lambda: replica.servicer.num_requests == 0)
+        assert [index for _, index in replica.engine.aborts] == [0]
+
+
+async def test_cancelling_the_last_choice_cancels_the_request():
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+        await until(lambda: stream.ready)
+        channel = stream.submit(a_request(10_000, n=2))
+        await channel.receive()
+        channel.cancel_choice(1)
+        channel.cancel_choice(0)
+        assert channel.finished
+        await until(lambda: replica.engine.num_running == 0)
+        assert stream.num_in_flight == 0
+        assert replica.servicer.num_requests == 0
+
+
+async def test_loss_ends_every_request_within_milliseconds():
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+        await until(lambda: stream.ready)
+        channels = [stream.submit(a_request(10_000)) for _ in range(20)]
+        for channel in channels:
+            await channel.receive()
+        started = time.monotonic()
+        await replica.kill()
+        results = await asyncio.gather(*map(read_all, channels), return_exceptions=True)
+        elapsed_s = time.monotonic() - started
+        assert [type(result) for result in results] == [UnavailableError] * 20
+        assert elapsed_s < 0.5
+        with pytest.raises(UnavailableError):
+            stream.submit(a_request())
+
+
+async def test_leader_failure_carries_its_cause_to_every_gateway():
+    async with (
+        fake_replica(FakeEngine()) as replica,
+        hop_to(replica) as first,
+        hop_to(replica) as second,
+    ):
+        await until(lambda: first.ready and second.ready)
+        channels = [first.submit(a_request(10_000)), second.submit(a_request(10_000))]
+        replica.servicer.fail_all(WorkerDiedError("rank 1 was killed", "wait"))
+        for channel in channels:
+            with pytest.raises(WorkerDiedError, match="rank 1 was killed"):
+                await read_all(channel)
+        await asyncio.sleep(0.1)
+        assert not first.ready
+
+
+async def test_another_epoch_is_refused():
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica, epoch="old") as stream:
+        await until(lambda: "epoch" in stream.last_error)
+        assert not stream.ready
+
+
+async def test_reconnects_when_the_replica_is_back():
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+        await until(lambda: stream.ready)
+        for link in list(replica.servicer._links.values()):
+            link.say_goodbye(error_to_proto(UnavailableError("restarting")))
+        await until(lambda: not stream.connected)
+        await until(lambda: stream.ready)
+        assert tokens(await read_all(stream.submit(a_request(2)))) == [1, 2]
+
+
+async def test_gateway_disconnect_aborts_its_requests_only():
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stays:
+        async with hop_to(replica) as leaves:
+            await until(lambda: stays.ready and leaves.ready)
+            kept = stays.submit(a_request(10_000))
+            leaves.submit(a_request(10_000))
+            leaves.submit(a_request(10_000))
+            await until(lambda: replica.engine.num_running == 3)
+        await until(lambda: replica.engine.num_running == 1)
+        assert len(replica.engine.aborts) == 2
+        assert await kept.receive()
+
+
+async def test_silent_replica_counts_as_lost():
+    settings = HopSettings(silence_timeout_s=0.3, backoff_initial_s=5.0)
+    async with (
+        fake_replica(FakeEngine(), load_period_s=60.0) as replica,
+        hop_to(replica, settings=settings) as stream,
+    ):
+        await until(lambda: stream.ready)
+        replica.engine.paused.set()
+        channel = stream.submit(a_request(10))
+        started = time.monotonic()
+        with pytest.raises(UnavailableError, match="silent"):
+            await read_all(channel)
+        assert time.monotonic() - started < 1.0
+
+
+async def test_idle_replica_keeps_reporting():
+    settings = HopSettings(silence_timeout_s=0.5)
+    async with (
+        fake_replica(FakeEngine(), load_period_s=0.1) as replica,
+        hop_to(replica, settings=settings) as stream,
+    ):
+        await until(lambda: stream.ready)
+        await asyncio.sleep(1.2)
+        assert stream.ready
+        assert len(replica.servicer._links) == 1
+
+
+async def test_slow_reader_is_bounded_and_cancelled():
+    settings = HopSettings(stream_buffer_events=50)
+    async with (
+        fake_replica(FakeEngine()) as replica,
+        hop_to(replica, settings=settings) as stream,
+    ):
+        await until(lambda: stream.ready)
+        channel = stream.submit(a_request(10_000))
+        other = stream.submit(a_request(100))
+        reader = asyncio.create_task(read_all(other))
+        await until(lambda: channel.finished)
+        assert len(await channel.receive()) == 50
+        with pytest.raises(OverloadedError, match="unread"):
+            await channel.receive()
+        assert len(tokens(await reader)) == 100
+        await until(lambda: replica.engine.num_running == 0)
+
+
+async def test_abort_gives_every_open_choice_an_end():
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+        await until(lambda: stream.ready)
+        channel = stream.submit(a_request(10_000, n=3))
+        await channel.receive()
+        assert channel.abort()
+        assert not channel.abort()
+        ends = [d for d in await read_all(channel) if d.finish_reason is not None]
+        assert [(d.index, d.finish_reason) for d in ends] == [
+            (index, FinishReason.ABORT) for index in range(3)
+        ]
+        await until(lambda: replica.engine.num_running == 0)
+
+
+async def test_engine_refusal_reaches_the_request():
+    engine = FakeEngine(refuse=OverloadedError("256 requests are waiting"))
+    async with fake_replica(engine) as replica, hop_to(replica) as stream:
+        await until(lambda: stream.ready)
+        (delta,) = await read_all(stream.submit(a_request()))
+        assert delta.finish_reason is FinishReason.ERROR
+        assert delta.error["code"] == "overloaded"
+        assert replica.servicer.num_requests == 0
+
+
+async def test_engine_fault_ends_one_request_without_its_text():
+    class Faulty(FakeEngine):
+        def add_request(self, request):
+            if request.prompt_token_ids == (9,):
+                raise ZeroDivisionError("secret detail")
+            super().add_request(request)
+
+    async with fake_replica(Faulty()) as replica, hop_to(replica) as stream:
+        await until(lambda: stream.ready)
+        good = stream.submit(a_request(5))
+        (bad,) = await read_all(stream.submit(a_request(prompt=(9,))))
+        assert bad.error["code"] == InternalError.code
+        assert "secret" not in str(bad.error)
+        assert tokens(await read_all(good)) == [1, 2, 3, 1, 2]
+
+
+async def test_drain_refuses_new_requests_and_waits_for_the_old():
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+        await until(lambda: stream.ready)
+        channel = stream.submit(a_request(100))
+        await channel.receive()
+        draining = asyncio.create_task(replica.servicer.drain(5.0))
+        await until(lambda: stream.draining)
+        with pytest.raises(UnavailableError):
+            stream.submit(a_request())
+        assert len(tokens(await read_all(channel))) > 50
+        assert await draining
+
+
+async def test_drain_gives_up_at_its_timeout():
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+        await until(lambda: stream.ready)
+        stream.submit(a_request(100_000))
+        await until(lambda: replica.servicer.num_requests == 1)
+        assert not await replica.servicer.drain(0.05)
+
+
+async def test_retired_stream_finishes_what_runs_then_ends():
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+        await until(lambda: stream.ready)
+        channel = stream.submit(a_request(50))
+        stream.retire()
+        assert not stream.ready
+        assert len(tokens(await read_all(channel))) == 50
+        await until(lambda: stream.ended)
+        assert not stream.reinstate()
+
+
+async def test_unknown_pooling_from_a_newer_gateway_is_an_error_of_that_request():
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+        await until(lambda: stream.ready)
+        channel = stream.submit(a_request())
+        stream._outbox[-1].submit.pooling = "max"
+        (delta,) = await read_all(channel)
+        assert delta.error["code"] == InvalidRequestError.code
+
+
+async def test_a_replica_that_never_answers_counts_as_silent():
+    async def swallow(reader, writer):
+        while await reader.read(1 << 16):
+            pass
+
+    server = await asyncio.start_server(swallow, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    settings = HopSettings(silence_timeout_s=0.2, backoff_initial_s=5.0)
+    stream = ReplicaStream(f"127.0.0.1:{port}", "e1", gateway_id="gw", settings=settings)
+    stream.start()
+    await until(lambda: "silent" in stream.last_error)
+    assert not stream.ready
+    await stream.close(UnavailableError("closing"))
+    server.close()
