@@ -79,8 +79,12 @@ def _state_dir(env: Mapping[str, str]) -> Path:
 def set_ray_defaults() -> None:
     """Set what Ray reads from the environment of the process that starts it, unless the user did.
 
-    Ray starts its workers at nice +15, which starves a serving process on a shared machine.
+    Ray starts its workers at nice +15, which starves a serving process on a shared machine. A
+    client shows the user's Ray token only in token mode, which Ray itself switches on for
+    `ray start` but not for who joins later.
     """
+    if (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 

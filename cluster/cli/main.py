@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from cluster.base.env import read_environment
+from cluster.base.env import read_environment, set_ray_defaults
 from cluster.base.log import LogStyle, configure_logging
 
 EXIT_INTERRUPTED = 130
@@ -90,4 +90,6 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `penstock` script."""
+    # Before any command imports Ray, which reads the environment when it is loaded.
+    set_ray_defaults()
     cli(prog_name="penstock")

@@ -83,7 +83,6 @@ class ClusterRun:
                 namespace=names.NAMESPACE,
                 num_cpus=0,
                 max_restarts=-1,
-                max_task_retries=-1,
                 max_concurrency=1000,
                 lifetime="detached",
             )

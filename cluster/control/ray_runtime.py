@@ -7,6 +7,7 @@ A runtime that we start belongs to this process: it listens for nobody else, and
 from __future__ import annotations
 
 import logging
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from cluster.base.names import NAMESPACE
 
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024
 _LOOPBACK = "127.0.0.1"
+_PROBE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +72,10 @@ def join(address: str) -> RayRuntime:
     Raises:
         ConfigError: nothing answers at `address`, or it refuses our token.
     """
+    env.set_ray_defaults()
     _quieten()
     try:
+        _probe(address)
         context = ray.init(
             address=address,
             namespace=NAMESPACE,
@@ -82,7 +86,8 @@ def join(address: str) -> RayRuntime:
     except (RuntimeError, ConnectionError, OSError, ValueError, TimeoutError) as error:
         raise ConfigError(
             f"Cannot join the Ray cluster at {address!r}: {error}.",
-            "Start it with `ray start --head`, or leave --address out to start one here.",
+            "Start it with `ray start --head`, or leave --address out to start one here; if it "
+            "wants another token or none, set RAY_AUTH_TOKEN or RAY_AUTH_MODE.",
             param="--address",
         ) from error
     return _runtime(context, owned=False)
@@ -102,6 +107,17 @@ def _runtime(context: BaseContext, *, owned: bool) -> RayRuntime:
         owned=owned,
         token_auth=env.ray_token_auth(),
     )
+
+
+def _probe(address: str) -> None:
+    """Find out within seconds that nobody listens; Ray itself would try for over a minute.
+
+    Raises:
+        OSError: nothing answers at host:port. Other forms of address are left to Ray.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=_PROBE_S).close()
 
 
 def _quieten() -> None:

@@ -141,16 +141,20 @@ class StepPlanner:
             # With nothing running, only waiting forks can hold the missing blocks.
             if self.running or not self._take_back_blocks():
                 return False
+        self._start(request, num_hit_tokens)
+        request.num_computed_tokens = start
+        builder.add(request, num_tokens, grant, self.kv.block_table(request))
+        return True
+
+    def _start(self, request: EngineRequest, num_hit_tokens: int) -> None:
+        """From waiting to running; only the first admission counts as a cache query."""
         self.waiting.remove(request)
         if request.num_cached_tokens is None:
             request.num_cached_tokens = num_hit_tokens
             self.prefix_hit_tokens += num_hit_tokens
             self.prefix_query_tokens += request.num_prompt_tokens
-        request.num_computed_tokens = start
         request.status = RequestStatus.RUNNING
         self.running.add(request)
-        builder.add(request, num_tokens, grant, self.kv.block_table(request))
-        return True
 
     def _preempt(self, request: EngineRequest) -> None:
         """Drop a running request's KV; it comes back as a new row with all its tokens."""

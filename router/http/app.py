@@ -42,9 +42,9 @@ def build_http_app(
         handler: does the work; shared with the gRPC front.
         plan: the gateway's slice of the plan.
         metrics: what /metrics prints.
-        limits: transport limits; the defaults suit production.
+        limits: transport limits; by default the plan's size of a body, and what suits production.
     """
-    bounds = limits or HttpLimits()
+    bounds = limits or HttpLimits(max_body_bytes=plan.limits.max_message_bytes)
     endpoints = Endpoints(handler, plan.limits, bounds, metrics)
     app = Starlette(
         routes=_routes(endpoints),

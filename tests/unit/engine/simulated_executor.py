@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from replicas.api import FinishReason, GenerationRequest, Pooling, SamplingParams, TokenLogprob
@@ -101,12 +102,14 @@ class SimulatedExecutor:
         self.errors: dict[str, str] = {}
         """Choice index or key as text -> error to report for it."""
         self.fail_with: Exception | None = None
+        self.before_collect: Callable[[], None] = lambda: None
         self.num_copies = self.num_replaced = 0
 
     def submit(self, plan: SchedulerOutput) -> None:
         self.plans.append(plan)
 
     def collect(self, timeout_s: float) -> StepOutput:
+        self.before_collect()
         if self.fail_with is not None:
             raise self.fail_with
         plan = self.plans.popleft()

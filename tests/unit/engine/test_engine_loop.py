@@ -168,6 +168,18 @@ def test_losing_the_executor_ends_everything_at_once(error: Exception, code: str
     assert not harness.loop.run_once()
     assert harness.loop.stop()
     assert len(harness.fatal) == 1
+    with pytest.raises(PenstockError) as refusal:
+        harness.loop.add_request(request("after", [1]))
+    assert refusal.value.code == code
+
+
+def test_a_request_that_arrives_while_the_executor_dies_is_answered(harness: Harness) -> None:
+    harness.executor.before_collect = lambda: harness.loop.add_request(request("late", [1], n=2))
+    harness.executor.fail_with = WorkerDiedError("Rank 1 was killed.")
+    harness.loop.add_request(request("a", [1]))
+    harness.loop.run_once()
+    assert set(harness.last()) == {("a", 0), ("late", 0), ("late", 1)}
+    assert set(harness.codes().values()) == {"worker_died"}
 
 
 def test_a_callback_that_raises_is_fatal_and_said_once(harness: Harness) -> None:
@@ -177,10 +189,11 @@ def test_a_callback_that_raises_is_fatal_and_said_once(harness: Harness) -> None
 
     harness.on_deltas = explode
     harness.loop.add_request(request("a", [1, 2], max_tokens=9, ignore_eos=True))
+    harness.loop.add_request(request("b", [1, 2], max_tokens=2, ignore_eos=True))
     harness.loop.run_once()
     assert not harness.fatal
     harness.loop.run_once()
-    assert harness.codes() == {"a": "internal"}
+    assert harness.codes() == {"a": "internal", "b": None}
     assert len(harness.fatal) == 1
 
 
@@ -227,6 +240,7 @@ def test_stop_without_a_thread_answers_too(harness: Harness) -> None:
 
 def test_the_idle_loop_sleeps_and_wakes_on_a_command(harness: Harness) -> None:
     harness.loop.start()
+    harness.loop.abort("nobody")
     time.sleep(0.05)
     before_s = time.process_time()
     time.sleep(0.2)

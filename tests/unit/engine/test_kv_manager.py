@@ -142,6 +142,7 @@ def test_writing_in_place_to_a_full_cached_block_uncaches_it_first() -> None:
     kv.forget(parent)
     assert kv.find_prefix(live(list(range(9)), key=2)) == [0, 1]
     assert kv.allocate_slots(child, 1) == BlockGrant()
+    kv.check_invariants()
     assert kv.find_prefix(live(list(range(9)), key=3)) == [0]
     child.num_computed_tokens = 8
     kv.register_computed(child)

@@ -48,8 +48,11 @@ class Run:
         self.scheduler.check_invariants()
 
     def step(self) -> None:
+        num_preemptions = self.engine.stats.num_preemptions
         self.take(self.engine.step())
         self.scheduler.check_invariants()
+        if self.engine.stats.num_preemptions > num_preemptions:
+            assert self.executor.history[-1].new_requests == ()
 
     def take(self, deltas: list[GenerationDelta]) -> None:
         for delta in deltas:
@@ -148,13 +151,13 @@ def test_any_interleaving_gives_the_streams_of_one_at_a_time(seed: int) -> None:
 
 def test_many_random_runs_meet_every_mechanism() -> None:
     preemptions = hits = copies = replaced = 0
-    for seed in range(400):
+    for seed in range(500):
         run = random_run(seed)
         preemptions += run.engine.stats.num_preemptions
         hits += run.engine.stats.prefix_hit_tokens
         copies += run.executor.num_copies
         replaced += run.executor.num_replaced
-    assert preemptions > 100
+    assert preemptions > 80
     assert hits > 500
     assert copies > 100
     assert replaced > 20
@@ -183,6 +186,7 @@ def test_preempted_equals_straight() -> None:
     run, preempted = streams(config(num_blocks=16))
     assert preempted == straight
     assert run.engine.stats.num_preemptions > 0
+    assert run.engine.stats.prefix_query_tokens == sum(len(prompt) for prompt in PROMPTS)
 
 
 def test_prefix_hit_equals_miss() -> None:
@@ -197,6 +201,9 @@ def test_prefix_hit_equals_miss() -> None:
     assert run.completions["b", 0].num_cached_tokens == 20
     assert run.engine.stats.prefix_hit_tokens == 20
     assert run.engine.stats.prefix_query_tokens == 2 * len(PROMPTS[0])
+    run.add(request("c", PROMPTS[0], max_tokens=2, ignore_eos=True, n=3))
+    run.finish()
+    assert [run.completions["c", index].num_cached_tokens for index in range(3)] == [20] * 3
 
 
 @pytest.mark.parametrize("num_prompt", [1, 2, 5, 8, 9])
@@ -246,6 +253,20 @@ def test_forks_give_their_blocks_back_when_others_need_them() -> None:
     run.add(request("a", list(range(10)), n=3, max_tokens=12, ignore_eos=True))
     run.finish()
     assert run.engine.stats.num_preemptions == 0
+
+
+def test_waiting_forks_make_room_for_a_more_important_request() -> None:
+    run = Run(config(num_blocks=6, max_running_requests=1))
+    run.add(request("a", list(range(10)), n=3, max_tokens=1))
+    run.step()
+    assert run.engine.stats.num_waiting_tokens == 2
+    assert run.engine.stats.kv_blocks_free == 3
+    run.add(request("urgent", list(range(20, 40)), priority=-1, max_tokens=3, ignore_eos=True))
+    run.step()
+    assert run.completions["urgent", 0].token_ids != []
+    # Both forks gave their blocks back and will compute the prompt themselves.
+    assert run.engine.stats.num_waiting_tokens == 10 + 10
+    run.finish()
 
 
 def test_a_request_that_fills_the_pool_to_the_last_slot_runs() -> None:

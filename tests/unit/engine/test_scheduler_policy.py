@@ -144,6 +144,17 @@ def test_an_admission_leaves_a_block_for_each_running_request() -> None:
     assert plan.keys == (0,)
 
 
+def test_a_prompt_is_let_in_only_when_all_of_it_fits() -> None:
+    scheduler = Scheduler(config(num_blocks=6, max_context=24, max_step_tokens=8))
+    scheduler.add(request("a", [1] * 7, max_tokens=9))
+    play(scheduler, 1)
+    scheduler.add(request("b", [2] * 13, max_tokens=4))
+    plan = scheduler.schedule()
+    assert plan is not None
+    # A first chunk of 7 tokens would fit into the 4 free blocks; 4 blocks and one spare do not.
+    assert plan.keys == (0,)
+
+
 @pytest.mark.parametrize(
     ("params", "tokens", "reason", "stop_token_id"),
     [

@@ -25,6 +25,7 @@ from cluster.base.errors import (
 )
 from replicas.api import FinishReason, Pooling
 from replicas.leader.record import ReplicaState
+from replicas.text.detokenizer import IncrementalDetokenizer
 from router import choice_stream
 from router.api import ChatTurn
 from router.client import AsyncPenstockClient, PenstockClient, RequestOptions
@@ -450,7 +451,7 @@ async def test_text_side_fault_ends_one_request_without_its_text(checkpoint, mon
     async with running_gateway(checkpoint) as gw, AsyncPenstockClient(gw.target) as client:
         (poison,) = served(gw).tokenizer.encode("!")
 
-        class Faulty(choice_stream.IncrementalDetokenizer):
+        class Faulty(IncrementalDetokenizer):
             def push(self, token_ids):
                 if poison in token_ids:
                     raise ZeroDivisionError("secret detail")

@@ -1,0 +1,116 @@
+"""The engine alone, in this process, under the same closed loop: what the cluster is compared with.
+
+Same checkpoint, dtype, threads, scheduler limits and prompts; no Ray, no link, no gateway, no text.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.load import Load, LoadResult, RequestTrace, prompts
+from cluster.base.plan import ModelPlan
+from cluster.dist.communicator import SingleRank
+from replicas.api import GenerationRequest, SamplingParams
+from replicas.engine.scheduler import Scheduler
+from replicas.engine.scheduler_config import SchedulerConfig
+from replicas.engine.sync_engine import SyncEngine
+from replicas.models.checkpoint import load_weights
+from replicas.models.hf_config import arch_from_hf
+from replicas.models.registry import build_model
+from replicas.worker import device as devices
+from replicas.worker.in_process_executor import InProcessExecutor
+from replicas.worker.kv_tensors import KvCacheSpec, allocate_kv_caches
+from replicas.worker.model_runner import ModelRunner
+
+
+@dataclass(slots=True)
+class _Live:
+    started_s: float
+    first_s: float = 0.0
+    num_tokens: int = 0
+
+
+class BareEngine:
+    """One engine built from a model plan (tensor-parallel size 1)."""
+
+    def __init__(self, plan: ModelPlan) -> None:
+        device = devices.open_device(plan.device, plan.num_threads)
+        dtype = devices.resolve_dtype(plan.dtype)
+        arch = arch_from_hf(json.loads((Path(plan.path) / "config.json").read_text()))
+        model = build_model(
+            arch,
+            SingleRank(),
+            dtype=plan.dtype,
+            device=plan.device,
+            block_size=plan.kv.block_size,
+        )
+        weights = load_weights(plan.path, model.units, dtype=plan.dtype, device=plan.device)
+        spec = KvCacheSpec(
+            num_layers=arch.num_layers,
+            num_blocks=plan.kv.num_blocks,
+            block_size=plan.kv.block_size,
+            num_kv_heads=arch.num_kv_heads,
+            head_dim=arch.head_dim,
+            dtype=dtype,
+        )
+        runner = ModelRunner(
+            model,
+            weights,
+            allocate_kv_caches(spec, device),
+            block_size=plan.kv.block_size,
+            max_context=plan.scheduler.max_context,
+            is_output_rank=True,
+            clock=time.perf_counter,
+        )
+        config = SchedulerConfig(
+            max_running_requests=plan.scheduler.max_running_requests,
+            max_step_tokens=plan.scheduler.max_step_tokens,
+            max_context=plan.scheduler.max_context,
+            block_size=plan.kv.block_size,
+            num_blocks=plan.kv.num_blocks,
+            prefix_caching=plan.kv.prefix_caching,
+        )
+        self._engine = SyncEngine(Scheduler(config), InProcessExecutor(runner))
+        self._runs = 0
+
+    def run(self, load: Load) -> LoadResult:
+        """The closed loop of `bench.load` without anything in between."""
+        self._runs += 1
+        waiting = list(enumerate(prompts(load)))[::-1]
+        live: dict[str, _Live] = {}
+        traces: list[RequestTrace] = []
+        started_s = time.perf_counter()
+        while waiting or live:
+            while waiting and len(live) < load.concurrency:
+                self._add(load, *waiting.pop(), live)
+            for delta in self._engine.step():
+                request = live[delta.request_id]
+                now_s = time.perf_counter()
+                if not request.num_tokens and delta.token_ids:
+                    request.first_s = now_s
+                request.num_tokens += len(delta.token_ids)
+                if delta.finish_reason is not None:
+                    traces.append(_trace(live.pop(delta.request_id), now_s))
+        return LoadResult(wall_s=time.perf_counter() - started_s, requests=tuple(traces))
+
+    def _add(self, load: Load, index: int, prompt: list[int], live: dict[str, _Live]) -> None:
+        request_id = f"{self._runs}-{index}"
+        live[request_id] = _Live(time.perf_counter())
+        self._engine.add(
+            GenerationRequest(
+                request_id=request_id,
+                prompt_token_ids=tuple(prompt),
+                params=SamplingParams(temperature=0.0, max_tokens=load.max_tokens, ignore_eos=True),
+            )
+        )
+
+
+def _trace(request: _Live, now_s: float) -> RequestTrace:
+    return RequestTrace(
+        ttft_s=request.first_s - request.started_s,
+        e2e_s=now_s - request.started_s,
+        num_tokens=request.num_tokens,
+    )
