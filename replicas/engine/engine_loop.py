@@ -62,7 +62,8 @@ class EngineLoop:
     its owner's: the loop never closes it.
 
     Args:
-        on_deltas: called from the loop once per step, also when a step said nothing.
+        on_deltas: called from the loop once per step, also when a step said nothing; what a step
+            said is told while the next one is computed.
         on_fatal: called from the loop at most once, after the last deltas.
         step_timeout_s: longest wait for the answer to a step.
         clock: monotonic seconds.
@@ -93,6 +94,8 @@ class EngineLoop:
         self._ended = threading.Event()
         self._health = LoopHealth()
         self._thread: threading.Thread | None = None
+        self._unsaid: list[GenerationDelta] = []
+        self._steps_unsaid = 0
 
     @property
     def health(self) -> LoopHealth:
@@ -151,23 +154,24 @@ class EngineLoop:
         if self._ended.is_set():
             return False
         self._wake.clear()
-        deltas = self._obey()
+        self._unsaid += self._obey()
         if self._stopping and self._refusal is not None:
-            self._end(self._refusal, deltas)
+            self._end(self._refusal)
             return False
         self._note_health(step_started_s=self._clock())
         try:
-            said = self._runner.step()
+            # What the last step said is told while the workers compute the next one: the
+            # callback's work, and the threads it wakes, then cost the step nothing.
+            said = self._runner.step(meanwhile=self._deliver)
+            self._note_health(step_ended=said is not None)
+            if said is None:
+                return self._idle()
         except Exception as error:
-            self._die(error, deltas)
+            self._die(error)
             return False
-        self._note_health(step_ended=said is not None)
-        if said is not None or deltas:
-            self._deliver(deltas + (said or []))
-            return True
-        if self._refusal is not None and not self._inbox:
-            self._drained.set()
-        return False
+        self._unsaid += said
+        self._steps_unsaid += 1
+        return True
 
     def _run(self) -> None:
         while not self._ended.is_set():
@@ -190,31 +194,41 @@ class EngineLoop:
                 deltas.extend(_refused(command.request, refusal))
         return deltas
 
-    def _deliver(self, deltas: list[GenerationDelta]) -> None:
-        try:
-            self._on_deltas(deltas, self._scheduler.stats())
-        except Exception as error:
-            self._die(error, [])
+    def _idle(self) -> bool:
+        """Nothing was left to compute: say what is unsaid; False when there was nothing."""
+        if self._unsaid or self._steps_unsaid:
+            self._deliver()
+            return True
+        if self._refusal is not None and not self._inbox:
+            self._drained.set()
+        return False
 
-    def _die(self, error: Exception, deltas: list[GenerationDelta]) -> None:
+    def _deliver(self) -> None:
+        deltas, self._unsaid = self._unsaid, []
+        if deltas or self._steps_unsaid:
+            self._steps_unsaid = 0
+            self._on_deltas(deltas, self._scheduler.stats())
+
+    def _die(self, error: Exception) -> None:
         """The engine cannot go on: everyone hears why, then the owner does."""
         fatal = as_penstock_error(error)
         log.error("engine loop failed: %s", fatal, exc_info=error)
-        self._end(fatal, deltas)
+        self._end(fatal)
         self._note_health(fatal=fatal)
         self._on_fatal(fatal)
 
-    def _end(self, error: PenstockError, deltas: list[GenerationDelta]) -> None:
+    def _end(self, error: PenstockError) -> None:
         """Fail what runs, waits or is still in the inbox; nothing is accepted afterwards."""
         with self._gate:
             self._refusal, self._closed = error, True
         while self._inbox:
             command = self._inbox.popleft()
             if isinstance(command, _Add):
-                deltas.extend(_refused(command.request, error))
+                self._unsaid.extend(_refused(command.request, error))
         try:
-            deltas.extend(self._scheduler.fail_all(error))
-            self._on_deltas(deltas, self._scheduler.stats())
+            self._unsaid.extend(self._scheduler.fail_all(error))
+            self._steps_unsaid += 1
+            self._deliver()
         except Exception:
             log.exception("could not tell all callers of: %s", error)
         self._note_health()

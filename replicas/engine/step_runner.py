@@ -39,8 +39,12 @@ class StepRunner:
         self._clock = clock
         self.ledger = StepLedger()
 
-    def step(self) -> list[GenerationDelta] | None:
+    def step(self, meanwhile: Callable[[], None] | None = None) -> list[GenerationDelta] | None:
         """Run one step and return what it says; None when no request is left.
+
+        Args:
+            meanwhile: called once the workers are busy with the step; whatever it does costs
+                no time as long as it is shorter than the step.
 
         Raises:
             WorkerDiedError: a rank is gone.
@@ -54,6 +58,8 @@ class StepRunner:
             return None
         scheduled_s = clock()
         self._executor.submit(plan)
+        if meanwhile is not None:
+            meanwhile()
         output = self._executor.collect(self._step_timeout_s)
         executed_s = clock()
         deltas = self._scheduler.update_from_output(plan, output)
