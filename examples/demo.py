@@ -6,31 +6,43 @@ again whatever happens.
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
-HERE = Path(__file__).parent
-CLUSTER = HERE / "demo.yaml"
+CLUSTER = Path(os.path.relpath(Path(__file__).with_name("demo.yaml")))
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
+NAME = "demo"
+HTTP = "http://127.0.0.1:8000/v1/completions"
+SEEDED = ["generate", "class Queue:", "--max-tokens", "48", "--temperature", "0.8", "--seed", "7"]
 
+BEFORE = (
+    ("Where would everything run?", ["plan", str(CLUSTER)]),
+    ("Start it in the background", ["up", str(CLUSTER), "--detach"]),
+)
 STEPS = (
-    ("Where would everything run, and why?", ["plan", str(CLUSTER)]),
-    ("What runs: pids, ranks, memory blocks", ["status"]),
+    ("What runs: replicas, ranks, process ids, cache blocks", ["status"]),
     (
-        "A completion over gRPC, streamed",
-        ["generate", "def read_lines(path):\n", "--max-tokens", "96", "--temperature", "0"],
+        "A completion over gRPC, streamed from two tensor-parallel ranks",
+        ["generate", "def read_lines(path):", "--max-tokens", "96", "--temperature", "0"],
     ),
-    (
-        "The same request with a seed: run it twice, get the same tokens",
-        ["generate", "class Queue:\n", "--max-tokens", "64", "--temperature", "0.8", "--seed", "7"],
-    ),
+    ("Sampled, with a seed ...", SEEDED),
+    ("... and again: the same tokens", SEEDED),
     (
         "A chat turn",
         ["chat", "--message", "Write a function that sorts a list.", "--max-tokens", "64"],
     ),
 )
+
+
+def headline(title: str, command: str) -> None:
+    """Print what comes next and the command for it."""
+    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    print(f"\n{bold}# {title}{plain}\n$ {command}", flush=True)
 
 
 def show(title: str, arguments: list[str]) -> None:
@@ -39,30 +51,45 @@ def show(title: str, arguments: list[str]) -> None:
     Raises:
         CalledProcessError: the command failed.
     """
-    command = shlex.join(["penstock", *arguments]).replace("\n", "\\n")
-    print(f"\n\033[1m# {title}\033[0m\n$ {command}", flush=True)
+    headline(title, shlex.join(["penstock", *arguments]))
     subprocess.run([PENSTOCK, *arguments], check=True)
+
+
+def show_http() -> None:
+    """The same model through the OpenAI HTTP API."""
+    body = {"model": "demo-dense", "prompt": "import ", "max_tokens": 24, "temperature": 0}
+    headline(
+        "The OpenAI HTTP API",
+        f"curl {HTTP} -H 'content-type: application/json' -d '{json.dumps(body)}'",
+    )
+    request = urllib.request.Request(
+        HTTP, json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        print(json.dumps(json.load(answer), indent=1), flush=True)
 
 
 def main() -> int:
     """Run the demo; the exit code of the first command that failed, else 0."""
-    started = False
     try:
-        show(*STEPS[0])
-        show("Start it (detached; Ctrl-C ends a foreground one)", ["up", str(CLUSTER), "--detach"])
-        started = True
-        for title, arguments in STEPS[1:]:
+        for title, arguments in BEFORE:
             show(title, arguments)
     except subprocess.CalledProcessError as error:
         return error.returncode
-    except KeyboardInterrupt:
-        return 130
+    try:
+        for title, arguments in STEPS:
+            show(title, arguments)
+        show_http()
+    except subprocess.CalledProcessError as error:
+        return error.returncode
     finally:
-        if started:
-            show("Take it down; nothing stays behind", ["down", "demo"])
-    print("\nThat was a cluster. Keep one with:  penstock up examples/demo.yaml")
+        show("Take it down; nothing stays behind", ["down", NAME])
+    print(f"\nThat was a cluster. Keep one with:  penstock up {CLUSTER}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

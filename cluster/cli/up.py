@@ -69,13 +69,23 @@ def _detach(file: Path, address: str | None, timeout_s: float) -> None:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    with console.status(f"starting {name}"):
-        while child.poll() is None:
-            state = run_state.read(name)
-            if state is not None and state.ready and state.pid == child.pid:
-                break
-            time.sleep(0.1)
+    try:
+        with console.status(f"starting {name}"):
+            _wait_on_record(name, child)
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        raise
     console.print(log_path.read_text().rstrip(), markup=False, soft_wrap=True)
     if child.poll() is not None:
         raise UnavailableError(f"The cluster did not start (exit code {child.returncode}).")
     console.print(f"Detached; `penstock down {name}` ends it. Log: {log_path}", soft_wrap=True)
+
+
+def _wait_on_record(name: str, child: subprocess.Popen[bytes]) -> None:
+    """Return when the child's cluster is ready, or the child has ended."""
+    while child.poll() is None:
+        state = run_state.read(name)
+        if state is not None and state.ready and state.pid == child.pid:
+            return
+        time.sleep(0.1)

@@ -71,6 +71,21 @@ def read(name: str) -> RunState | None:
     return state if alive else None
 
 
+def check_free(name: str) -> None:
+    """Refuse the name of a cluster that runs here already.
+
+    Raises:
+        ConfigError: says which process it is and how to end it.
+    """
+    state = read(name)
+    if state is not None and state.pid != os.getpid():
+        raise ConfigError(
+            f"A cluster named {name!r} already runs on this machine (pid {state.pid}).",
+            f"End it with `penstock down {name}`, or give this one another cluster.name.",
+            param="cluster.name",
+        )
+
+
 def running() -> list[RunState]:
     """All living clusters on record, by name."""
     folder = _folder()

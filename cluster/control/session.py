@@ -54,6 +54,7 @@ class ClusterSession:
             CancelledError: `request_stop` was called while starting.
             PenstockError: why a replica could not start.
         """
+        run_state.check_free(self._plan.name)
         runtime = self._runtime(on_phase)
         run = ClusterRun(self._plan, runtime)
         try:

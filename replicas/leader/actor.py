@@ -94,6 +94,7 @@ class LeaderReplica:
             step_timeout_s=self._plan.scheduler.step_timeout_s,
         )
         self._servicer = ReplicaStreamServicer(self._engine, epoch=epoch)
+        self._servicer.publish((), self._stats)
         self._server, port = await start_replica_server(self._servicer, host)
         self._engine.start()
         self._watcher = asyncio.create_task(self._watch_workers())

@@ -53,6 +53,16 @@ def test_a_damaged_record_counts_as_absent(tmp_path):
     assert run_state.running() == []
 
 
+def test_a_name_in_use_is_refused_and_ones_own_is_not():
+    run_state.check_free("demo")
+    run_state.write(state("demo"))
+    run_state.check_free("demo")
+    parent = os.getppid()
+    run_state.write(state("demo", pid=parent))
+    with pytest.raises(ConfigError, match=rf"already runs on this machine \(pid {parent}\)"):
+        run_state.check_free("demo")
+
+
 def test_choosing_a_cluster():
     with pytest.raises(ConfigError, match="No cluster runs"):
         run_state.only(None)

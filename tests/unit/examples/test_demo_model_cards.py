@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from examples.models.bits_per_byte import Protocol, byte_lengths, cut_windows, score_text
 from examples.models.corpus import SourceFile, held_out_sample, load_corpus
+from examples.models.recipes import Recipe, build_dense
 from examples.models.schedule import Schedule
+from examples.models.trainer import Trainer
 from examples.models.training_data import BatchSampler, cut_like_prompts
 
 MODELS = Path(__file__).parents[3] / "examples" / "models"
@@ -73,6 +75,14 @@ def score_through_transformers(model: PreTrainedModel, windows: list[list[int]])
             logprobs_TV = model(input_ids=ids_1T).logits[0, :-1].log_softmax(-1)
             rows.append(logprobs_TV.gather(1, ids_1T[0, 1:, None])[:, 0].tolist())
     return rows
+
+
+def tiny_trainer(schedule: Schedule) -> Trainer:
+    sampler = BatchSampler(
+        tokens=np.arange(500), seed=1, batch_tokens=32, lengths=(16,), length_shares=(1.0,)
+    )
+    torch.manual_seed(1)
+    return Trainer(build_dense(), sampler, Recipe(), schedule, budget_s=None)
 
 
 class TestCheckpoint:
@@ -274,3 +284,24 @@ class TestRecipe:
         assert rates[140:] == sorted(rates[140:], reverse=True)
         assert settled.is_over(200)
         assert not settled.is_over(199)
+
+    def test_a_resumed_and_extended_run_repeats_the_unbroken_one(self, tmp_path: Path) -> None:
+        first = Schedule(peak=1e-3, warmup_steps=2, decay_steps=2, total_steps=4)
+        further = Schedule(peak=1e-3, warmup_steps=2, decay_steps=1, total_steps=6)
+        unbroken = tiny_trainer(first)
+        unbroken.run(lambda progress: unbroken.save(tmp_path) if progress.step == 2 else None)
+        unbroken.extend(further)
+        unbroken.run(lambda progress: None)
+        resumed = tiny_trainer(first)
+        resumed.load(tmp_path)
+        resumed.extend(further)
+        assert resumed.schedule == first
+        resumed.run(lambda progress: None)
+        resumed.extend(further)
+        resumed.run(lambda progress: None)
+        assert resumed.cycles == unbroken.cycles
+        assert [cycle["steps"] for cycle in resumed.cycles] == [4, 6]
+        for ours, theirs in zip(
+            resumed.model.parameters(), unbroken.model.parameters(), strict=True
+        ):
+            assert torch.equal(ours, theirs)
