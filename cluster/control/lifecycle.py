@@ -22,9 +22,12 @@ from ray.serve.schema import ApplicationStatus
 from cluster.base import names
 from cluster.base.errors import (
     ConfigError,
+    CorruptWeightsError,
+    DeviceOutOfMemoryError,
     InternalError,
     PenstockError,
     UnavailableError,
+    UserError,
     error_from_dict,
 )
 from cluster.base.plan import ClusterPlan, from_json
@@ -36,6 +39,7 @@ from replicas.leader.record import ReplicaRecord, ReplicaState
 _CALL_TIMEOUT_S = 10.0
 _POLL_S = 0.1
 _SERVE_POLL_S = 1.0
+_HOPELESS = (UserError, CorruptWeightsError, DeviceOutOfMemoryError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +62,10 @@ class ClusterRun:
         self._directory: Any = None
         self._serve_due_s = 0.0
         self._waiting_for = ""
-        self._apps = [names.gateway_app(plan.name)] + [
-            names.engine_app(plan.name, model.name) for model in plan.models
-        ]
+        self._models_by_app = {
+            names.engine_app(plan.name, model.name): model.name for model in plan.models
+        }
+        self._apps = [names.gateway_app(plan.name), *self._models_by_app]
 
     def start(self) -> None:
         """Create the directory and deploy every application; returns before they are ready.
@@ -110,7 +115,7 @@ class ClusterRun:
             if self._is_ready(snapshot):
                 return
             self._raise_failure(snapshot)
-            self._check_serve()
+            self._check_serve(snapshot)
             if time.monotonic() > deadline_s:
                 raise UnavailableError(
                     f"The cluster is not ready after {timeout_s:.0f} s: {_missing(snapshot)}.",
@@ -148,12 +153,19 @@ class ClusterRun:
         )
         return enough and snapshot.gateway_ready
 
-    def _raise_failure(self, snapshot: Snapshot) -> None:
+    def _raise_failure(self, snapshot: Snapshot, model: str | None = None) -> None:
+        """Give up at once on what a restart cannot mend; on anything once Serve has given up.
+
+        Args:
+            model: the model whose application Serve gave up, if it did.
+        """
         for record in snapshot.replicas:
             if record.state is ReplicaState.FAILED and record.error is not None:
-                raise _with_model(error_from_dict(record.error), record.model)
+                error = error_from_dict(record.error)
+                if record.model == model or isinstance(error, _HOPELESS):
+                    raise _with_model(error, record.model)
 
-    def _check_serve(self) -> None:
+    def _check_serve(self, snapshot: Snapshot) -> None:
         """Ask Serve, at most once a second, what it waits for and whether it gave up."""
         if time.monotonic() < self._serve_due_s:
             return
@@ -165,6 +177,7 @@ class ClusterRun:
             if status is None:
                 continue
             if status.status == ApplicationStatus.DEPLOY_FAILED:
+                self._raise_failure(snapshot, self._models_by_app.get(app))
                 raise InternalError(f"Ray Serve could not deploy {app}: {status.message}")
             waiting += [item.message for item in status.deployments.values() if item.message]
         self._waiting_for = "; ".join(waiting)

@@ -17,7 +17,7 @@ import ray
 from ray import serve
 
 from cluster.base import names
-from cluster.base.errors import CollectiveTimeoutError, PenstockError
+from cluster.base.errors import CollectiveTimeoutError, InternalError, PenstockError
 from cluster.base.ids import new_epoch
 from cluster.base.plan import ModelPlan, from_json
 from replicas.api import GenerationDelta, ReplicaStats
@@ -73,10 +73,9 @@ class LeaderReplica:
         self._group = WorkerGroup(self._plan, cluster=cluster, replica_id=replica_id, epoch=epoch)
         try:
             await self._start(host, epoch)
-        except PenstockError as error:
+        except Exception as error:
             self._group.kill()
-            self._reporter.update(state=ReplicaState.FAILED, error=error.to_dict())
-            await self._reporter.flush()
+            await self._report_failure(error)
             raise
 
     async def _start(self, host: str, epoch: str) -> None:
@@ -137,6 +136,12 @@ class LeaderReplica:
         await self._server.stop(grace=0.5)
         self._group.kill()
         await self._reporter.goodbye()
+
+    async def _report_failure(self, error: Exception) -> None:
+        """Leave the root cause where `penstock up` and Status find it."""
+        coded = error if isinstance(error, PenstockError) else InternalError(f"{error!r}")
+        self._reporter.update(state=ReplicaState.FAILED, detail=coded.cause, error=coded.to_dict())
+        await self._reporter.flush()
 
     def _show_progress(self, phase: str, fraction: float) -> None:
         self._reporter.update(detail=phase, progress=fraction)

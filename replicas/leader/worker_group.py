@@ -67,7 +67,7 @@ class WorkerGroup:
         await self._call(
             self._actors[0].progress.remote(), _CREATE_TIMEOUT_S, "starting worker processes"
         )
-        self.startup_s["worker_processes"] = time.monotonic() - started_s
+        self.startup_s["worker_processes"] = round(time.monotonic() - started_s, 3)
         listener = LinkListener(
             size=self._plan.tp_size, epoch=self._epoch, secret=secrets.token_hex(16)
         )

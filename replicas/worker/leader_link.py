@@ -24,6 +24,8 @@ from cluster.base.errors import (
 from replicas.worker import wire
 from replicas.worker.frames import FrameKind, FrameSocket, LinkAddress
 
+_ACCEPT_SLICE_S = 0.5
+
 
 class LinkListener:
     """The leader's end before its workers have joined."""
@@ -53,22 +55,21 @@ class LinkListener:
         A connection that does not know the secret or belongs to another epoch is dropped.
 
         Raises:
-            CollectiveTimeoutError: ranks are missing at the deadline; names them.
+            CollectiveTimeoutError: ranks are missing at the deadline, or when the listener was
+                closed; names them.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + timeout_s
         peers: dict[int, FrameSocket] = {}
         while len(peers) < self._size:
-            self._sock.settimeout(max(1e-3, deadline - time.monotonic()))
-            try:
-                connection, _ = self._sock.accept()
-            except TimeoutError:
+            connection = self._accept(deadline_s)
+            if connection is None:
                 missing = sorted(set(range(self._size)) - set(peers))
                 for peer in peers.values():
                     peer.close()
                 raise CollectiveTimeoutError(
                     f"Worker ranks {missing} did not connect within {timeout_s:.0f} s.",
                     "See their logs in the Ray dashboard.",
-                ) from None
+                )
             peer = FrameSocket(connection)
             rank = self._greet(peer)
             if rank is None or rank in peers:
@@ -83,6 +84,19 @@ class LinkListener:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+    def _accept(self, deadline_s: float) -> socket.socket | None:
+        """The next connection; None at the deadline or once the listener is closed."""
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            try:
+                # Closing a socket does not wake who waits on it: look again now and then.
+                self._sock.settimeout(min(left_s, _ACCEPT_SLICE_S))
+                return self._sock.accept()[0]
+            except TimeoutError:
+                continue
+            except OSError:
+                return None
+        return None
 
     def _greet(self, peer: FrameSocket) -> int | None:
         try:

@@ -174,3 +174,12 @@ def test_strangers_and_late_ranks_of_another_epoch_are_dropped(epoch, secret):
         listener.accept_all(timeout_s=0.5)
     assert stranger.receive_plan() is None
     listener.close()
+
+
+def test_closing_the_listener_ends_the_wait():
+    listener = LinkListener(size=1, epoch="e1", secret="s")
+    threading.Timer(0.1, listener.close).start()
+    started_s = time.monotonic()
+    with pytest.raises(CollectiveTimeoutError):
+        listener.accept_all(timeout_s=60.0)
+    assert time.monotonic() - started_s < 5.0
