@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.load import Load, LoadResult, RequestTrace, prompts
+from bench.load import Load, LoadResult, RequestTrace, prompts, think_times
 from cluster.base.plan import ModelPlan
 from cluster.dist.communicator import SingleRank
 from replicas.api import GenerationRequest, SamplingParams
@@ -28,7 +28,9 @@ from replicas.worker.model_runner import ModelRunner
 
 @dataclass(slots=True)
 class _Live:
-    started_s: float
+    client: int
+    due_s: float
+    """When its client sent it; the engine may have been in a step then."""
     first_s: float = 0.0
     num_tokens: int = 0
 
@@ -80,25 +82,42 @@ class BareEngine:
         """The closed loop of `bench.load` without anything in between."""
         self._runs += 1
         waiting = list(enumerate(prompts(load)))[::-1]
+        started_s = time.perf_counter()
+        due_s = {client: started_s + client * load.stagger_s for client in range(load.concurrency)}
+        pauses = {client: think_times(load, client) for client in due_s}
         live: dict[str, _Live] = {}
         traces: list[RequestTrace] = []
-        started_s = time.perf_counter()
         while waiting or live:
-            while waiting and len(live) < load.concurrency:
-                self._add(load, *waiting.pop(), live)
-            for delta in self._engine.step():
-                request = live[delta.request_id]
-                now_s = time.perf_counter()
-                if not request.num_tokens and delta.token_ids:
-                    request.first_s = now_s
-                request.num_tokens += len(delta.token_ids)
-                if delta.finish_reason is not None:
-                    traces.append(_trace(live.pop(delta.request_id), now_s))
+            now_s = time.perf_counter()
+            for client in [client for client, at_s in due_s.items() if at_s <= now_s]:
+                if waiting:
+                    self._add(load, *waiting.pop(), live, _Live(client, due_s.pop(client)))
+            if not live:
+                time.sleep(max(0.0, min(due_s.values()) - now_s))
+                continue
+            for request in self._step(live):
+                ended_s = time.perf_counter()
+                traces.append(_trace(request, ended_s))
+                due_s[request.client] = ended_s + next(pauses[request.client])
         return LoadResult(wall_s=time.perf_counter() - started_s, requests=tuple(traces))
 
-    def _add(self, load: Load, index: int, prompt: list[int], live: dict[str, _Live]) -> None:
+    def _step(self, live: dict[str, _Live]) -> list[_Live]:
+        """Run one step; the requests that ended with it."""
+        ended = []
+        for delta in self._engine.step():
+            request = live[delta.request_id]
+            if not request.num_tokens and delta.token_ids:
+                request.first_s = time.perf_counter()
+            request.num_tokens += len(delta.token_ids)
+            if delta.finish_reason is not None:
+                ended.append(live.pop(delta.request_id))
+        return ended
+
+    def _add(
+        self, load: Load, index: int, prompt: list[int], live: dict[str, _Live], request: _Live
+    ) -> None:
         request_id = f"{self._runs}-{index}"
-        live[request_id] = _Live(time.perf_counter())
+        live[request_id] = request
         self._engine.add(
             GenerationRequest(
                 request_id=request_id,
@@ -110,7 +129,7 @@ class BareEngine:
 
 def _trace(request: _Live, now_s: float) -> RequestTrace:
     return RequestTrace(
-        ttft_s=request.first_s - request.started_s,
-        e2e_s=now_s - request.started_s,
+        ttft_s=request.first_s - request.due_s,
+        e2e_s=now_s - request.due_s,
         num_tokens=request.num_tokens,
     )

@@ -30,6 +30,7 @@ CONCURRENCIES = (1, 8, 32)
 CPU_STREAMS = 64
 PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 64
+THINK_S = 0.02
 BARE = "bare engine"
 START_TARGET_S = 15.0
 CPU_TARGET_US = 100.0
@@ -57,7 +58,8 @@ def main() -> None:
         rows,
         notes=[
             f"{arguments.model}, fp32, tp 1, one compute thread for the engine in both cases",
-            f"closed loop, {PROMPT_TOKENS} prompt and {OUTPUT_TOKENS} output tokens, greedy",
+            f"closed loop, {PROMPT_TOKENS} prompt and {OUTPUT_TOKENS} output tokens, greedy; "
+            f"clients begin evenly apart and pause {THINK_S * 1e3:.0f} ms on average",
             "TTFT added: cluster minus bare, as the median over repeats of the p50 difference",
         ],
     )
@@ -112,9 +114,12 @@ def compare(
     """TTFT, TPOT and tokens/s of both, alternating."""
     ours: list[LoadResult] = []
     theirs: list[LoadResult] = []
+    stagger_s = 0.0
     for repeat in range(repeats + 1):
         load = _load(cluster, plan, concurrency, seed=1000 * concurrency + repeat)
+        load = dataclasses.replace(load, stagger_s=stagger_s)
         results = bare.run(load), drive(load)
+        stagger_s = _mean_e2e_s(results[0]) / concurrency
         if repeat:  # the first round warms both
             theirs.append(results[0])
             ours.append(results[1])
@@ -173,12 +178,18 @@ def _load(cluster: RunningCluster, plan: ModelPlan, concurrency: int, seed: int)
         target=cluster.target,
         model=plan.name,
         concurrency=concurrency,
-        num_requests=max(8, 2 * concurrency),
+        num_requests=max(12, 4 * concurrency),
         prompt_tokens=PROMPT_TOKENS,
         max_tokens=OUTPUT_TOKENS,
         vocab_size=plan.vocab_size,
         seed=seed,
+        stagger_s=0.0,
+        think_s=THINK_S,
     )
+
+
+def _mean_e2e_s(run: LoadResult) -> float:
+    return sum(request.e2e_s for request in run.requests) / len(run.requests)
 
 
 def _p50(run: LoadResult, name: str) -> float:

@@ -2,8 +2,9 @@
 
 `concurrency` clients each send their next request when the last one ended; every prompt is new
 (seeded random token ids of one length), EOS is ignored, so each request yields exactly `max_tokens`
-tokens. Times are taken at the client. Raw stubs, because the client's own CPU is part of the
-machine's load.
+tokens. Clients begin `stagger_s` apart and pause `think_s` on average between requests: a herd that
+starts at once stays one, and arrivals must not know when a step ends. Times are taken at the
+client. Raw stubs, because the client's own CPU is part of the machine's load.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import json
 import random
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import grpc.aio
 
 from router.proto import penstock_pb2 as pb
 from router.proto import penstock_pb2_grpc as pb_grpc
+
+_TYPES = {"str": str, "int": int, "float": float}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +39,8 @@ class Load:
     max_tokens: int
     vocab_size: int
     seed: int
+    stagger_s: float
+    think_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +79,13 @@ def prompts(load: Load) -> list[list[int]]:
     ]
 
 
+def think_times(load: Load, client: int) -> Iterator[float]:
+    """A client's seeded pauses between requests, the same for whoever runs the load."""
+    pauses = random.Random(load.seed * 1000 + client)
+    while True:
+        yield pauses.uniform(0.0, 2 * load.think_s)
+
+
 async def run(load: Load) -> LoadResult:
     """Send the load and wait for every answer."""
     waiting = list(reversed(prompts(load)))
@@ -80,12 +93,15 @@ async def run(load: Load) -> LoadResult:
     async with grpc.aio.insecure_channel(load.target) as channel:
         stub = pb_grpc.PenstockStub(channel)
 
-        async def client() -> None:
+        async def client(index: int) -> None:
+            pauses = think_times(load, index)
+            await asyncio.sleep(index * load.stagger_s)
             while waiting:
                 traces.append(await _one(stub, load, waiting.pop()))
+                await asyncio.sleep(next(pauses))
 
         started_s = time.perf_counter()
-        await asyncio.gather(*(client() for _ in range(load.concurrency)))
+        await asyncio.gather(*(client(index) for index in range(load.concurrency)))
         wall_s = time.perf_counter() - started_s
     return LoadResult(wall_s=wall_s, requests=tuple(traces))
 
@@ -115,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for field in dataclasses.fields(Load):
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=str if field.type == "str" else int, required=True)
+        parser.add_argument(flag, type=_TYPES[str(field.type)], required=True)
     result = asyncio.run(run(Load(**vars(parser.parse_args()))))
     json.dump(dataclasses.asdict(result), sys.stdout)
 
