@@ -1,4 +1,4 @@
-"""demo-dense costs the same bits per byte through our engine as its card says transformers found."""
+"""demo-dense costs as many bits per byte through our engine as its card says."""
 
 import json
 from collections.abc import Sequence
