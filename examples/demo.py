@@ -18,7 +18,7 @@ CLUSTER = Path(os.path.relpath(Path(__file__).with_name("demo.yaml")))
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 NAME = "demo"
 HTTP = "http://127.0.0.1:8000/v1/completions"
-SEEDED = ["generate", "class Queue:", "--max-tokens", "48", "--temperature", "0.8", "--seed", "7"]
+SEEDED = ["generate", "class Queue:", "--max-tokens", "48", "--temperature", "0.7", "--seed", "3"]
 
 BEFORE = (
     ("Where would everything run?", ["plan", str(CLUSTER)]),
@@ -28,7 +28,7 @@ STEPS = (
     ("What runs: replicas, ranks, process ids, cache blocks", ["status"]),
     (
         "A completion over gRPC, streamed from two tensor-parallel ranks",
-        ["generate", "def read_lines(path):", "--max-tokens", "96", "--temperature", "0"],
+        ["generate", "def ", "--echo", "--max-tokens", "72", "--temperature", "0"],
     ),
     ("Sampled, with a seed ...", SEEDED),
     ("... and again: the same tokens", SEEDED),

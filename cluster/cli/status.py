@@ -56,11 +56,11 @@ def _models(answer: dict[str, Any]) -> Table:
 
 def _replicas(answer: dict[str, Any]) -> Table:
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for heading in ("REPLICA", "MODEL", "STATE", "RUN", "WAIT", "KV FREE", "LEADER", "RANKS (PID)"):
+    for heading in ("REPLICA", "MODEL", "STATE", "RUN", "WAIT", "KV FREE", "LEADER PID", "RANK PIDS"):
         table.add_column(heading)
     for replica in answer["replicas"]:
         state = replica["state"]
-        ranks = ", ".join(f"{worker['rank']} ({worker['pid']})" for worker in replica["workers"])
+        ranks = " ".join(str(worker["pid"]) for worker in replica["workers"])
         table.add_row(
             replica["replica_id"][:_SHORT_ID],
             replica["model"],

@@ -75,7 +75,8 @@ class UpDisplay:
         for label, text in rows:
             table.add_row(f"  [dim]{label}[/]", text)
         show(table, highlight=False)
-        show("Ctrl-C takes it down.", highlight=False)
+        if self._console.is_terminal:
+            show("Ctrl-C takes it down.", highlight=False)
 
     def _table(self, snapshot: Snapshot) -> Table:
         table = Table.grid(padding=(0, 2))

@@ -62,7 +62,7 @@ class WorkerGroup:
             PenstockError: the root cause of the first rank that failed, or what took too long.
         """
         started_s = time.monotonic()
-        on_progress("starting workers", 0.0)
+        on_progress("worker processes", 0.0)
         self._create()
         await self._call(
             self._actors[0].progress.remote(), _CREATE_TIMEOUT_S, "starting worker processes"
