@@ -1,5 +1,8 @@
 """The engine's own thread: commands in from any thread, deltas out once per step.
 
+Two steps deep: when a step is nearly done the next one is planned on top of it, so that the workers
+never wait for the loop, and a command that arrives during most of a step still counts for the next.
+
 All scheduler state is touched by the loop alone; other threads only append to the inbox and read
 frozen snapshots. It does not spin: idle, it sleeps until a command arrives. Every request that
 `add_request` accepted gets its last delta, whatever happens: when the executor is lost, or the
@@ -35,7 +38,7 @@ class LoopHealth:
     """What a health check judges an engine by; times are on the loop's clock."""
 
     step_started_s: float | None = None
-    """Start of the step in flight; None between steps."""
+    """Start of the step that the workers execute; None when they have nothing to do."""
     last_step_end_s: float | None = None
     oldest_waiting_since_s: float | None = None
     """Arrival of the choice that has waited longest for its first step."""
@@ -59,13 +62,13 @@ class EngineLoop:
     """Drives one scheduler over one executor; `start()` gives it a thread.
 
     Without `start()` its owner calls `run_once()`, always from the same thread. The executor stays
-    its owner's: the loop never closes it.
+    its owner's: the loop never closes it, and leaves no step in it unless it failed.
 
     Args:
         on_deltas: called from the loop once per step, also when a step said nothing; what a step
             said is told while the next one is computed.
         on_fatal: called from the loop at most once, after the last deltas.
-        step_timeout_s: longest wait for the answer to a step.
+        step_timeout_s: longest time from the start of a step to its answer.
         clock: monotonic seconds.
     """
 
@@ -126,7 +129,10 @@ class EngineLoop:
         self._wake.set()
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """End one choice or all of them before the next step; an unknown id is ignored."""
+        """End one choice or all of them before the next plan; an unknown id is ignored.
+
+        What steps in flight compute for it, at most one token, is discarded.
+        """
         self._inbox.append(_Abort(request_id, index))
         self._wake.set()
 
@@ -150,27 +156,30 @@ class EngineLoop:
         return self._ended.is_set()
 
     def run_once(self) -> bool:
-        """Obey all commands, then run one step; False when there was nothing to do."""
+        """See one step to its end, and mostly the next one on its way.
+
+        Commands are obeyed before each plan.
+
+        Returns:
+            False when there was nothing to do.
+        """
         if self._ended.is_set():
             return False
         self._wake.clear()
-        self._unsaid += self._obey()
-        if self._stopping and self._refusal is not None:
-            self._end(self._refusal)
-            return False
-        self._note_health(step_started_s=self._clock())
         try:
-            # What the last step said is told while the workers compute the next one: the
-            # callback's work, and the threads it wakes, then cost the step nothing.
-            said = self._runner.step(meanwhile=self._deliver)
-            self._note_health(step_ended=said is not None)
-            if said is None:
+            if self._stopping and self._refusal is not None:
+                return self._wind_up(self._refusal)
+            if not self._runner.num_in_flight and not self._submit_next():
                 return self._idle()
+            # What the last step said is told while the workers compute: the callback's work, and
+            # the threads it wakes, then cost the step nothing.
+            self._deliver()
+            if not self._runner.wait_nearly_done():
+                self._submit_next()
+            self._collect()
         except Exception as error:
             self._die(error)
             return False
-        self._unsaid += said
-        self._steps_unsaid += 1
         return True
 
     def _run(self) -> None:
@@ -178,8 +187,30 @@ class EngineLoop:
             if not self.run_once() and not self._ended.is_set():
                 self._wake.wait()
 
+    def _submit_next(self) -> bool:
+        """Plan with all that is known now; False when there is nothing to compute."""
+        self._unsaid += self._obey()
+        self._note_health(step_started_s=self._runner.oldest_started_s or self._clock())
+        if self._runner.submit():
+            return True
+        self._note_health(step_started_s=self._runner.oldest_started_s)
+        return False
+
+    def _collect(self) -> None:
+        self._unsaid += self._runner.collect()
+        self._steps_unsaid += 1
+        self._note_health(step_started_s=self._runner.oldest_started_s, step_ended=True)
+
+    def _wind_up(self, error: PenstockError) -> bool:
+        """Take in what is in flight, then end everything."""
+        while self._runner.num_in_flight:
+            self._collect()
+        self._unsaid += self._obey()
+        self._end(error)
+        return False
+
     def _obey(self) -> list[GenerationDelta]:
-        """Commands in order of arrival; what came in meanwhile waits for the next step."""
+        """Commands in order of arrival; what comes in meanwhile waits for the next plan."""
         deltas: list[GenerationDelta] = []
         for _ in range(len(self._inbox)):
             command = self._inbox.popleft()
@@ -195,7 +226,7 @@ class EngineLoop:
         return deltas
 
     def _idle(self) -> bool:
-        """Nothing was left to compute: say what is unsaid; False when there was nothing."""
+        """Nothing is left to compute: say what is unsaid; False when there was nothing."""
         if self._unsaid or self._steps_unsaid:
             self._deliver()
             return True

@@ -1,7 +1,8 @@
 """The seam between the engine loop and whatever runs the model.
 
-`submit` and `collect` are apart so that a loop may keep two steps in flight; results come back in
-the order of submission. An executor never touches scheduler state.
+`submit` and `collect` are apart so that a loop may keep two steps in flight: ranks execute plans in
+the order of submission and results come back in that order. An executor never touches scheduler
+state.
 """
 
 from __future__ import annotations
@@ -15,7 +16,18 @@ class Executor(Protocol):
     """Runs steps on one rank or many."""
 
     def submit(self, plan: SchedulerOutput) -> None:
-        """Start a step on every rank; does not wait.
+        """Start a step on every rank, after those submitted before; does not wait for them.
+
+        Raises:
+            WorkerDiedError: a rank is gone.
+        """
+        ...
+
+    def poll(self, timeout_s: float) -> bool:
+        """Wait until `collect` would not have to; False when that takes longer than `timeout_s`.
+
+        Lateness is no error. The loss of a rank may be raised here, or counts as ready and is
+        raised by `collect`.
 
         Raises:
             WorkerDiedError: a rank is gone.

@@ -1,14 +1,17 @@
 """Block tables of live requests: allocation, prefix reuse, forks with copy-on-write.
 
-Sole user of the pool and the prefix cache. For a request between steps
+Sole user of the pool and the prefix cache. For a request between plans
 
-    [ computed, full, maybe cached | computed tail | nothing ]
-    0                              num_computed    len(table) * block_size
+    [ answered, full, maybe cached | answered     | planned      | nothing ]
+    0                                num_answered   num_computed   len(table) * block_size
 
-the table is exactly long enough for `num_computed_tokens`. A block is written only while it has one
-reference and is not cached; `allocate_slots` makes that so. Content enters the prefix cache only
-after the step that computed it has answered. Blocks behind a sliding window are kept; freeing
-them early would release a table's head here and leave the worker's table as it is.
+the table is exactly long enough for `num_computed_tokens`. A step is planned to write to a block
+only while the block has one reference and is not cached; `allocate_slots` makes that so. Until the
+step has run the block may get sharers (forks) that do not read what it writes, or be freed and
+handed out again: ranks execute plans in order, so a later plan's copies and writes come after it.
+Content enters the prefix cache only after the step that computed it has answered, which is also
+when its tokens are known. Blocks behind a sliding window are kept; freeing them early would
+release a table's head here and leave the worker's table as it is.
 """
 
 from __future__ import annotations
@@ -144,9 +147,9 @@ class KvManager:
         return self._extend(table, tail, num_new)
 
     def register_computed(self, request: EngineRequest) -> None:
-        """Offer blocks that became full and computed to the prefix cache."""
+        """Offer blocks that became full by an answered step to the prefix cache."""
         table = self._tables.get(request.key)
-        num_full = request.num_computed_tokens // self.block_size
+        num_full = request.num_answered_tokens // self.block_size
         if self._cache is None or table is None or num_full <= table.num_registered:
             return
         chain, size, tokens = self._chain(request), self.block_size, request.token_ids
@@ -160,26 +163,28 @@ class KvManager:
     def fork(self, parent: EngineRequest, child: EngineRequest) -> None:
         """Give `child` a share in the blocks of the parent's prompt but for its last token.
 
-        Sets the child's `num_computed_tokens`; nothing is copied until one of them writes.
+        Sets how much of the child is computed; nothing is copied until one of them writes.
 
         Raises:
             InternalError: the parent's prompt is not computed, or the child has blocks.
         """
         table = self._tables.get(parent.key)
-        if table is None or parent.num_computed_tokens < child.num_prompt_tokens:
+        if table is None or parent.num_answered_tokens < child.num_prompt_tokens:
             raise InternalError(f"Request {parent.request_id} has no prompt to fork yet.")
         if child.key in self._tables:
             raise InternalError(f"Choice {child.index} of {child.request_id} has blocks already.")
         num_shared_tokens = child.num_prompt_tokens - 1
-        child.num_computed_tokens = num_shared_tokens
+        child.num_computed_tokens = child.num_answered_tokens = num_shared_tokens
         if num_shared_tokens == 0:
             return
         blocks = table.blocks[: self.num_blocks_for(num_shared_tokens)]
         for block in blocks:
             self._pool.acquire(block)
-        self._tables[child.key] = _Table(blocks, num_shared_tokens // self.block_size)
+        num_full = num_shared_tokens // self.block_size
+        self._tables[child.key] = _Table(blocks, num_full)
         if self._cache is not None:
-            self._chains[child.key] = self._chain(parent).copy()
+            # The parent may have output already, so its chain may go on with blocks of its own.
+            self._chains[child.key] = self._chain(parent).copy(num_full)
 
     def release(self, request: EngineRequest) -> None:
         """Let go of all blocks (preemption); what is cached stays until it is evicted."""

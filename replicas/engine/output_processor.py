@@ -20,23 +20,26 @@ class OutputProcessor:
     """Output rules of one engine.
 
     Args:
-        max_context: prompt and output tokens a choice may have.
         eos_token_ids: the model's end-of-sequence tokens.
     """
 
-    def __init__(self, max_context: int, eos_token_ids: tuple[int, ...]) -> None:
-        self._max_context = max_context
+    def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
         self._eos_token_ids = frozenset(eos_token_ids)
 
     def process(
-        self, request: EngineRequest, result: RequestResult | None, start: int, *, sampled: bool
+        self,
+        request: EngineRequest,
+        result: RequestResult | None,
+        query: range,
+        *,
+        sampled: bool,
     ) -> GenerationDelta | None:
         """Take in one request's share of a step.
 
         Args:
             result: what the workers said; None when they had nothing to say.
-            start: tokens that were computed before the step; `request.num_computed_tokens`
-                counts the step's own already.
+            query: positions that the step computed; the request itself may be further, by steps
+                in flight, or have been preempted.
             sampled: whether the step was to give a token.
 
         Returns:
@@ -47,8 +50,8 @@ class OutputProcessor:
         """
         if result is not None and result.error:
             raise InternalError(result.error)
-        completes_prompt = start < request.num_prompt_tokens <= request.num_computed_tokens
-        scores = self._score(request, result, start, completes_prompt)
+        completes_prompt = request.num_prompt_tokens - 1 in query
+        scores = self._score(request, result, query.start, completes_prompt)
         if sampled:
             return self._sampled(request, result, scores)
         if completes_prompt and not request.generates:
@@ -105,12 +108,12 @@ class OutputProcessor:
 
     def _ending(self, request: EngineRequest, token_id: int) -> _Ending:
         """Whether the newest token ends the choice. A stop token wins over a length."""
-        params, num_output = request.params, request.num_output_tokens
-        if num_output > params.min_tokens:
+        params = request.params
+        if request.num_output_tokens > params.min_tokens:
             is_eos = token_id in self._eos_token_ids and not params.ignore_eos
             if is_eos or token_id in params.stop_token_ids:
                 return FinishReason.STOP, token_id
-        if num_output >= params.max_tokens or request.num_tokens >= self._max_context:
+        if request.num_tokens >= request.max_num_tokens:
             return FinishReason.LENGTH, None
         return _GOES_ON
 

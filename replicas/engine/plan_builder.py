@@ -1,7 +1,7 @@
 """Collects one step's plan, column by column, in batch order.
 
-It decides nothing. Adding a request records, on the request, what the workers' row will hold after
-the plan is applied; so a plan that was built has to be sent.
+It decides nothing. Adding a request records, on the request, where it will stand once the plan is
+executed; so a plan that was built has to be sent.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class PlanBuilder:
         self._keys: list[int] = []
         self._num_scheduled: list[int] = []
         self._num_computed: list[int] = []
-        self._new_tokens: list[tuple[int, ...]] = []
         self._new_blocks: list[tuple[int, ...]] = []
         self._replaced: list[tuple[int, int, int]] = []
         self._copies: list[tuple[int, int]] = []
@@ -50,24 +49,25 @@ class PlanBuilder:
             grant: what changed in its block table for this step.
             table: the whole block table, sent when the workers have no row for the request.
         """
-        known = request.num_worker_tokens
-        if known:
-            self._new_tokens.append(tuple(request.token_ids[known:]))
+        if request.has_row:
             self._new_blocks.append(grant.new_blocks)
             for index, block in grant.replaced:
                 self._replaced.append((request.key, index, block))
         else:
             self._new_requests.append(self._new_request(request))
-            self._new_tokens.append(())
             self._new_blocks.append(tuple(table))
-        request.num_worker_tokens = request.num_tokens
         self._copies.extend(grant.copies)
-        computed = request.num_computed_tokens
+        start, end = request.num_computed_tokens, request.num_computed_tokens + num_tokens
+        samples = request.generates and end == request.num_tokens + request.num_pending_tokens
         self._keys.append(request.key)
         self._num_scheduled.append(num_tokens)
-        self._num_computed.append(computed)
-        self._samples.append(request.generates and computed + num_tokens == request.num_tokens)
+        self._num_computed.append(start)
+        self._samples.append(samples)
         self.budget -= num_tokens
+        request.has_row = True
+        request.num_computed_tokens = end
+        request.num_pending_tokens += samples
+        request.num_steps_in_flight += 1
 
     def build(self, finished_keys: Sequence[int]) -> SchedulerOutput:
         """The plan."""
@@ -77,7 +77,6 @@ class PlanBuilder:
             keys=tuple(self._keys),
             num_scheduled_tokens=tuple(self._num_scheduled),
             num_computed_tokens=tuple(self._num_computed),
-            new_token_ids=tuple(self._new_tokens),
             new_block_ids=tuple(self._new_blocks),
             replaced_blocks=tuple(self._replaced),
             block_copies=tuple(self._copies),

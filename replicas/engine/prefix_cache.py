@@ -38,11 +38,11 @@ class HashChain:
             digests.append(hashlib.sha256(digests[-1] + tokens.tobytes()).digest())
         return digests[index + 1]
 
-    def copy(self) -> HashChain:
-        """A chain of the same request's other choice, which shares the tokens so far."""
+    def copy(self, num_blocks: int) -> HashChain:
+        """A chain of the same request's other choice, which shares the first `num_blocks`."""
         twin = HashChain.__new__(HashChain)
         twin._block_size = self._block_size
-        twin.digests = list(self.digests)
+        twin.digests = self.digests[: num_blocks + 1]
         return twin
 
 

@@ -1,10 +1,11 @@
 """The engine's state of one choice of a request: what it has, what is computed, what was said.
 
-Only the scheduler and its output processor change it. Invariants while alive:
+Only the scheduler and its output processor change it. A step counts from the moment it is planned,
+so a request may have tokens that nobody knows yet. Invariants while alive:
 
-    0 .. num_computed_tokens .. num_tokens           KV exists for [0, num_computed_tokens)
-    0 .. num_worker_tokens   .. num_tokens           the workers' row holds [0, num_worker_tokens)
-    0 .. num_prompt_tokens   .. num_tokens           the rest is output
+    0 .. num_prompt_tokens   .. num_tokens                        the rest is output
+    0 .. num_answered_tokens .. num_computed_tokens               KV exists | will, in plan order
+    0 .. num_computed_tokens .. num_tokens + num_pending_tokens   pending ones are being sampled
 """
 
 from __future__ import annotations
@@ -36,11 +37,20 @@ class EngineRequest:
     priority: int
     cache_salt: str
     num_prompt_tokens: int
+    max_num_tokens: int
+    """Prompt and output tokens at which it ends."""
     token_ids: list[int]
     arrival_s: float = 0.0
     status: RequestStatus = RequestStatus.WAITING
+    has_row: bool = False
+    """Whether the workers have a row for it once all plans are executed."""
     num_computed_tokens: int = 0
-    num_worker_tokens: int = 0
+    """Tokens whose KV exists once all planned steps are executed."""
+    num_answered_tokens: int = 0
+    """Tokens whose KV exists for sure: their steps have answered."""
+    num_pending_tokens: int = 0
+    """Tokens that steps in flight will give."""
+    num_steps_in_flight: int = 0
     num_cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache; None before the first admission."""
     num_scored_tokens: int = 0
@@ -67,8 +77,11 @@ class EngineRequest:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Known tokens without KV."""
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens left to plan for, pending ones included; 0 when steps in flight will end it."""
+        num_tokens = len(self.token_ids) + self.num_pending_tokens
+        # The last token of all is sampled and never computed.
+        last = max(self.max_num_tokens - 1, self.num_prompt_tokens)
+        return min(num_tokens, last) - self.num_computed_tokens
 
     @property
     def generates(self) -> bool:
@@ -90,9 +103,11 @@ class EngineRequest:
 
 
 def make_choices(
-    request: GenerationRequest, first_key: int, arrival_s: float
+    request: GenerationRequest, first_key: int, arrival_s: float, max_context: int
 ) -> list[EngineRequest]:
     """The choices of a request, keyed `first_key, first_key + 1, ...` by choice index."""
+    num_prompt_tokens = len(request.prompt_token_ids)
+    max_num_tokens = min(num_prompt_tokens + request.params.max_tokens, max_context)
     return [
         EngineRequest(
             key=first_key + index,
@@ -102,7 +117,8 @@ def make_choices(
             pooling=request.pooling,
             priority=request.priority,
             cache_salt=request.cache_salt,
-            num_prompt_tokens=len(request.prompt_token_ids),
+            num_prompt_tokens=num_prompt_tokens,
+            max_num_tokens=max_num_tokens,
             token_ids=list(request.prompt_token_ids),
             arrival_s=arrival_s,
         )

@@ -3,14 +3,16 @@
 There are no prefill and decode phases: every request advances `num_computed_tokens` towards the
 tokens it has, under a budget of query tokens per step. This file owns the life of requests; which
 tokens a step computes is decided in `step_planner.py`, what a result means in
-`output_processor.py`. Pure: no clock, no thread, no I/O. One step is in flight at a time, but all
-that `update_from_output` needs to know about a step is in its plan, so that steps can be pipelined.
-Every choice gets exactly one delta with a finish reason.
+`output_processor.py`. Pure: no clock, no thread, no I/O. A step may be planned while others are in
+flight: it takes for granted that each of their sampling requests gets one token and goes on. Where
+one ended instead, the later step's token for it is discarded. Answers are taken in the order of
+the plans. Every choice gets exactly one delta with a finish reason.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable
 
 from cluster.base.errors import (
@@ -22,7 +24,7 @@ from cluster.base.errors import (
 from replicas.api import FinishReason, GenerationDelta, GenerationRequest, ReplicaStats
 from replicas.engine.faults import as_penstock_error
 from replicas.engine.output_processor import OutputProcessor, error_delta, first_word
-from replicas.engine.request import EngineRequest, make_choices
+from replicas.engine.request import EngineRequest, RequestStatus, make_choices
 from replicas.engine.scheduler_config import SchedulerConfig, check_fits
 from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
 from replicas.engine.step_planner import StepPlanner
@@ -42,12 +44,15 @@ class Scheduler:
         self.config = config
         eos = tuple(eos_token_ids)
         self._planner = StepPlanner(config, eos)
-        self._outputs = OutputProcessor(config.max_context, eos)
+        self._outputs = OutputProcessor(eos)
         self._requests: dict[int, EngineRequest] = {}
         self._keys_by_id: dict[str, dict[int, int]] = {}
         self._next_key = 0
         self._step = 0
+        self._in_flight: deque[int] = deque()
         self._generated_tokens = 0
+        self.num_discarded_tokens = 0
+        """Tokens sampled for choices that had ended by then."""
 
     @property
     def num_unfinished(self) -> int:
@@ -82,7 +87,7 @@ class Scheduler:
             raise OverloadedError(
                 f"{len(waiting)} requests are waiting; the limit is {limit}.", "Retry later."
             )
-        choices = make_choices(request, self._next_key, arrival_s)
+        choices = make_choices(request, self._next_key, arrival_s, self.config.max_context)
         self._next_key += len(choices)
         self._keys_by_id[request.request_id] = {choice.index: choice.key for choice in choices}
         self._requests.update((choice.key, choice) for choice in choices)
@@ -118,26 +123,39 @@ class Scheduler:
         return [error_delta(request.request_id, request.index, error) for request in requests]
 
     def schedule(self) -> SchedulerOutput | None:
-        """Plan the next step; None when no request is left.
+        """Plan the next step; it has to be executed.
+
+        Returns:
+            None when no request is left, or what is left depends on a step in flight.
 
         Raises:
             InternalError: requests are left and none can be scheduled (a fault of ours).
         """
         if not self._requests:
             return None
-        self._step += 1
-        return self._planner.plan(self._step)
+        plan = self._planner.plan(self._step + 1)
+        if plan is None:
+            if not self._in_flight:
+                raise InternalError(f"None of {len(self._requests)} requests can be scheduled.")
+            return None
+        self._step = plan.step
+        self._in_flight.append(plan.step)
+        return plan
 
     def update_from_output(
         self, plan: SchedulerOutput, output: StepOutput
     ) -> list[GenerationDelta]:
-        """Take in the answer to `plan`. Requests that ended meanwhile are passed over.
+        """Take in the answer to `plan`, the oldest one in flight.
+
+        What it says about requests that ended meanwhile is discarded.
 
         Raises:
-            InternalError: `output` answers another plan.
+            InternalError: `output` answers another plan, or an older plan has no answer yet.
         """
         if output.step != plan.step:
             raise InternalError(f"Step {plan.step} was answered with step {output.step}.")
+        if not self._in_flight or self._in_flight.popleft() != plan.step:
+            raise InternalError(f"Step {plan.step} is not the oldest one in flight.")
         results = {result.key: result for result in output.results}
         deltas: list[GenerationDelta] = []
         columns = zip(
@@ -150,10 +168,16 @@ class Scheduler:
         for key, start, num_scheduled, sampled in columns:
             request = self._requests.get(key)
             if request is None:
+                self.num_discarded_tokens += sampled
                 continue
-            request.num_computed_tokens = start + num_scheduled
+            query = range(start, start + num_scheduled)
+            request.num_steps_in_flight -= 1
+            request.num_pending_tokens -= sampled
+            # A preempted request has no KV any more, and is not let in again before this answer.
+            if request.status is RequestStatus.RUNNING:
+                request.num_answered_tokens = query.stop
             try:
-                delta = self._outputs.process(request, results.get(key), start, sampled=sampled)
+                delta = self._outputs.process(request, results.get(key), query, sampled=sampled)
             except Exception as error:
                 # The fault boundary of one request: whatever went wrong, the others go on.
                 deltas.append(self._fail(request, as_penstock_error(error)))
@@ -192,6 +216,24 @@ class Scheduler:
             raise InternalError("Blocks are held although no request is live.")
         if not len(planner.waiting) and planner.waiting.num_tokens:
             raise InternalError("Tokens wait although no request does.")
+        for request in self._requests.values():
+            self._check_request(request)
+
+    def _check_request(self, request: EngineRequest) -> None:
+        kv, num_computed = self._planner.kv, request.num_computed_tokens
+        if not (
+            0
+            <= request.num_answered_tokens
+            <= num_computed
+            <= request.num_tokens + request.num_pending_tokens
+        ):
+            raise InternalError(f"The counts of request {request.key} contradict each other.")
+        if not 0 <= request.num_pending_tokens <= request.num_steps_in_flight:
+            raise InternalError(f"Request {request.key} expects tokens of no step.")
+        if request.num_steps_in_flight > len(self._in_flight):
+            raise InternalError(f"Request {request.key} is in a step that is not in flight.")
+        if len(kv.block_table(request)) != kv.num_blocks_for(num_computed):
+            raise InternalError(f"Request {request.key} holds too many or too few blocks.")
 
     def _conclude(
         self,
@@ -207,7 +249,7 @@ class Scheduler:
         if planner.waiting.has_forks(request):
             if delta is not None:
                 request.kept_scores.extend(delta.prompt_logprobs)
-            if request.num_computed_tokens >= request.num_prompt_tokens:
+            if request.num_answered_tokens >= request.num_prompt_tokens:
                 deltas.extend(self._serve_forks(request))
         if delta is not None and delta.finish_reason is not None:
             self._finish(request)

@@ -6,6 +6,10 @@ columns of `SchedulerOutput` that are "parallel to `keys`" have one entry per sc
 in batch order. `key` is the engine's own integer name of one choice of a request, never reused
 within an engine's life.
 
+A plan may be made before the step ahead of it has answered. So it carries no sampled tokens: every
+rank samples the same token from the same logits and appends it to its own row at the end of the
+step. A request whose sampling failed may be in one more plan, whose answer about it nobody reads.
+
 Plain values of ints, floats, strings and tuples, so that any codec can carry them.
 """
 
@@ -20,9 +24,9 @@ from replicas.api import Pooling, SamplingParams, TokenLogprob
 class NewRequest:
     """A request the workers have no row for (fresh, or back from preemption).
 
-    `token_ids` holds prompt and, after a preemption, all output so far; the first
-    `num_prompt_tokens` of them are the prompt. Its blocks come with the same step's
-    `new_block_ids`.
+    `token_ids` holds prompt and, after a preemption, all output so far (a request comes back only
+    when all of it is known); the first `num_prompt_tokens` of them are the prompt. Its blocks come
+    with the same step's `new_block_ids`.
     """
 
     key: int
@@ -46,8 +50,6 @@ class SchedulerOutput:
     """Parallel to `keys`: query tokens of this step, >= 1 each."""
     num_computed_tokens: tuple[int, ...] = ()
     """Parallel to `keys`: position of the first query token (KV before it exists)."""
-    new_token_ids: tuple[tuple[int, ...], ...] = ()
-    """Parallel to `keys`: tokens to append to the row before the step (sampled last time)."""
     new_block_ids: tuple[tuple[int, ...], ...] = ()
     """Parallel to `keys`: blocks to append to the row's block table before the step."""
     replaced_blocks: tuple[tuple[int, int, int], ...] = ()
@@ -55,7 +57,10 @@ class SchedulerOutput:
     block_copies: tuple[tuple[int, int], ...] = ()
     """(source block, target block), all layers, done before the forward pass, in order."""
     samples: tuple[bool, ...] = ()
-    """Parallel to `keys`: whether the last query token's logits give a new token."""
+    """Parallel to `keys`: whether the last query token's logits give a new token.
+
+    Then the last query token is the last one of the row, which is one token longer after the step.
+    """
     finished_keys: tuple[int, ...] = ()
     """Rows to free before the step: finished, aborted or preempted requests."""
 

@@ -1,15 +1,15 @@
 """Chooses the tokens of one step: who runs, who is let in, who has to make room.
 
 Owns the queues and the blocks. Running requests go first, then waiting ones, both in order of
-(priority, arrival). When blocks run out, waiting forks give theirs back, then the least important
-running request is preempted: its KV is dropped and computed again later. The most important
-running request never gives way to another, and every request fits into an empty pool (checked on
+(priority, arrival). When blocks run out, waiting forks give theirs back, then requests that end
+with a step in flight, then the least important running request is preempted: its KV is dropped and
+computed again later, as soon as no step in flight holds a token of it. The most important running
+request never gives way to another, and every request fits into an empty pool (checked on
 arrival), so each step makes progress.
 """
 
 from __future__ import annotations
 
-from cluster.base.errors import InternalError
 from replicas.engine.kv_manager import BlockGrant, KvManager
 from replicas.engine.plan_builder import PlanBuilder
 from replicas.engine.request import EngineRequest, RequestStatus
@@ -38,21 +38,15 @@ class StepPlanner:
         self.prefix_hit_tokens = 0
         self.prefix_query_tokens = 0
 
-    def plan(self, step: int) -> SchedulerOutput:
-        """Plan a step for at least one request, which has to be sent.
-
-        Raises:
-            InternalError: no request can be scheduled (none waits or runs, or a fault of ours).
-        """
+    def plan(self, step: int) -> SchedulerOutput | None:
+        """Plan a step, which has to be sent; None when there is nothing to compute now."""
         builder = PlanBuilder(step, self._config.max_step_tokens, self._eos_token_ids)
         num_preemptions = self.num_preemptions
         self._schedule_running(builder)
         if self.num_preemptions == num_preemptions:
             self._schedule_waiting(builder)
         if not len(builder):
-            raise InternalError(
-                f"No request can be scheduled: {len(self.running)} run, {len(self.waiting)} wait."
-            )
+            return None
         plan = builder.build(self._finished_keys)
         self._finished_keys = []
         return plan
@@ -89,19 +83,27 @@ class StepPlanner:
         Victims of preemption come from the end of the same order, so a request that is in the
         plan is never preempted in the same step.
         """
+        ready = [request for request in self.running if request.num_uncomputed_tokens]
+        ending = [request for request in self.running if not request.num_uncomputed_tokens]
         index = 0
-        while index < len(self.running) and builder.budget > 0:
-            request = self.running[index]
-            num_following = len(self.running) - index - 1
+        while index < len(ready) and builder.budget > 0:
+            request = ready[index]
+            num_following = len(ready) - index - 1
             share = max(1, builder.budget - num_following)
             num_tokens = min(request.num_uncomputed_tokens, share)
-            grant = self._allocate_or_preempt(request, num_tokens)
+            grant = self._allocate_or_preempt(request, num_tokens, ready, ending)
             if grant is None:
                 return
             builder.add(request, num_tokens, grant, self.kv.block_table(request))
             index += 1
 
-    def _allocate_or_preempt(self, request: EngineRequest, num_tokens: int) -> BlockGrant | None:
+    def _allocate_or_preempt(
+        self,
+        request: EngineRequest,
+        num_tokens: int,
+        ready: list[EngineRequest],
+        ending: list[EngineRequest],
+    ) -> BlockGrant | None:
         """Blocks for a running request at the cost of less important ones; None: its own."""
         while True:
             grant = self.kv.allocate_slots(request, num_tokens)
@@ -109,15 +111,23 @@ class StepPlanner:
                 return grant
             if self._take_back_blocks():
                 continue
-            victim = self.running[-1]
+            if ending:
+                # It never runs again, so nothing is computed twice.
+                self._preempt(ending.pop())
+                continue
+            victim = ready.pop()
             self._preempt(victim)
+            self.num_preemptions += 1
             if victim is request:
                 return None
 
     def _schedule_waiting(self, builder: PlanBuilder) -> None:
-        while builder.budget > 0 and len(self.running) < self._config.max_running_requests:
+        # Running requests that are not in the plan end with a step in flight.
+        while builder.budget > 0 and len(builder) < self._config.max_running_requests:
             request = self.waiting.first
-            if request is None or not self._admit(request, builder):
+            if request is None or request.num_steps_in_flight:
+                return
+            if not self._admit(request, builder):
                 return
 
     def _admit(self, request: EngineRequest, builder: PlanBuilder) -> bool:
@@ -142,7 +152,7 @@ class StepPlanner:
             if self.running or not self._take_back_blocks():
                 return False
         self._start(request, num_hit_tokens)
-        request.num_computed_tokens = start
+        request.num_computed_tokens = request.num_answered_tokens = start
         builder.add(request, num_tokens, grant, self.kv.block_table(request))
         return True
 
@@ -161,10 +171,9 @@ class StepPlanner:
         self.running.remove(request)
         self.kv.release(request)
         self._drop_row(request)
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_answered_tokens = 0
         request.status = RequestStatus.PREEMPTED
         self.waiting.add(request)
-        self.num_preemptions += 1
 
     def _take_back_blocks(self) -> bool:
         """Make one waiting fork give its blocks back; it will compute its prompt itself."""
@@ -172,11 +181,11 @@ class StepPlanner:
         if request is None:
             return False
         self.kv.release(request)
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_answered_tokens = 0
         self.waiting.reweigh(request)
         return True
 
     def _drop_row(self, request: EngineRequest) -> None:
-        if request.num_worker_tokens:
+        if request.has_row:
             self._finished_keys.append(request.key)
-            request.num_worker_tokens = 0
+            request.has_row = False

@@ -1,27 +1,44 @@
-"""One step from schedule to deltas, over any executor: the only place that orders the calls.
+"""Steps from schedule to deltas, over any executor: the only place that orders the calls.
 
-Shared by the engine loop and the synchronous engine. Errors pass through: whoever drives it knows
-what they mean for the requests.
+Shared by the synchronous engine, which runs one step at a time, and the engine loop, which plans
+the next one while the workers are busy. Errors pass through: whoever drives it knows what they
+mean for the requests. After one, steps may be in flight that nobody will answer.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from replicas.api import GenerationDelta
 from replicas.engine.executor import Executor
 from replicas.engine.scheduler import Scheduler
+from replicas.engine.scheduler_output import SchedulerOutput
+from replicas.engine.step_forecast import StepForecast
 from replicas.engine.step_ledger import StepLedger
 
 Clock = Callable[[], float]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Flight:
+    """A submitted step."""
+
+    plan: SchedulerOutput
+    schedule_s: float
+    started_s: float
+    """When the workers could begin: submission, or the answer to the step ahead of it."""
+    overlapped_s: float = 0.0
+    """Time of the loop that went into other steps meanwhile: their answers, the next plan."""
 
 
 class StepRunner:
     """Drives a scheduler and an executor.
 
     Args:
-        step_timeout_s: longest wait for the answer to a step.
+        step_timeout_s: longest time from the start of a step to its answer.
         clock: monotonic seconds.
     """
 
@@ -37,36 +54,92 @@ class StepRunner:
         self._executor = executor
         self._step_timeout_s = step_timeout_s
         self._clock = clock
+        self._flights: deque[_Flight] = deque()
+        self._forecast = StepForecast()
+        self._woke_s: float | None = None
         self.ledger = StepLedger()
 
-    def step(self, meanwhile: Callable[[], None] | None = None) -> list[GenerationDelta] | None:
+    @property
+    def num_in_flight(self) -> int:
+        """Steps submitted and not collected."""
+        return len(self._flights)
+
+    @property
+    def oldest_started_s(self) -> float | None:
+        """Start of the step that the workers execute; None when they have nothing to do."""
+        return self._flights[0].started_s if self._flights else None
+
+    def step(self) -> list[GenerationDelta] | None:
         """Run one step and return what it says; None when no request is left.
 
-        Args:
-            meanwhile: called once the workers are busy with the step; whatever it does costs
-                no time as long as it is shorter than the step.
+        Raises:
+            PenstockError: see `submit` and `collect`.
+        """
+        return self.collect() if self.submit() else None
+
+    def submit(self) -> bool:
+        """Plan the next step and hand it to the workers; False when there is nothing to plan.
+
+        Raises:
+            WorkerDiedError: a rank is gone.
+            InternalError: the scheduler is at a loss.
+        """
+        started_s = self._clock()
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return False
+        scheduled_s = self._clock()
+        schedule_s = scheduled_s - started_s
+        if self._flights:
+            self._flights[0].overlapped_s += schedule_s
+        self._executor.submit(plan)
+        self._flights.append(_Flight(plan=plan, schedule_s=schedule_s, started_s=scheduled_s))
+        if self._woke_s is not None:
+            self._forecast.add_planning(self._clock() - self._woke_s)
+            self._woke_s = None
+        return True
+
+    def wait_nearly_done(self) -> bool:
+        """Wait until it is time to plan on top of the step in flight, or its answer is there.
+
+        Returns:
+            Whether the answer is there.
+
+        Raises:
+            WorkerDiedError: a rank is gone.
+        """
+        flight = self._flights[0]
+        until_s = flight.started_s + self._forecast.plan_after_s(flight.plan)
+        is_ready = self._executor.poll(max(0.0, until_s - self._clock()))
+        self._woke_s = None if is_ready else self._clock()
+        return is_ready
+
+    def collect(self) -> list[GenerationDelta]:
+        """Wait for the oldest step in flight and return what it says.
 
         Raises:
             WorkerDiedError: a rank is gone.
             CollectiveTimeoutError: a rank gave no answer in time.
             InternalError: scheduler and workers disagree.
         """
-        clock = self._clock
-        started_s = clock()
-        plan = self._scheduler.schedule()
-        if plan is None:
-            return None
-        scheduled_s = clock()
-        self._executor.submit(plan)
-        if meanwhile is not None:
-            meanwhile()
-        output = self._executor.collect(self._step_timeout_s)
-        executed_s = clock()
-        deltas = self._scheduler.update_from_output(plan, output)
+        self._woke_s = None
+        flight = self._flights[0]
+        elapsed_s = self._clock() - flight.started_s
+        output = self._executor.collect(max(0.0, self._step_timeout_s - elapsed_s))
+        executed_s = self._clock()
+        self._flights.popleft()
+        if self._flights:
+            self._flights[0].started_s = executed_s
+        self._forecast.add_step(flight.plan, output.duration_s)
+        deltas = self._scheduler.update_from_output(flight.plan, output)
+        update_s = self._clock() - executed_s
+        if self._flights:
+            self._flights[0].overlapped_s += update_s
         self.ledger.add(
-            num_tokens=plan.num_tokens,
-            schedule_s=scheduled_s - started_s,
-            execute_s=executed_s - scheduled_s,
-            update_s=clock() - executed_s,
+            num_tokens=flight.plan.num_tokens,
+            schedule_s=flight.schedule_s,
+            execute_s=executed_s - flight.started_s - flight.overlapped_s,
+            update_s=update_s,
+            worker_s=output.duration_s,
         )
         return deltas

@@ -31,6 +31,16 @@ class InProcessExecutor:
             raise WorkerDiedError("The executor is closed.")
         self._submitted.append(plan)
 
+    def poll(self, timeout_s: float) -> bool:
+        """Whether a step was submitted: it runs when it is collected, so waiting gains nothing.
+
+        Raises:
+            WorkerDiedError: the executor is closed.
+        """
+        if self._closed:
+            raise WorkerDiedError("The executor is closed.")
+        return bool(self._submitted)
+
     def collect(self, timeout_s: float) -> StepOutput:
         """Run the oldest queued step; `timeout_s` is not kept.
 

@@ -52,13 +52,16 @@ def build_step_input(
     """Tensors of a step with at least one request; `rows` must have the plan applied.
 
     Raises:
-        InternalError: the plan reaches beyond a row's known tokens or blocks.
+        InternalError: the plan reaches beyond a row's known tokens or blocks, or samples in the
+            middle of a row.
     """
     slots = rows.slots(plan.keys)
     scheduled = np.array(plan.num_scheduled_tokens, np.int64)
     computed = np.array(plan.num_computed_tokens, np.int64)
     seq_lens = computed + scheduled
+    sampling = np.flatnonzero(np.array(plan.samples, np.bool_)).astype(np.int64)
     _check(plan, rows, slots, seq_lens)
+    _check_sampling(plan, rows, slots[sampling], seq_lens[sampling])
     query_start = np.concatenate((np.zeros(1, np.int64), np.cumsum(scheduled)))
     owner_T, positions_T = ragged_ranges(computed, scheduled)
     slot_T = slots[owner_T]
@@ -82,7 +85,7 @@ def build_step_input(
         slots=slots,
         query_start=query_start,
         seq_lens=seq_lens,
-        sampling=np.flatnonzero(np.array(plan.samples, np.bool_)).astype(np.int64),
+        sampling=sampling,
         scored=_prompt_scoring(rows, slots, computed, seq_lens, query_start),
     )
 
@@ -118,3 +121,11 @@ def _check(plan: SchedulerOutput, rows: RequestRows, slots: IntArray, seq_lens: 
             f"tokens, but its row has {rows.num_tokens_S[slots[index]]} tokens and room for "
             f"{capacity[index]}."
         )
+
+
+def _check_sampling(
+    plan: SchedulerOutput, rows: RequestRows, slots: IntArray, seq_lens: IntArray
+) -> None:
+    """A token sampled before the end of its row would be appended at the wrong position."""
+    if (seq_lens != rows.num_tokens_S[slots]).any():
+        raise InternalError(f"Step {plan.step} samples a request that has more tokens than that.")

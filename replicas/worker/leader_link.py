@@ -135,6 +135,20 @@ class LeaderLink:
             except OSError as error:
                 raise self._last_words(rank) from error
 
+    def wait_readable(self, timeout_s: float) -> bool:
+        """Whether a rank has something to say, or is gone, within `timeout_s` seconds.
+
+        The poll of the system counts in milliseconds; the rest of the time is slept, so an event
+        near the end of it may be seen that much late.
+        """
+        whole_ms, rest_ms = divmod(timeout_s * 1e3, 1.0)
+        if self._poll.poll(whole_ms):
+            return True
+        if rest_ms > 0.0:
+            time.sleep(rest_ms * 1e-3)
+            return bool(self._poll.poll(0))
+        return False
+
     def receive_result(self, timeout_s: float) -> bytearray:
         """The next result of rank 0, while watching every rank.
 

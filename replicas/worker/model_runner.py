@@ -6,8 +6,9 @@ models; features go into the part that owns them (`sampling/`, `input_batch`, `p
 in here. Keep this file under 300 lines.
 
 Invariants: every rank makes the same collective calls in the same order for the same plan, so
-what a step computes may depend on plan and rows only, never on results; only the output rank
-samples. A fault of one request ends that request; a fault of the step leaves by exception.
+what a step computes may depend on plan and rows only. Every rank samples, from equal logits, and
+appends the tokens to its rows: the next plan may be made before they are known. Only the output
+rank answers. A fault of one request ends that request; a fault of the step leaves by exception.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class ModelRunner:
         kv_caches: (2, N, B, G, P) per layer; written by every step.
         block_size: B.
         max_context: most tokens a request may hold.
-        is_output_rank: whether this rank samples and answers.
+        is_output_rank: whether this rank answers.
         clock: seconds, monotonic.
     """
 
@@ -67,7 +68,10 @@ class ModelRunner:
         self._sampler = Sampler()
         self._pooling = PoolingStates()
         self._rows = RequestRows(
-            vocab_size=model.arch.vocab_size, max_context=max_context, block_size=block_size
+            vocab_size=model.arch.vocab_size,
+            max_context=max_context,
+            block_size=block_size,
+            wants_logprobs=is_output_rank,
         )
 
     @property
@@ -145,12 +149,16 @@ class ModelRunner:
             return
         last_rows = torch.from_numpy(inputs.query_start[sampling + 1] - 1).to(self._device)
         logits_RV = self._model.logits(hidden_TD[last_rows], self._weights)
-        if not self._is_output_rank:
-            return
-        batch = self._rows.sampling_batch(inputs.slots[sampling], inputs.seq_lens[sampling])
+        slots = inputs.slots[sampling]
+        batch = self._rows.sampling_batch(slots, inputs.seq_lens[sampling])
         sampled = self._sampler.sample(logits_RV, batch)
+        self._rows.append_sampled(slots, [row.token_id for row in sampled])
         for index, row in zip(sampling.tolist(), sampled, strict=True):
-            answers.add_sampled(plan.keys[index], row)
+            key = plan.keys[index]
+            if row.error:
+                self._rows.fail(key, row.error, plan.step)
+            if self._is_output_rank:
+                answers.add_sampled(key, row)
 
     def _score_prompts(
         self,

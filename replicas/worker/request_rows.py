@@ -1,13 +1,14 @@
 """A rank's memory of its live requests: one row slot each, kept up to date by step diffs.
 
 Owns token ids, block tables, lengths and sampling parameters by slot; every rank holds the same
-rows. It never decides anything: a diff that contradicts the rows is an `InternalError`, because
-scheduler and worker then disagree about what is in the KV cache. Invariant: block table entries
-beyond a row's own blocks are 0.
+rows, sampled tokens included. It never decides anything: a diff that contradicts the rows is an
+`InternalError`, because scheduler and worker then disagree about what is in the KV cache.
+Invariant: block table entries beyond a row's own blocks are 0.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -33,15 +34,20 @@ class RequestRows:
         vocab_size: token ids at or above it make a row faulty, see `error_of`.
         max_context: most tokens a request may ever hold.
         block_size: tokens per KV block.
+        wants_logprobs: whether logprobs of sampled tokens are of use on this rank.
     """
 
-    def __init__(self, *, vocab_size: int, max_context: int, block_size: int) -> None:
+    def __init__(
+        self, *, vocab_size: int, max_context: int, block_size: int, wants_logprobs: bool = True
+    ) -> None:
         self._vocab_size = vocab_size
+        self._wants_logprobs = wants_logprobs
         self._max_context = max_context
         self.block_size = block_size
         self._slot_of: dict[int, int] = {}
         self._free_slots = list(range(_FIRST_SLOTS))[::-1]
         self._errors: dict[int, str] = {}
+        self._failed_steps: dict[int, int] = {}
         self._pooling: dict[int, Pooling] = {}
         self._params = ParamsTable(_FIRST_SLOTS)
         num_tokens = min(max_context, _FIRST_TOKENS)
@@ -64,10 +70,9 @@ class RequestRows:
             self._remove(key)
         for request in plan.new_requests:
             self._add(request)
-        columns = zip(plan.keys, plan.new_token_ids, plan.new_block_ids, strict=True)
-        for key, token_ids, block_ids in columns:
-            if token_ids:
-                self._append_tokens(self._slot(key), token_ids)
+        if self._failed_steps:
+            self._check_failed(plan)
+        for key, block_ids in zip(plan.keys, plan.new_block_ids, strict=True):
             if block_ids:
                 self._append_blocks(self._slot(key), block_ids)
         for key, index, block_id in plan.replaced_blocks:
@@ -75,6 +80,22 @@ class RequestRows:
             if not 0 <= index < self.num_blocks_S[slot]:
                 raise InternalError(f"Request {key} has no block at index {index} to replace.")
             self.block_tables_SN[slot, index] = block_id
+
+    def append_sampled(self, slots_R: IntArray, token_ids: Sequence[int]) -> None:
+        """Make each row one token longer; ids below 0 (there is none) become 0.
+
+        Raises:
+            InternalError: a row is at its longest.
+        """
+        positions = self.num_tokens_S[slots_R]
+        self._widen(int(positions.max(initial=-1)) + 1)
+        self.token_ids_SC[slots_R, positions] = np.maximum(token_ids, 0)
+        self.num_tokens_S[slots_R] = positions + 1
+
+    def fail(self, key: int, error: str, step: int) -> None:
+        """Sampling for this request failed in `step`; its row goes on until the plans drop it."""
+        if key not in self._errors:
+            self._errors[key], self._failed_steps[key] = error, step
 
     def slots(self, keys: Sequence[int]) -> IntArray:
         """Slots of the given requests, in order.
@@ -134,6 +155,8 @@ class RequestRows:
             params = SamplingParams(temperature=0.0)
         ending_ids = (*request.eos_token_ids, *params.stop_token_ids)
         ending_ids = tuple(t for t in dict.fromkeys(ending_ids) if 0 <= t < self._vocab_size)
+        if not self._wants_logprobs and params.logprobs is not None:
+            params = dataclasses.replace(params, logprobs=None)
         self._params.put(slot, params, request.choice_index, ending_ids)
         if request.pooling is not None:
             self._pooling[request.key] = request.pooling
@@ -154,6 +177,7 @@ class RequestRows:
         if slot is None:
             return
         self._errors.pop(key, None)
+        self._failed_steps.pop(key, None)
         self._pooling.pop(key, None)
         self._params.clear(slot)
         self.block_tables_SN[slot, : self.num_blocks_S[slot]] = 0
@@ -163,15 +187,32 @@ class RequestRows:
     def _append_tokens(self, slot: int, token_ids: Sequence[int]) -> None:
         start = int(self.num_tokens_S[slot])
         stop = start + len(token_ids)
-        if stop > self._max_context:
-            raise InternalError(f"A request of {stop} tokens exceeds {self._max_context}.")
-        if stop > self.token_ids_SC.shape[1]:
-            width = min(self._max_context, max(stop, 2 * self.token_ids_SC.shape[1]))
-            self.token_ids_SC = _grown(self.token_ids_SC, (len(self.token_ids_SC), width))
+        self._widen(stop)
         tokens = np.array(token_ids, np.int64)
         tokens[(tokens < 0) | (tokens >= self._vocab_size)] = 0
         self.token_ids_SC[slot, start:stop] = tokens
         self.num_tokens_S[slot] = stop
+
+    def _widen(self, num_tokens: int) -> None:
+        """Make room for rows of so many tokens."""
+        if num_tokens > self._max_context:
+            raise InternalError(f"A request of {num_tokens} tokens exceeds {self._max_context}.")
+        if num_tokens > self.token_ids_SC.shape[1]:
+            width = min(self._max_context, max(num_tokens, 2 * self.token_ids_SC.shape[1]))
+            self.token_ids_SC = _grown(self.token_ids_SC, (len(self.token_ids_SC), width))
+
+    def _check_failed(self, plan: SchedulerOutput) -> None:
+        """A plan made when the failure was known names no failed row: else only this rank failed.
+
+        Then the ranks' rows have parted, and every further token would be wrong.
+        """
+        for key in plan.keys:
+            step = self._failed_steps.get(key)
+            if step is not None and plan.step > step + 1:
+                raise InternalError(
+                    f"Sampling for request {key} failed in step {step} on this rank only: "
+                    f"{self._errors[key]}"
+                )
 
     def _append_blocks(self, slot: int, block_ids: Sequence[int]) -> None:
         start = int(self.num_blocks_S[slot])

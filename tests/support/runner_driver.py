@@ -12,7 +12,10 @@ from tests.support.fake_decoder import BLOCK_SIZE, NO_WEIGHTS, FakeDecoder, fake
 
 
 class RunnerDriver:
-    """Keeps the tokens, the computed counts and the blocks of each request."""
+    """Keeps the tokens, the computed counts and the blocks of each request.
+
+    A request whose sampling failed has the stand-in token 0, as in the runner's own row.
+    """
 
     def __init__(self, model: FakeDecoder | None = None, *, is_output_rank: bool = True) -> None:
         self.model = model or FakeDecoder()
@@ -31,7 +34,6 @@ class RunnerDriver:
         self.blocks: dict[int, list[int]] = {}
         self._pooling: dict[int, Pooling | None] = {}
         self._computed: dict[int, int] = {}
-        self._unsent: dict[int, list[int]] = {}
         self._news: list[NewRequest] = []
         self._finished: list[int] = []
         self._block_ids = itertools.count(1)
@@ -48,7 +50,7 @@ class RunnerDriver:
     ) -> None:
         self._pooling[key] = pooling
         self.tokens[key], self.blocks[key] = list(tokens), []
-        self._computed[key], self._unsent[key] = 0, []
+        self._computed[key] = 0
         self._news.append(
             NewRequest(
                 key=key,
@@ -64,36 +66,34 @@ class RunnerDriver:
 
     def step(self, scheduled: Mapping[int, int]) -> dict[int, RequestResult]:
         """Run `scheduled[key]` tokens of each key, sampling where all tokens are computed."""
-        columns = [self._column(key, count) for key, count in scheduled.items()]
+        rows = [self._row(key, count) for key, count in scheduled.items()]
         plan = SchedulerOutput(
             step=next(self._steps),
             new_requests=tuple(self._news),
             keys=tuple(scheduled),
             num_scheduled_tokens=tuple(scheduled.values()),
-            num_computed_tokens=tuple(computed for computed, *_ in columns),
-            new_token_ids=tuple(tokens for _, tokens, *_ in columns),
-            new_block_ids=tuple(blocks for *_, blocks, _ in columns),
-            samples=tuple(samples for *_, samples in columns),
+            num_computed_tokens=tuple(computed for computed, _, _ in rows),
+            new_block_ids=tuple(blocks for _, blocks, _ in rows),
+            samples=tuple(samples for _, _, samples in rows),
             finished_keys=tuple(self._finished),
         )
         self._news, self._finished = [], []
         self.output = self.runner.execute(plan)
         results = {result.key: result for result in self.output.results}
-        for key, result in results.items():
-            if result.token_id is not None:
-                self.tokens[key].append(result.token_id)
-                self._unsent[key].append(result.token_id)
+        for key, samples in zip(plan.keys, plan.samples, strict=True):
+            token_id = results[key].token_id if key in results else None
+            if samples:
+                self.tokens[key].append(0 if token_id is None else token_id)
         return results
 
-    def _column(self, key: int, count: int) -> tuple[int, tuple[int, ...], tuple[int, ...], bool]:
+    def _row(self, key: int, count: int) -> tuple[int, tuple[int, ...], bool]:
         computed, end = self._computed[key], self._computed[key] + count
         missing = -(-end // BLOCK_SIZE) - len(self.blocks[key])
         blocks = tuple(itertools.islice(self._block_ids, max(0, missing)))
         self.blocks[key] += blocks
         self._computed[key] = end
-        tokens, self._unsent[key] = tuple(self._unsent[key]), []
         samples = end == len(self.tokens[key]) and self._pooling[key] is None
-        return computed, tokens, blocks, samples
+        return computed, blocks, samples
 
     def generate(self, key: int, count: int) -> list[int]:
         """Finish the prompt in one step, then decode; the new tokens."""

@@ -88,6 +88,7 @@ class Row:
     blocks: list[int]
     first_computed: int | None = None
     total: int = 0
+    failed_step: int | None = None
 
 
 class SimulatedExecutor:
@@ -98,15 +99,25 @@ class SimulatedExecutor:
         self.rows: dict[int, Row] = {}
         self.kv: dict[int, tuple[int, int]] = {}
         self.plans: deque[SchedulerOutput] = deque()
+        self.submitted: list[SchedulerOutput] = []
         self.history: list[SchedulerOutput] = []
+        self.is_ready: Callable[[], bool] = lambda: True
         self.errors: dict[str, str] = {}
         """Choice index or key as text -> error to report for it."""
+        self.errors_from: dict[int, int] = {}
+        """Key -> step from which on it fails."""
         self.fail_with: Exception | None = None
         self.before_collect: Callable[[], None] = lambda: None
         self.num_copies = self.num_replaced = 0
 
     def submit(self, plan: SchedulerOutput) -> None:
+        assert plan.step == len(self.submitted) + 1
+        self.submitted.append(plan)
         self.plans.append(plan)
+
+    def poll(self, timeout_s: float) -> bool:
+        assert self.plans
+        return self.is_ready()
 
     def collect(self, timeout_s: float) -> StepOutput:
         self.before_collect()
@@ -119,9 +130,17 @@ class SimulatedExecutor:
         results = []
         for i, key in enumerate(plan.keys):
             start, count = plan.num_computed_tokens[i], plan.num_scheduled_tokens[i]
-            result = self.compute(self.rows[key], start, count, sample=plan.samples[i])
+            row = self.rows[key]
+            result = self.compute(row, start, count, sample=plan.samples[i])
+            if self.errors_from.get(key, plan.step + 1) <= plan.step:
+                self.errors[str(key)] = "NaN logits"
             if str(key) in self.errors:
+                # A failed request may be in the one step that was planned on top.
+                row.failed_step = row.failed_step or plan.step
+                assert plan.step <= row.failed_step + 1
                 result = RequestResult(key=key, error=self.errors[str(key)])
+                if plan.samples[i]:
+                    row.token_ids[-1] = 0
             if result != RequestResult(key=key):
                 results.append(result)
         return StepOutput(step=plan.step, results=tuple(results))
@@ -134,7 +153,6 @@ class SimulatedExecutor:
         for column in (
             plan.num_scheduled_tokens,
             plan.num_computed_tokens,
-            plan.new_token_ids,
             plan.new_block_ids,
             plan.samples,
         ):
@@ -151,10 +169,7 @@ class SimulatedExecutor:
         for new in plan.new_requests:
             assert new.key not in self.rows
             self.rows[new.key] = Row(new, list(new.token_ids), [])
-        for key, tokens, blocks in zip(
-            plan.keys, plan.new_token_ids, plan.new_block_ids, strict=True
-        ):
-            self.rows[key].token_ids.extend(tokens)
+        for key, blocks in zip(plan.keys, plan.new_block_ids, strict=True):
             self.rows[key].blocks.extend(blocks)
             assert all(0 <= block < self.config.num_blocks for block in blocks)
         for key, index, block in plan.replaced_blocks:
@@ -194,6 +209,7 @@ class SimulatedExecutor:
             assert end == len(row.token_ids)
             token_id = next_token(kv, params, row.new.choice_index, end, end - num_prompt)
             logprob = score(kv, token_id) if params.logprobs is not None else None
+            row.token_ids.append(token_id)
         return RequestResult(
             key=key,
             token_id=token_id,

@@ -12,13 +12,14 @@ from replicas.engine.request import EngineRequest, make_choices
 
 
 def live(prompt: list[int], key: int = 0, **fields: object) -> EngineRequest:
-    return make_choices(request("r", prompt, **fields), key, 0.0)[0]
+    return make_choices(request("r", prompt, **fields), key, 0.0, 128)[0]
 
 
 def compute(kv: KvManager, choice: EngineRequest, num_tokens: int) -> BlockGrant:
     grant = kv.allocate_slots(choice, num_tokens)
     assert grant is not None
     choice.num_computed_tokens += num_tokens
+    choice.num_answered_tokens = choice.num_computed_tokens
     kv.register_computed(choice)
     kv.check_invariants()
     return grant
@@ -83,7 +84,7 @@ def test_duplicates_keep_the_first_block_cached() -> None:
     for twin in twins:
         assert kv.allocate_slots(twin, 5) is not None
     for twin in twins:
-        twin.num_computed_tokens = 5
+        twin.num_computed_tokens = twin.num_answered_tokens = 5
         kv.register_computed(twin)
     assert kv.find_prefix(live(list(range(5)), key=2)) == [0]
     for twin in twins:
@@ -144,7 +145,7 @@ def test_writing_in_place_to_a_full_cached_block_uncaches_it_first() -> None:
     assert kv.allocate_slots(child, 1) == BlockGrant()
     kv.check_invariants()
     assert kv.find_prefix(live(list(range(9)), key=3)) == [0]
-    child.num_computed_tokens = 8
+    child.num_computed_tokens = child.num_answered_tokens = 8
     kv.register_computed(child)
     assert kv.find_prefix(live(list(range(9)), key=4)) == [0, 1]
 
@@ -156,6 +157,12 @@ def test_forking_too_early_or_twice_is_an_error() -> None:
     child = dataclasses.replace(parent, key=1)
     with pytest.raises(InternalError, match="no prompt"):
         kv.fork(parent, child)
+    # Planned is not enough: the step has to answer.
+    assert kv.allocate_slots(parent, 1) is not None
+    parent.num_computed_tokens = 6
+    with pytest.raises(InternalError, match="no prompt"):
+        kv.fork(parent, child)
+    parent.num_computed_tokens = 5
     compute(kv, parent, 1)
     kv.fork(parent, child)
     with pytest.raises(InternalError, match="already"):
@@ -170,3 +177,31 @@ def test_eviction_takes_the_tail_of_a_prefix_before_its_head() -> None:
     other = live([20, 21, 22], key=1)
     compute(kv, other, 3)
     assert kv.find_prefix(live([1, 2, 3, 4, 5, 6, 7], key=2)) == [0, 1]
+
+
+def test_planned_blocks_are_not_found_before_their_step_has_answered() -> None:
+    kv = KvManager(8, 4, True)
+    first = live(list(range(9)))
+    compute(kv, first, 4)
+    assert kv.allocate_slots(first, 5) is not None
+    first.num_computed_tokens = 9
+    kv.register_computed(first)
+    assert kv.find_prefix(live(list(range(9)), key=1)) == [0]
+    first.num_answered_tokens = 9
+    kv.register_computed(first)
+    assert kv.find_prefix(live(list(range(9)), key=1)) == [0, 1]
+
+
+def test_a_fork_of_a_parent_with_output_does_not_inherit_the_names_of_its_blocks() -> None:
+    kv = KvManager(16, 2, True)
+    parent = live([1, 2, 3, 4], n=2)
+    parent.token_ids += [9, 9]
+    compute(kv, parent, 6)
+    child = dataclasses.replace(parent, key=1, token_ids=[1, 2, 3, 4], num_computed_tokens=0)
+    kv.fork(parent, child)
+    child.token_ids += [5, 6]
+    compute(kv, child, 3)
+    kv.forget(parent)
+    kv.forget(child)
+    assert len(kv.find_prefix(live([1, 2, 3, 4, 5, 6, 7], key=2))) == 3
+    assert len(kv.find_prefix(live([1, 2, 3, 4, 9, 9, 7], key=3))) == 3

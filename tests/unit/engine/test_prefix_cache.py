@@ -18,7 +18,7 @@ def test_a_digest_names_tokens_prefix_and_salt() -> None:
 def test_a_copy_grows_on_its_own() -> None:
     chain = HashChain(2, "")
     chain.digest(0, [1, 2])
-    twin = chain.copy()
+    twin = chain.copy(1)
     assert twin.digest(1, [1, 2, 3, 4]) != chain.digest(1, [1, 2, 5, 6])
     assert twin.digest(0, []) == chain.digest(0, [])
 

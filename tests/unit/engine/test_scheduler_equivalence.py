@@ -1,7 +1,7 @@
 """Whatever is batched, chunked, shared, preempted or aborted: each stream is what it is alone.
 
 Random workloads against answers computed from the tokens alone; the executor raises on any
-block-table mistake.
+block-table mistake. All of it with one step at a time, and with steps planned on top of others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from simulated_executor import EOS, SimulatedExecutor, config, expected, request
 from cluster.base.errors import ContextTooLongError
 from replicas.api import FinishReason, GenerationDelta, GenerationRequest, Pooling
 from replicas.engine.scheduler import Scheduler
+from replicas.engine.request import RequestStatus
 from replicas.engine.scheduler_config import SchedulerConfig
+from replicas.engine.step_runner import StepRunner
 from replicas.engine.sync_engine import Completion, SyncEngine
 
 MAX_STEPS = 3000
@@ -49,10 +51,17 @@ class Run:
 
     def step(self) -> None:
         num_preemptions = self.engine.stats.num_preemptions
-        self.take(self.engine.step())
+        self.take(self.advance())
         self.scheduler.check_invariants()
-        if self.engine.stats.num_preemptions > num_preemptions:
-            assert self.executor.history[-1].new_requests == ()
+        if self.engine.stats.num_preemptions > num_preemptions and self.executor.submitted:
+            assert self.executor.submitted[-1].new_requests == ()
+
+    def advance(self) -> list[GenerationDelta]:
+        return self.engine.step()
+
+    @property
+    def is_busy(self) -> bool:
+        return self.engine.has_unfinished
 
     def take(self, deltas: list[GenerationDelta]) -> None:
         for delta in deltas:
@@ -62,7 +71,7 @@ class Run:
 
     def finish(self) -> None:
         for _ in range(MAX_STEPS):
-            if not self.engine.has_unfinished:
+            if not self.is_busy:
                 break
             self.step()
         stats = self.engine.stats
@@ -74,7 +83,8 @@ class Run:
     def check(self, origin: GenerationRequest, index: int, said: Completion) -> None:
         wanted = expected(origin, index, self.limits.max_context)
         assert said.finish_reason is not None, "never finished"
-        if said.finish_reason is FinishReason.ABORT:
+        failed = said.finish_reason is FinishReason.ERROR and self.executor.errors
+        if said.finish_reason is FinishReason.ABORT or failed:
             assert said.token_ids == wanted.token_ids[: len(said.token_ids)]
             assert said.logprobs == wanted.logprobs[: len(said.logprobs)]
             assert said.prompt_logprobs == wanted.prompt_logprobs[: len(said.prompt_logprobs)]
@@ -86,6 +96,35 @@ class Run:
         assert said.finish_reason is wanted.finish_reason
         assert said.stop_token_id == wanted.stop_token_id
         assert 0 <= said.num_cached_tokens < len(origin.prompt_token_ids)
+
+
+class PipelinedRun(Run):
+    """Up to `depth` steps in flight: at random the next is planned or the oldest answers."""
+
+    def __init__(self, limits: SchedulerConfig, rng: random.Random, depth: int) -> None:
+        super().__init__(limits)
+        self.runner = StepRunner(self.scheduler, self.executor, step_timeout_s=1.0)
+        self.rng, self.depth = rng, depth
+        self.num_preempted_unknown = self.num_on_top = 0
+
+    @property
+    def is_busy(self) -> bool:
+        return self.engine.has_unfinished or self.runner.num_in_flight > 0
+
+    def advance(self) -> list[GenerationDelta]:
+        num_in_flight = self.runner.num_in_flight
+        if not num_in_flight:
+            # With requests left and none in flight, there is always something to compute.
+            assert self.runner.submit() == self.engine.has_unfinished
+            return []
+        if num_in_flight < self.depth and self.rng.random() < 0.8 and self.runner.submit():
+            self.num_on_top += 1
+            self.num_preempted_unknown += sum(
+                request.status is RequestStatus.PREEMPTED and request.num_pending_tokens > 0
+                for request in self.scheduler._requests.values()
+            )
+            return []
+        return self.runner.collect()
 
 
 def random_request(rng: random.Random, name: str, max_context: int) -> GenerationRequest:
@@ -123,10 +162,13 @@ def random_limits(rng: random.Random) -> SchedulerConfig:
     )
 
 
-def random_run(seed: int) -> Run:
+def random_run(seed: int, depth: int = 1) -> Run:
     """Requests arrive and some are aborted between steps, in an order drawn from the seed."""
     rng = random.Random(seed)
-    run = Run(random_limits(rng))
+    limits = random_limits(rng)
+    run = Run(limits) if depth == 1 else PipelinedRun(limits, random.Random(seed), depth)
+    if depth == 2 and rng.random() < 0.2:
+        run.executor.errors_from[rng.randrange(8)] = rng.randrange(1, 12)
     abort_rate = rng.choice((0.0, 0.0, 0.05))
     for number in range(rng.randint(1, 10)):
         run.add(random_request(rng, f"r{number}", run.limits.max_context))
@@ -135,7 +177,7 @@ def random_run(seed: int) -> Run:
             if rng.random() < abort_rate * 4:
                 victim = rng.choice(list(run.completions))
                 run.abort(victim[0], rng.choice((None, victim[1])))
-    while abort_rate and run.engine.has_unfinished:
+    while abort_rate and run.is_busy:
         run.step()
         if rng.random() < abort_rate:
             run.abort(*rng.choice(list(run.completions)))
@@ -147,6 +189,34 @@ def random_run(seed: int) -> Run:
 @given(st.integers(0, 2**32))
 def test_any_interleaving_gives_the_streams_of_one_at_a_time(seed: int) -> None:
     random_run(seed)
+
+
+@engine_settings(max_examples=120)
+@given(st.integers(0, 2**32), st.sampled_from((2, 2, 2, 3)))
+def test_steps_in_flight_change_no_stream(seed: int, depth: int) -> None:
+    random_run(seed, depth)
+
+
+def test_many_random_runs_in_flight_meet_every_mechanism() -> None:
+    preempted_unknown = discarded = on_top = errors = preemptions = copies = hits = 0
+    for seed in range(700):
+        run = random_run(seed, depth=2)
+        assert isinstance(run, PipelinedRun)
+        preempted_unknown += run.num_preempted_unknown
+        discarded += run.scheduler.num_discarded_tokens
+        on_top += run.num_on_top
+        preemptions += run.engine.stats.num_preemptions
+        copies += run.executor.num_copies
+        hits += run.engine.stats.prefix_hit_tokens
+        reasons = [completion.finish_reason for completion in run.completions.values()]
+        errors += reasons.count(FinishReason.ERROR)
+    assert preempted_unknown > 30
+    assert discarded > 200
+    assert on_top > 5000
+    assert errors > 30
+    assert preemptions > 80
+    assert copies > 100
+    assert hits > 500
 
 
 def test_many_random_runs_meet_every_mechanism() -> None:

@@ -40,7 +40,6 @@ def built(
         keys=tuple(range(len(shapes))),
         num_scheduled_tokens=tuple(scheduled for _, _, scheduled in shapes),
         num_computed_tokens=tuple(computed for _, computed, _ in shapes),
-        new_token_ids=((),) * len(shapes),
         new_block_ids=tuple(blocks_of(key, c + s) for key, (_, c, s) in enumerate(shapes)),
         samples=tuple(computed + scheduled == total for total, computed, scheduled in shapes),
     )
@@ -101,10 +100,26 @@ def test_reaching_beyond_tokens_or_blocks_is_an_internal_error() -> None:
         keys=(0,),
         num_scheduled_tokens=(9,),
         num_computed_tokens=(0,),
-        new_token_ids=((),),
         new_block_ids=((1, 2),),
         samples=(True,),
     )
     rows.apply(plan)
     with pytest.raises(InternalError, match="room for 8"):
+        build_step_input(plan, rows, BLOCK_SIZE, CPU)
+
+
+def test_sampling_before_the_end_of_a_row_is_an_internal_error() -> None:
+    rows = RequestRows(vocab_size=10, max_context=50, block_size=BLOCK_SIZE)
+    new = NewRequest(key=0, token_ids=(1,) * 5, num_prompt_tokens=5, params=SamplingParams())
+    plan = SchedulerOutput(
+        step=0,
+        new_requests=(new,),
+        keys=(0,),
+        num_scheduled_tokens=(4,),
+        num_computed_tokens=(0,),
+        new_block_ids=((1,),),
+        samples=(True,),
+    )
+    rows.apply(plan)
+    with pytest.raises(InternalError, match="samples a request that has more tokens"):
         build_step_input(plan, rows, BLOCK_SIZE, CPU)

@@ -203,7 +203,6 @@ def test_forked_choice_with_copied_block_continues_on_its_own() -> None:
             keys=(1,),
             num_scheduled_tokens=(1,),
             num_computed_tokens=(len(PROMPT),),
-            new_token_ids=((),),
             new_block_ids=(tuple(plan_rows),),
             replaced_blocks=((1, 2, copied),),
             block_copies=((plan_rows[2], copied),),
@@ -255,7 +254,6 @@ def test_a_plan_for_an_unknown_request_is_an_internal_error() -> None:
         keys=(5,),
         num_scheduled_tokens=(1,),
         num_computed_tokens=(0,),
-        new_token_ids=((),),
         new_block_ids=((),),
         samples=(True,),
     )

@@ -66,7 +66,7 @@ def assert_same(rows: RequestRows, naive: dict[int, NaiveRow]) -> None:
 @given(data=st.data())
 def test_diffs_give_the_same_rows_as_a_naive_model(data: st.DataObject) -> None:
     rows, naive, next_key = new_rows(), {}, 0
-    tokens = st.lists(st.integers(0, VOCAB - 1), max_size=3)
+    sampled_ids = st.integers(-1, VOCAB - 1)
     for step in range(data.draw(st.integers(1, 8))):
         live = list(naive)
         finished = tuple(data.draw(st.lists(st.sampled_from(live), unique=True)) if live else ())
@@ -95,10 +95,8 @@ def test_diffs_give_the_same_rows_as_a_naive_model(data: st.DataObject) -> None:
                 list(request.token_ids), request.num_prompt_tokens, [], request.params
             )
         keys = tuple(data.draw(st.permutations(list(naive))))
-        new_tokens = [tuple(data.draw(tokens)) for _ in keys]
         new_blocks = [tuple(data.draw(st.lists(st.integers(1, 999), max_size=90))) for _ in keys]
-        for key, token_ids, block_ids in zip(keys, new_tokens, new_blocks, strict=True):
-            naive[key].tokens += token_ids
+        for key, block_ids in zip(keys, new_blocks, strict=True):
             naive[key].blocks += block_ids
         replaced = []
         for key in keys:
@@ -111,12 +109,17 @@ def test_diffs_give_the_same_rows_as_a_naive_model(data: st.DataObject) -> None:
                 step=step,
                 new_requests=tuple(news),
                 keys=keys,
-                new_token_ids=tuple(new_tokens),
                 new_block_ids=tuple(new_blocks),
                 replaced_blocks=tuple(replaced),
                 finished_keys=finished,
             )
         )
+        assert_same(rows, naive)
+        sampling = [key for key in keys if data.draw(st.booleans())]
+        sampled = [data.draw(sampled_ids) for _ in sampling]
+        rows.append_sampled(rows.slots(sampling), sampled)
+        for key, token_id in zip(sampling, sampled, strict=True):
+            naive[key].tokens.append(max(0, token_id))
         assert_same(rows, naive)
 
 
@@ -128,7 +131,6 @@ def test_a_reused_slot_keeps_nothing_of_its_last_request() -> None:
             step=0,
             new_requests=(new_request(0, params=busy, pooling=Pooling.MEAN),),
             keys=(0,),
-            new_token_ids=((),),
             new_block_ids=((5, 6),),
         )
     )
@@ -176,7 +178,7 @@ def test_impossible_token_ids_make_the_row_faulty_and_harmless(request_: NewRequ
 def test_contradictions_are_internal_errors() -> None:
     rows = new_rows()
     rows.apply(SchedulerOutput(step=0, new_requests=(new_request(0),)))
-    one = {"keys": (0,), "new_token_ids": ((),), "new_block_ids": ((),)}
+    one = {"keys": (0,), "new_block_ids": ((),)}
     with pytest.raises(InternalError, match="has a row already"):
         rows.apply(SchedulerOutput(step=1, new_requests=(new_request(0),)))
     with pytest.raises(InternalError, match="no block at index 0"):
@@ -185,9 +187,39 @@ def test_contradictions_are_internal_errors() -> None:
         rows.slots((8,))
     with pytest.raises(InternalError, match="exceeds 700"):
         rows.apply(SchedulerOutput(step=3, new_requests=(new_request(1, (1,) * 701),)))
+    rows.apply(SchedulerOutput(step=4, new_requests=(new_request(2, (1,) * 700),)))
+    with pytest.raises(InternalError, match="701 tokens exceeds 700"):
+        rows.append_sampled(rows.slots((2,)), [5])
 
 
 def test_finishing_a_request_that_never_ran_is_fine() -> None:
     rows = new_rows()
     rows.apply(SchedulerOutput(step=0, finished_keys=(12,)))
     assert len(rows) == 0
+
+
+def test_a_row_that_failed_on_this_rank_only_is_noticed_one_plan_later() -> None:
+    rows = new_rows()
+    rows.apply(SchedulerOutput(step=4, new_requests=(new_request(0), new_request(1))))
+    rows.fail(0, "out of memory", 4)
+    rows.fail(0, "something else", 5)
+    assert rows.error_of(0) == "out of memory"
+    both = {"keys": (0, 1), "new_block_ids": ((), ())}
+    # Planned before the failure was known.
+    rows.apply(SchedulerOutput(step=5, **both))
+    with pytest.raises(InternalError, match="failed in step 4 on this rank only: out of memory"):
+        rows.apply(SchedulerOutput(step=6, **both))
+    rows.apply(SchedulerOutput(step=7, keys=(1,), new_block_ids=((),), finished_keys=(0,)))
+    assert not rows.has_errors
+
+
+def test_a_rank_that_does_not_answer_needs_no_logprobs_of_samples() -> None:
+    rows = RequestRows(
+        vocab_size=VOCAB, max_context=MAX_CONTEXT, block_size=BLOCK_SIZE, wants_logprobs=False
+    )
+    params = SamplingParams(logprobs=3, prompt_logprobs=2)
+    rows.apply(SchedulerOutput(step=0, new_requests=(new_request(0, params=params),)))
+    slots = rows.slots((0,))
+    batch = rows.sampling_batch(slots, rows.num_tokens_S[slots])
+    assert batch.column("logprobs").tolist() == [-1]
+    assert rows.prompt_logprobs(slots).tolist() == [2]

@@ -38,7 +38,6 @@ PLAN = SchedulerOutput(
     keys=(3, 4),
     num_scheduled_tokens=(3, 1),
     num_computed_tokens=(0, 17),
-    new_token_ids=((), (9,)),
     new_block_ids=((0, 1), ()),
     replaced_blocks=((4, 1, 8),),
     block_copies=((2, 8),),

@@ -1,0 +1,65 @@
+"""How long a step will take and how long it takes to plan one: when to plan on top of a step.
+
+A plan made late honours more of what happened meanwhile; one made too late lets the workers wait.
+The forecast is on the early side: mean less twice the mean deviation, both exponentially weighted
+as in RFC 6298 (2.3), over steps of similar size. Memory is bounded by the number of size classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from replicas.engine.scheduler_output import SchedulerOutput
+
+_MEAN_GAIN = 1 / 8
+_DEVIATION_GAIN = 1 / 4
+# Waking up and handing the plan to the ranks, neither of which can be measured from here.
+_MARGIN_S = 0.3e-3
+
+_SizeClass = tuple[int, int]
+
+
+@dataclass(slots=True)
+class _Estimate:
+    mean_s: float
+    deviation_s: float
+
+    def add(self, value_s: float) -> None:
+        error_s = value_s - self.mean_s
+        self.deviation_s += _DEVIATION_GAIN * (abs(error_s) - self.deviation_s)
+        self.mean_s += _MEAN_GAIN * error_s
+
+
+class StepForecast:
+    """Learns from finished steps. Durations are seconds."""
+
+    def __init__(self) -> None:
+        self._durations: dict[_SizeClass, _Estimate] = {}
+        self._planning = _Estimate(0.2e-3, 0.0)
+
+    def plan_after_s(self, plan: SchedulerOutput) -> float:
+        """From the start of this step to the moment to plan the next; 0 when that is unknown."""
+        duration = self._durations.get(_size_class(plan))
+        if duration is None:
+            return 0.0
+        planning = self._planning
+        latest_s = planning.mean_s + 2 * planning.deviation_s + _MARGIN_S
+        return max(0.0, duration.mean_s - 2 * duration.deviation_s - latest_s)
+
+    def add_step(self, plan: SchedulerOutput, duration_s: float) -> None:
+        """Learn from a step; with the link's time in it, waiting would feed itself."""
+        size_class = _size_class(plan)
+        known = self._durations.get(size_class)
+        if known is None:
+            self._durations[size_class] = _Estimate(duration_s, duration_s / 4)
+        else:
+            known.add(duration_s)
+
+    def add_planning(self, duration_s: float) -> None:
+        """From waking up to the next plan's hand-over."""
+        self._planning.add(duration_s)
+
+
+def _size_class(plan: SchedulerOutput) -> _SizeClass:
+    """Steps with as many tokens and requests, to a factor of two."""
+    return plan.num_tokens.bit_length(), len(plan.keys).bit_length()
