@@ -17,8 +17,8 @@ from simulated_executor import EOS, SimulatedExecutor, config, expected, request
 
 from cluster.base.errors import ContextTooLongError
 from replicas.api import FinishReason, GenerationDelta, GenerationRequest, Pooling
-from replicas.engine.scheduler import Scheduler
 from replicas.engine.request import RequestStatus
+from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.step_runner import StepRunner
 from replicas.engine.sync_engine import Completion, SyncEngine
@@ -360,3 +360,12 @@ def test_prompt_only_requests_say_their_scores_once(
         assert len(completion.prompt_logprobs) == 10
         assert completion.prompt_logprobs[0] is None
         assert completion.finish_reason is FinishReason.LENGTH
+
+
+def test_streams_that_end_by_length_cost_no_token_in_flight() -> None:
+    run = PipelinedRun(config(max_context=32), random.Random(0), depth=2)
+    for number, prompt in enumerate(PROMPTS):
+        run.add(request(f"r{number}", prompt, max_tokens=4 + 3 * number, ignore_eos=True))
+    run.finish()
+    assert run.num_on_top > 5
+    assert run.scheduler.num_discarded_tokens == 0

@@ -345,3 +345,105 @@ def test_fail_all_ends_everything_with_the_cause() -> None:
     assert all(d.error is not None and d.error["cause"] == "boom" for d in deltas)
     scheduler.check_invariants()
     assert scheduler.num_unfinished == 0
+
+
+def test_a_plan_on_top_of_a_step_counts_on_its_tokens() -> None:
+    scheduler = Scheduler(config(block_size=2), EOS)
+    scheduler.add(request("a", [1, 2, 3], max_tokens=3, ignore_eos=True))
+    plans = [scheduler.schedule() for _ in range(3)]
+    assert all(plan is not None and plan.samples == (True,) for plan in plans)
+    assert [plan.num_computed_tokens for plan in plans if plan] == [(0,), (3,), (4,)]
+    assert [plan.num_scheduled_tokens for plan in plans if plan] == [(3,), (1,), (1,)]
+    # Three tokens will be out then: nothing is left to plan, and nothing is wrong.
+    assert scheduler.schedule() is None
+    deltas = []
+    for token_id, plan in zip((11, 12, 13), plans, strict=True):
+        assert plan is not None
+        scheduler.check_invariants()
+        deltas += scheduler.update_from_output(plan, answer(plan, token_id))
+    assert [delta.token_ids for delta in deltas] == [(11,), (12,), (13,)]
+    assert deltas[-1].finish_reason is FinishReason.LENGTH
+    assert scheduler.num_discarded_tokens == 0
+
+
+def test_a_stop_discards_what_was_planned_on_top_of_it() -> None:
+    scheduler = Scheduler(config(), EOS)
+    scheduler.add(request("a", [1, 2, 3], max_tokens=9))
+    scheduler.add(request("b", [1, 2, 3], max_tokens=9, ignore_eos=True))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    ended = scheduler.update_from_output(first, answer(first, 7))
+    assert [delta.finish_reason for delta in ended] == [FinishReason.STOP, None]
+    third = scheduler.schedule()
+    assert third is not None
+    assert (third.keys, third.finished_keys) == ((1,), (0,))
+    late = scheduler.update_from_output(second, answer(second, 5))
+    assert [delta.request_id for delta in late] == ["b"]
+    assert scheduler.num_discarded_tokens == 1
+    scheduler.check_invariants()
+
+
+def test_answers_have_to_come_in_the_order_of_the_plans() -> None:
+    scheduler = Scheduler(config(), EOS)
+    scheduler.add(request("a", [1, 2, 3], max_tokens=9))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    with pytest.raises(InternalError, match="Step 2 is not the oldest one in flight"):
+        scheduler.update_from_output(second, answer(second, 5))
+
+
+def test_a_preempted_request_comes_back_when_its_token_is_known_and_carries_it() -> None:
+    scheduler = Scheduler(config(num_blocks=5, max_context=16, prefix_caching=False))
+    for name in ("a", "b"):
+        scheduler.add(request(name, [1] * 7, max_tokens=9, ignore_eos=True))
+    first, second, third = scheduler.schedule(), scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert (first.keys, second.keys, third.keys) == ((0, 1), (0, 1), (0,))
+    assert third.finished_keys == (1,)
+    scheduler.check_invariants()
+    scheduler.abort("a")
+    # There is room now, but two tokens of b are still being sampled.
+    assert scheduler.schedule() is None
+    scheduler.update_from_output(first, answer(first, 21))
+    assert scheduler.schedule() is None
+    scheduler.update_from_output(second, answer(second, 22))
+    back = scheduler.schedule()
+    assert back is not None
+    assert [new.token_ids for new in back.new_requests] == [(1,) * 7 + (21, 22)]
+    assert (back.keys, back.num_computed_tokens, back.num_scheduled_tokens) == ((1,), (0,), (9,))
+    scheduler.check_invariants()
+
+
+def test_a_request_that_ends_in_flight_gives_its_blocks_before_another_is_preempted() -> None:
+    scheduler = Scheduler(config(num_blocks=6, max_context=16, prefix_caching=False))
+    scheduler.add(request("a", [1] * 7, max_tokens=5))
+    scheduler.add(request("ends", [2] * 4, max_tokens=2))
+    scheduler.add(request("b", [3] * 3, max_tokens=5))
+    plans = [scheduler.schedule() for _ in range(3)]
+    # The third step needs a block for `a`, the last one, and one for `b`.
+    assert [plan.keys for plan in plans if plan] == [(0, 1, 2), (0, 1, 2), (0, 2)]
+    assert plans[2] is not None
+    assert plans[2].finished_keys == (1,)
+    assert scheduler.stats().num_preemptions == 0
+    deltas = []
+    for plan in plans:
+        assert plan is not None
+        deltas += scheduler.update_from_output(plan, answer(plan, 9))
+        scheduler.check_invariants()
+    ended = {d.request_id: d.finish_reason for d in deltas if d.finish_reason}
+    assert ended == {"ends": FinishReason.LENGTH}
+
+
+def test_a_place_that_becomes_free_in_flight_is_taken_at_once() -> None:
+    scheduler = Scheduler(config(max_running_requests=1))
+    scheduler.add(request("a", [1], max_tokens=1))
+    scheduler.add(request("b", [2], max_tokens=1))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    assert (first.keys, second.keys) == ((0,), (1,))
+    scheduler.check_invariants()

@@ -1,5 +1,6 @@
 """The step channel over real sockets: order, big frames, death, faults, impostors, deadlines."""
 
+import dataclasses
 import threading
 import time
 
@@ -102,6 +103,71 @@ def test_plans_reach_every_rank_in_order_and_rank_0_answers(host):
     assert executor.collect(timeout_s=5.0) == RESULT
     executor.close()
     assert all(worker.receive_plan() is None for worker in workers)
+
+
+def test_poll_tells_whether_an_answer_is_there_and_never_minds_lateness():
+    leader, (worker,) = open_links(1)
+    executor = LinkExecutor(leader)
+    executor.submit(PLAN)
+    for timeout_s in (0.0, 0.0004, 0.0012, 0.05):
+        started_s = time.monotonic()
+        assert not executor.poll(timeout_s)
+        assert time.monotonic() - started_s >= timeout_s * 0.9
+    worker.send_result(wire.encode(RESULT))
+    started_s = time.monotonic()
+    assert executor.poll(30.0)
+    assert time.monotonic() - started_s < 5.0
+    assert executor.collect(timeout_s=5.0) == RESULT
+
+
+def test_a_lost_rank_ends_a_poll_and_collect_names_it():
+    leader, workers = open_links(2)
+    executor = LinkExecutor(leader)
+    executor.submit(PLAN)
+    threading.Timer(0.1, workers[1].close).start()
+    assert executor.poll(30.0)
+    with pytest.raises(WorkerDiedError, match="rank 1 of 2"):
+        executor.collect(timeout_s=5.0)
+
+
+def test_a_plan_on_top_is_in_the_socket_before_the_answer():
+    leader, (worker,) = open_links(1)
+    executor = LinkExecutor(leader)
+    second = dataclasses.replace(PLAN, step=8)
+    executor.submit(PLAN)
+    executor.submit(second)
+    assert wire.decode_plan(worker.receive_plan()) == PLAN
+    assert wire.decode_plan(worker.receive_plan()) == second
+    for step in (7, 8):
+        worker.send_result(wire.encode(dataclasses.replace(RESULT, step=step)))
+    assert [executor.collect(timeout_s=5.0).step for _ in range(2)] == [7, 8]
+
+
+@pytest.mark.parametrize("host", [None, "127.0.0.1"])
+def test_a_long_plan_on_top_and_a_long_answer_do_not_wait_for_each_other(host):
+    leader, (worker,) = open_links(1, host)
+    executor = LinkExecutor(leader)
+    new = dataclasses.replace(PLAN.new_requests[0], token_ids=tuple(range(400_000)))
+    long_plan = dataclasses.replace(PLAN, step=8, new_requests=(new,))
+    scores = (TokenLogprob(token_id=1, logprob=-0.5, rank=1),) * 100_000
+    long_result = dataclasses.replace(
+        RESULT, results=(RequestResult(key=3, prompt_logprobs=scores),)
+    )
+    received = []
+
+    def rank() -> None:
+        received.append(wire.decode_plan(worker.receive_plan()).step)
+        time.sleep(0.1)  # the leader submits meanwhile
+        worker.send_result(wire.encode(long_result))
+        received.append(wire.decode_plan(worker.receive_plan()))
+
+    thread = threading.Thread(target=rank)
+    thread.start()
+    executor.submit(PLAN)
+    executor.submit(long_plan)
+    assert executor.collect(timeout_s=5.0) == long_result
+    thread.join(5.0)
+    assert received == [7, long_plan]
 
 
 def test_a_frame_larger_than_any_socket_buffer_arrives_whole():

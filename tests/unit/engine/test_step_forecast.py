@@ -1,0 +1,61 @@
+"""When to plan on top of a step: early rather than late, by size of step."""
+
+from __future__ import annotations
+
+import pytest
+
+from replicas.engine.scheduler_output import SchedulerOutput
+from replicas.engine.step_forecast import StepForecast
+
+
+def step(*num_tokens: int) -> SchedulerOutput:
+    return SchedulerOutput(
+        step=1, keys=tuple(range(len(num_tokens))), num_scheduled_tokens=num_tokens
+    )
+
+
+def taught(*durations_ms: float, planning_ms: float = 0.1) -> StepForecast:
+    forecast = StepForecast()
+    for duration_ms in durations_ms:
+        forecast.add_step(step(1), duration_ms * 1e-3)
+        forecast.add_planning(planning_ms * 1e-3)
+    return forecast
+
+
+def test_an_unknown_step_is_planned_upon_at_once() -> None:
+    assert StepForecast().plan_after_s(step(1)) == 0.0
+    assert taught(50.0).plan_after_s(step(600)) == 0.0
+    assert taught(50.0).plan_after_s(step(1, 1)) == 0.0
+
+
+def test_a_steady_step_leaves_just_the_planning_time_and_a_margin() -> None:
+    forecast = taught(*[20.0] * 60)
+    assert forecast.plan_after_s(step(1)) == pytest.approx(20e-3 - 0.1e-3 - 0.3e-3, abs=2e-5)
+
+
+def test_slow_planning_starts_earlier() -> None:
+    slow = taught(*[20.0] * 60, planning_ms=5.0)
+    assert slow.plan_after_s(step(1)) == pytest.approx(20e-3 - 5e-3 - 0.3e-3, abs=1e-4)
+
+
+def test_noisy_steps_are_planned_upon_before_nearly_all_of_them_end() -> None:
+    forecast = taught(*[18.0, 22.0, 19.0, 21.0] * 30)
+    assert 12e-3 < forecast.plan_after_s(step(1)) < 18e-3
+
+
+def test_one_outlier_does_not_make_the_next_plans_late() -> None:
+    forecast = taught(*[20.0] * 60, 500.0)
+    assert forecast.plan_after_s(step(1)) < 20e-3
+
+
+def test_a_step_shorter_than_its_planning_is_planned_upon_at_once() -> None:
+    assert taught(*[0.3] * 60).plan_after_s(step(1)) == 0.0
+
+
+def test_sizes_are_told_apart_to_a_factor_of_two() -> None:
+    forecast = StepForecast()
+    for _ in range(60):
+        forecast.add_step(step(1, 1, 1), 10e-3)
+        forecast.add_step(step(64, 1), 80e-3)
+    assert forecast.plan_after_s(step(1, 1)) == pytest.approx(forecast.plan_after_s(step(1, 1, 1)))
+    assert forecast.plan_after_s(step(70, 2)) > 70e-3
