@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cluster.dist.communicator import SingleRank
+from replicas.api import GenerationRequest
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
-from replicas.engine.sync_engine import SyncEngine
+from replicas.engine.sync_engine import Completion, SyncEngine
 from replicas.models.checkpoint import load_weights
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.registry import build_model
@@ -57,3 +59,22 @@ def in_process_engine(path: Path, **limits: Any) -> SyncEngine:
         clock=time.monotonic,
     )
     return SyncEngine(Scheduler(config, arch.eos_token_ids), InProcessExecutor(runner))
+
+
+def generate_pipelined(
+    engine: SyncEngine, requests: Sequence[GenerationRequest]
+) -> list[Completion]:
+    """As `SyncEngine.generate`, but each step is planned before the last one has answered."""
+    runner = engine._runner
+    completions = {
+        (request.request_id, index): Completion(request_id=request.request_id, index=index)
+        for request in requests
+        for index in range(request.params.n)
+    }
+    for request in requests:
+        engine.add(request)
+    while runner.num_in_flight or runner.submit():
+        runner.submit()
+        for delta in runner.collect():
+            completions[delta.request_id, delta.index].extend(delta)
+    return list(completions.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from replicas.api import FinishReason, GenerationRequest, Pooling, SamplingParams
 from replicas.engine.sync_engine import Completion
-from tests.support.in_process_engine import in_process_engine
+from tests.support.in_process_engine import generate_pipelined, in_process_engine
 from tests.support.sampling_reference import reference_sample
 from tests.support.tiny_models import (
     prompt_tokens,
@@ -101,6 +102,34 @@ def test_sampling_is_the_same_with_and_without_preemption(checkpoint: Checkpoint
     tight = tight_engine.generate(requests_of(params))
     assert tight_engine.stats.num_preemptions > 0
     assert [c.token_ids for c in tight] == [c.token_ids for c in roomy]
+
+
+@pytest.mark.parametrize("limits", [{}, {"num_blocks": 11, "max_step_tokens": 5}])
+def test_steps_planned_before_their_tokens_are_known_give_the_same_streams(
+    checkpoint: Checkpoint, limits: dict[str, int]
+) -> None:
+    params = SamplingParams(
+        temperature=1.1,
+        top_p=0.9,
+        repetition_penalty=1.1,
+        frequency_penalty=0.3,
+        min_tokens=2,
+        no_repeat_ngram_size=3,
+        seed=77,
+        max_tokens=NUM_TOKENS,
+        n=2,
+        logprobs=1,
+    )
+    straight = in_process_engine(checkpoint.path).generate(requests_of(params))
+    stops = tuple({completion.token_ids[5] for completion in straight})
+    for changed in (params, dataclasses.replace(params, stop_token_ids=stops)):
+        expected = in_process_engine(checkpoint.path).generate(requests_of(changed))
+        engine = in_process_engine(checkpoint.path, **limits)
+        pipelined = generate_pipelined(engine, requests_of(changed))
+        assert [c.token_ids for c in pipelined] == [c.token_ids for c in expected]
+        assert [c.finish_reason for c in pipelined] == [c.finish_reason for c in expected]
+        assert (engine.stats.num_preemptions > 0) == bool(limits)
+        assert (engine._scheduler.num_discarded_tokens > 0) == bool(changed.stop_token_ids)
 
 
 def test_choices_fork_and_follow_the_scalar_reference(checkpoint: Checkpoint) -> None:

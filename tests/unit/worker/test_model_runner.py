@@ -157,6 +157,33 @@ def test_nan_ends_one_request_only(temperature: float) -> None:
     assert driver.tokens[1][11:] == expected
 
 
+def test_a_failed_row_lives_through_the_step_that_was_planned_on_top() -> None:
+    driver = RunnerDriver(FakeDecoder(poison=frozenset({52})))
+    driver.add(0, [4, 52], SamplingParams(temperature=1.0, seed=3))
+    driver.add(1, PROMPT)
+    driver.step({0: 2, 1: 11})
+    results = driver.step({0: 1, 1: 1})
+    assert results[0].error == NOT_FINITE
+    assert results[0].token_id is None
+    assert driver.tokens[1][11:] == oracle_greedy(PROMPT, 2)
+    # The failure is known now: a plan that still names the row means that other ranks disagree.
+    with pytest.raises(InternalError, match="on this rank only"):
+        driver.step({0: 1, 1: 1})
+
+
+def test_every_rank_keeps_the_tokens_it_sampled() -> None:
+    params = SamplingParams(temperature=1.0, seed=5, presence_penalty=0.4, logprobs=2)
+    drivers = [RunnerDriver(is_output_rank=True), RunnerDriver(is_output_rank=False)]
+    for driver in drivers:
+        driver.add(0, PROMPT, params)
+        driver.generate(0, 6)
+    rows = [driver.runner._rows for driver in drivers]
+    assert rows[0].token_ids_SC.tolist() == rows[1].token_ids_SC.tolist()
+    assert rows[0].num_tokens_S.tolist() == rows[1].num_tokens_S.tolist()
+    slot = int(rows[0].slots((0,))[0])
+    assert rows[0].token_ids_SC[slot, : 11 + 6].tolist() == drivers[0].tokens[0]
+
+
 def test_nan_embedding_and_impossible_tokens_are_errors_of_their_request() -> None:
     driver = RunnerDriver(FakeDecoder(poison=frozenset({52})))
     driver.add(0, [4, 52], pooling=Pooling.MEAN)
