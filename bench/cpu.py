@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def alternate(
     return case
 
 
-def rate_row(label: str, case: Case, rate) -> Row:  # type: ignore[no-untyped-def]
+def rate_row(label: str, case: Case, rate: Callable[[OfflineRun], float]) -> Row:
     """Tokens per second of both."""
     mine = Samples(values=tuple(rate(run) for run in case.ours))
     other = Samples(values=tuple(rate(run) for run in case.theirs))

@@ -14,7 +14,7 @@ from cluster.dist.communicator import SingleRank
 from replicas.api import GenerationRequest, SamplingParams
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
-from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
+from replicas.engine.scheduler_output import StepOutput
 from replicas.engine.sync_engine import SyncEngine
 from replicas.models.checkpoint import load_weights
 from replicas.models.hf_config import arch_from_hf
@@ -53,10 +53,6 @@ class TimedExecutor(InProcessExecutor):
         output = super().collect(timeout_s)
         self.seconds.update(output.timings_s)
         return output
-
-    def submit(self, plan: SchedulerOutput) -> None:
-        """See `InProcessExecutor.submit`."""
-        super().submit(plan)
 
 
 class OfflineEngine:

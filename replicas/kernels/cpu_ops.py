@@ -1,8 +1,8 @@
 """The kernels on the compiled library: bf16 and fp32 on the CPU.
 
 A row's bits depend neither on the rows beside it nor on the number of threads. A packed weight is
-two tensors of its unit: `name`, an empty one on the meta device that tells its shape (computing
-with it by mistake fails at once), and `name.packed`, the bytes. A weight that was not packed goes
+two tensors of its unit: `name`, an empty one on the meta device that tells its shape (what torch
+would compute with it by mistake has no bytes to read), and `name.packed`, the bytes. A weight that was not packed goes
 to torch.
 """
 
@@ -57,8 +57,8 @@ class CpuKernels:
         packed = tensors.get(name + _PACKED)
         if packed is None:
             return TORCH_KERNELS.linear(input_TI, tensors, name, bias_O, wide=wide)
-        out_features = tensors[name].shape[0]
-        return self.library.linear(input_TI.contiguous(), packed, out_features, bias_O, wide=wide)
+        shape = tensors[name].shape
+        return self.library.linear(input_TI.contiguous(), packed, shape, bias_O, wide=wide)
 
     def embedding(
         self, ids_T: torch.Tensor, tensors: Mapping[str, torch.Tensor], name: str

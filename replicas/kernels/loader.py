@@ -105,7 +105,7 @@ class CpuLibrary:
         self,
         input_TI: torch.Tensor,
         packed: torch.Tensor,
-        out_features: int,
+        weight_shape: torch.Size,
         bias_O: torch.Tensor | None,
         *,
         wide: bool,
@@ -113,9 +113,11 @@ class CpuLibrary:
         """input W^T + bias, (T, O); `wide`: fp32, without the rounding to the input's dtype."""
         _check(input_TI, dim=2)
         num_rows, width = input_TI.shape
-        if packed.dtype != input_TI.dtype or packed.shape[1] != -(-width // packed.shape[3]):
+        out_features, in_features = weight_shape
+        if packed.dtype != input_TI.dtype or width != in_features:
             raise InternalError(
-                f"A weight packed as {tuple(packed.shape)} takes no {width} inputs."
+                f"A {packed.dtype} weight {tuple(weight_shape)} does not fit {width} inputs of "
+                f"{input_TI.dtype}."
             )
         dtype = torch.float32 if wide else input_TI.dtype
         output_TO = torch.empty((num_rows, out_features), dtype=dtype)

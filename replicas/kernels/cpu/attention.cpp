@@ -35,20 +35,60 @@ struct Scratch {
   long slots[kWidth];
 };
 
+#if defined(__AVX512F__)
+// 16 x 16 words: to[i * kWidth + j] = rows[j][i].
+inline void transpose_square(const __m512i* rows, uint32_t* to) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512i even = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    const __m512i odd = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    const __m512i even_high = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    _mm512_storeu_si512(to + i * kWidth, _mm512_shuffle_i32x4(even, even_high, 0x88));
+    _mm512_storeu_si512(to + (4 + i) * kWidth, _mm512_shuffle_i32x4(odd, odd_high, 0x88));
+    _mm512_storeu_si512(to + (8 + i) * kWidth, _mm512_shuffle_i32x4(even, even_high, 0xdd));
+    _mm512_storeu_si512(to + (12 + i) * kWidth, _mm512_shuffle_i32x4(odd, odd_high, 0xdd));
+  }
+}
+#endif
+
 // Column-wise copy of `count` keys: the layout of a weight block.
 template <typename S>
 void transpose_keys(const S* cache, const long* slots, long count, long stride, long dim, S* keys) {
   const long words = words_of<S>(dim);
   uint32_t* to = reinterpret_cast<uint32_t*>(keys);
   for (long first = 0; first < kWidth; first += kLanes) {
+    long done = 0;
+#if defined(__AVX512F__)
+    for (; done + 16 <= words; done += 16) {
+      __m512i rows[16];
+      for (long lane = 0; lane < 16; ++lane)
+        rows[lane] = first + lane < count
+                         ? _mm512_loadu_si512(reinterpret_cast<const char*>(
+                                                  cache + slots[first + lane] * stride) +
+                                              4 * done)
+                         : _mm512_setzero_si512();
+      transpose_square(rows, to + done * kWidth + first);
+    }
+#endif
     for (long lane = 0; lane < kLanes; ++lane) {
       const long token = first + lane;
       if (token >= count) {
-        for (long word = 0; word < words; ++word) to[word * kWidth + token] = 0;
+        for (long word = done; word < words; ++word) to[word * kWidth + token] = 0;
         continue;
       }
       const char* from = reinterpret_cast<const char*>(cache + slots[token] * stride);
-      for (long word = 0; word < words; ++word)
+      for (long word = done; word < words; ++word)
         to[word * kWidth + token] = load_as<uint32_t>(from + 4 * word);
     }
   }
@@ -107,26 +147,34 @@ inline void add_values(const float* weights, const S* cache, const long* slots, 
       store(chain[row][part], sums + row * dim + part * kLanes);
 }
 
+template <typename S, int kParts>
+inline void add_rows(long rows, const float* weights, const S* cache, const long* slots,
+                     long begin, long end, long stride, long dim, float* sums) {
+  switch (rows) {
+    case 4: return add_values<S, 4, kParts>(weights, cache, slots, begin, end, stride, dim, sums);
+    case 3: return add_values<S, 3, kParts>(weights, cache, slots, begin, end, stride, dim, sums);
+    case 2: return add_values<S, 2, kParts>(weights, cache, slots, begin, end, stride, dim, sums);
+    case 1: return add_values<S, 1, kParts>(weights, cache, slots, begin, end, stride, dim, sums);
+  }
+}
+
 // begin/end: tokens that at least one row sees; a weight of zero adds exactly nothing.
 template <typename S>
 void mix_values(const float* weights, const S* cache, const long* slots, long begin, long end,
                 long stride, long dim, long rows, float* sums) {
   for (long row = 0; row < rows;) {
-    const long step = rows - row >= 4 ? 4 : 1;
+    const long step = std::min(4L, rows - row);
     const float* w = weights + row * kWidth;
     float* s = sums + row * dim;
     long i = 0;
     for (; i + 4 * kLanes <= dim; i += 4 * kLanes)
-      step == 4 ? add_values<S, 4, 4>(w, cache + i, slots, begin, end, stride, dim, s + i)
-                : add_values<S, 1, 4>(w, cache + i, slots, begin, end, stride, dim, s + i);
+      add_rows<S, 4>(step, w, cache + i, slots, begin, end, stride, dim, s + i);
     for (; i + kLanes <= dim; i += kLanes)
-      step == 4 ? add_values<S, 4, 1>(w, cache + i, slots, begin, end, stride, dim, s + i)
-                : add_values<S, 1, 1>(w, cache + i, slots, begin, end, stride, dim, s + i);
+      add_rows<S, 1>(step, w, cache + i, slots, begin, end, stride, dim, s + i);
     for (; i < dim; ++i)
       for (long r = 0; r < step; ++r)
         for (long token = begin; token < end; ++token)
-          s[r * dim + i] = std::fma(w[r * kWidth + token],
-                                    to_float(cache[slots[token] * stride + i]), s[r * dim + i]);
+          s[r * dim + i] += w[r * kWidth + token] * to_float(cache[slots[token] * stride + i]);
     row += step;
   }
 }
@@ -148,12 +196,14 @@ void attend(const Shape& shape, const S* query, const S* cache, const int32_t* t
   const long start = shape.window ? std::max(0L, position - shape.window + 1) : 0;
   for (long base = start / kWidth * kWidth; base < stop; base += kWidth) {
     const long seen = std::min<long>(kWidth, stop - base), skip = std::max(0L, start - base);
+    // Blocks before the window may be gone: tokens there stand for the first one inside.
+    long block = std::max(base, start) / shape.block_size;
+    long offset = std::max(base, start) % shape.block_size;
     for (long token = 0; token < seen; ++token) {
-      // Blocks before the window may be gone: their slots are not looked at.
-      const long at = std::max(base + token, start);
-      scratch.slots[token] =
-          static_cast<long>(table[at / shape.block_size]) * shape.block_size +
-          at % shape.block_size;
+      scratch.slots[token] = static_cast<long>(table[block]) * shape.block_size + offset;
+      if (token < skip || ++offset < shape.block_size) continue;
+      offset = 0;
+      ++block;
     }
     transpose_keys(keys, scratch.slots, seen, shape.kv_stride, dim, scratch.keys.data());
     std::fill_n(scratch.scores.begin(), rows * kWidth, 0.0f);
