@@ -11,6 +11,7 @@ a token must read would take at the probed rate, over what the token took.
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def model_rows(
     for batch in BATCHES:
         case = alternate(ours, theirs, (batch, PROMPT_TOKENS, NEW_TOKENS), probe, repeats)
         label = f"{name} decode batch {batch}"
-        rows.append(rate_row(label, case, lambda r, b=batch: b * r.num_steps / r.decode_s))
+        rows.append(rate_row(label, case, functools.partial(decode_rate, batch)))
         shares = [
             read_bytes / (rate * 1e9) / (run.decode_s / run.num_steps)
             for run, rate in zip(case.ours, case.bandwidth, strict=True)
@@ -131,6 +132,11 @@ def alternate(
             case.theirs.append(other)
             case.bandwidth.append(bandwidth)
     return case
+
+
+def decode_rate(batch: int, run: OfflineRun) -> float:
+    """Tokens per second while all requests decode."""
+    return batch * run.num_steps / run.decode_s
 
 
 def rate_row(label: str, case: Case, rate: Callable[[OfflineRun], float]) -> Row:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,12 +45,13 @@ class TimedExecutor(InProcessExecutor):
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__(runner)
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
 
     def collect(self, timeout_s: float) -> StepOutput:
         """See `InProcessExecutor.collect`."""
         output = super().collect(timeout_s)
-        self.seconds.update(output.timings_s)
+        for part, seconds in output.timings_s.items():
+            self.seconds[part] = self.seconds.get(part, 0.0) + seconds
         return output
 
 
@@ -118,12 +118,14 @@ class OfflineEngine:
         while waiting:
             waiting -= {delta.request_id for delta in self._engine.step() if delta.token_ids}
         filled_s = time.perf_counter()
-        before, parts = self._engine.times, Counter(self._executor.seconds)
+        before, parts = self._engine.times, dict(self._executor.seconds)
         while self._engine.has_unfinished:
             self._engine.step()
         ended_s = time.perf_counter()
         after = self._engine.times
-        ledger = {name: self._executor.seconds[name] - parts[name] for name in parts}
+        ledger: dict[str, float] = {
+            name: self._executor.seconds[name] - parts[name] for name in parts
+        }
         ledger["schedule"] = after.schedule_s - before.schedule_s
         ledger["update"] = after.update_s - before.update_s
         ledger["other"] = (ended_s - filled_s) - sum(ledger.values())

@@ -1,9 +1,8 @@
 """The kernels on the compiled library: bf16 and fp32 on the CPU.
 
 A row's bits depend neither on the rows beside it nor on the number of threads. A packed weight is
-two tensors of its unit: `name`, an empty one on the meta device that tells its shape (what torch
-would compute with it by mistake has no bytes to read), and `name.packed`, the bytes. A weight that was not packed goes
-to torch.
+two tensors of its unit: `name`, an empty one on the meta device that tells its shape, and
+`name.packed`, the bytes. A weight that was not packed goes to torch.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional
 
+from cluster.base.errors import InternalError
 from replicas.kernels.ops import HeadShape, HeadTensors
 
 
@@ -29,14 +30,14 @@ class TorchKernels:
         wide: bool = False,
     ) -> torch.Tensor:
         """See `Kernels.linear`; `wide` widens what the model's dtype has rounded."""
-        output_TO = functional.linear(input_TI, tensors[name], bias_O)
+        output_TO = functional.linear(input_TI, _plain(tensors[name], name), bias_O)
         return output_TO.float() if wide else output_TO
 
     def embedding(
         self, ids_T: torch.Tensor, tensors: Mapping[str, torch.Tensor], name: str
     ) -> torch.Tensor:
         """See `Kernels.embedding`."""
-        return functional.embedding(ids_T, tensors[name])
+        return functional.embedding(ids_T, _plain(tensors[name], name))
 
     def rms_norm(self, hidden: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Kernels.rms_norm`; the product with the weight is in the model's dtype."""
@@ -85,6 +86,13 @@ def split_heads(
     split = fused_TX.view(fused_TX.shape[0], heads + 2 * kv_heads, shape.head_dim)
     query_THP, key_TGP, value_TGP = torch.split(split, [heads, kv_heads, kv_heads], dim=1)
     return query_THP, key_TGP, value_TGP
+
+
+def _plain(weight: torch.Tensor, name: str) -> torch.Tensor:
+    """A weight that other kernels packed has no bytes here, and torch would not say so."""
+    if weight.is_meta:
+        raise InternalError(f"The weight {name} was packed for other kernels.")
+    return weight
 
 
 TORCH_KERNELS = TorchKernels()

@@ -174,7 +174,9 @@ void mix_values(const float* weights, const S* cache, const long* slots, long be
     for (; i < dim; ++i)
       for (long r = 0; r < step; ++r)
         for (long token = begin; token < end; ++token)
-          s[r * dim + i] += w[r * kWidth + token] * to_float(cache[slots[token] * stride + i]);
+          // Spelled out: a compiler that vectorises the sum would fuse some of its terms only.
+          s[r * dim + i] = std::fma(w[r * kWidth + token],
+                                    to_float(cache[slots[token] * stride + i]), s[r * dim + i]);
     row += step;
   }
 }

@@ -97,7 +97,7 @@ def test_compiled_kernels_give_a_request_the_same_bits_in_any_company(
     mixed = Stepper.load(checkpoint(name), dtype=dtype)
     first = mixed.step({key: tokens[:7] for key, tokens in prompts.items()})
     rest = {key: mixed.step({key: tokens[7:]})[key] for key, tokens in prompts.items()}
-    for key, logits in mixed.step(dict.fromkeys(prompts, [5])).items():
+    for key, logits in mixed.step({key: [5] for key in prompts}).items():
         assert torch.equal(torch.cat((first[key], rest[key])), whole[key])
         assert torch.equal(logits, decoded[key])
 
