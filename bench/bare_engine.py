@@ -38,7 +38,7 @@ class _Live:
 class BareEngine:
     """One engine built from a model plan (tensor-parallel size 1)."""
 
-    def __init__(self, plan: ModelPlan) -> None:
+    def __init__(self, plan: ModelPlan, kernels: str = "auto") -> None:
         device = devices.open_device(plan.device, plan.num_threads)
         dtype = devices.resolve_dtype(plan.dtype)
         arch = arch_from_hf(json.loads((Path(plan.path) / "config.json").read_text()))
@@ -48,8 +48,15 @@ class BareEngine:
             dtype=plan.dtype,
             device=plan.device,
             block_size=plan.kv.block_size,
+            kernels=kernels,
         )
-        weights = load_weights(plan.path, model.units, dtype=plan.dtype, device=plan.device)
+        weights = load_weights(
+            plan.path,
+            model.units,
+            dtype=plan.dtype,
+            device=plan.device,
+            kernels=model.kernels,
+        )
         spec = KvCacheSpec(
             num_layers=arch.num_layers,
             num_blocks=plan.kv.num_blocks,

@@ -7,6 +7,7 @@ process entry points, once; the result is frozen.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 VARIABLES: Mapping[str, str] = {
     "PENSTOCK_STATE_DIR": "where running clusters are noted; default "
     "$XDG_STATE_HOME/penstock, else ~/.local/state/penstock",
+    "PENSTOCK_CACHE_DIR": "where compiled CPU kernels are kept; default "
+    "$XDG_CACHE_HOME/penstock, else ~/.cache/penstock",
     "PENSTOCK_LOG_LEVEL": f"one of {', '.join(LOG_LEVELS)}; default info",
     "CUDA_VISIBLE_DEVICES": "GPUs that may be used, as CUDA reads it; default all",
     "HF_HOME": "cache of downloaded models, read by huggingface_hub",
@@ -58,6 +61,20 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         cuda_visible_devices=env.get("CUDA_VISIBLE_DEVICES"),
         hub_offline=env.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"},
     )
+
+
+def default_cache_dir(variables: Mapping[str, str] | None = None) -> Path:
+    """Where things are kept that can be made again; in the system's temporary files at worst."""
+    env = os.environ if variables is None else variables
+    if own := env.get("PENSTOCK_CACHE_DIR"):
+        return Path(own).absolute()
+    if base := env.get("XDG_CACHE_HOME"):
+        return Path(base).absolute() / "penstock"
+    try:
+        home = Path(env["HOME"]) if env.get("HOME") else Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"penstock-{os.getuid()}"
+    return home / ".cache" / "penstock"
 
 
 def _state_dir(env: Mapping[str, str]) -> Path:

@@ -12,9 +12,9 @@ import torch
 
 from cluster.dist.communicator import Communicator
 from replicas.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec
+from replicas.kernels.ops import HeadShape, HeadTensors, Kernels
+from replicas.kernels.torch_ops import TORCH_KERNELS
 from replicas.layers.linear import ColumnLinear, RowLinear
-from replicas.layers.norms import RmsNorm
-from replicas.layers.rotary import rotate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class SelfAttention:
         qk_norm_eps: epsilon of RMS norms over each query and key head (Qwen3); None: no norms.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a layer's own variations are named one by one
         self,
         spec: AttentionSpec,
         backend: AttentionBackend,
@@ -44,18 +44,22 @@ class SelfAttention:
         sliding_window: int | None,
         scale: float | None = None,
         qk_norm_eps: float | None = None,
+        kernels: Kernels = TORCH_KERNELS,
     ) -> None:
-        self._spec = spec
         self._backend = backend
         self._window = sliding_window
         # The backend's scale is one for the model; a layer's own is folded into the queries.
         self._query_factor = 1.0 if scale is None else scale / spec.scale
-        self._query_norm = self._key_norm = None
-        if qk_norm_eps is not None:
-            self._query_norm = RmsNorm("q_norm", qk_norm_eps)
-            self._key_norm = RmsNorm("k_norm", qk_norm_eps)
-        self._qkv = ColumnLinear("qkv")
-        self._out = RowLinear("attention_out", communicator)
+        self._has_norms = qk_norm_eps is not None
+        self._kernels = kernels
+        self._heads = HeadShape(
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            norm_eps=qk_norm_eps or 0.0,
+        )
+        self._qkv = ColumnLinear("qkv", kernels)
+        self._out = RowLinear("attention_out", communicator, kernels)
 
     def forward(
         self,
@@ -65,25 +69,18 @@ class SelfAttention:
         kv_2NBGP: torch.Tensor,
     ) -> torch.Tensor:
         """Attention output, (T, D), the same on every rank; writes this step's keys and values."""
-        query_THP, key_TGP, value_TGP = self._project(hidden_TD, tensors)
-        if context.cos_sin is not None:
-            query_THP = rotate(query_THP, *context.cos_sin)
-            key_TGP = rotate(key_TGP, *context.cos_sin)
+        query_THP, key_TGP, value_TGP = self._kernels.prepare_heads(
+            self._qkv.forward(hidden_TD, tensors),
+            self._heads,
+            HeadTensors(
+                query_norm_P=tensors["q_norm.weight"] if self._has_norms else None,
+                key_norm_P=tensors["k_norm.weight"] if self._has_norms else None,
+                cos_sin=context.cos_sin,
+            ),
+        )
         if self._query_factor != 1.0:
             query_THP = query_THP * self._query_factor
         output_THP = self._backend.forward(
             query_THP, key_TGP, value_TGP, kv_2NBGP, context.attention, self._window
         )
         return self._out.forward(output_THP.flatten(1), tensors)
-
-    def _project(
-        self, hidden_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads, kv_heads = self._spec.num_heads, self._spec.num_kv_heads
-        fused = self._qkv.forward(hidden_TD, tensors)
-        split = fused.view(hidden_TD.shape[0], heads + 2 * kv_heads, self._spec.head_dim)
-        query_THP, key_TGP, value_TGP = torch.split(split, [heads, kv_heads, kv_heads], dim=1)
-        if self._query_norm is not None and self._key_norm is not None:
-            query_THP = self._query_norm.forward(query_THP, tensors)
-            key_TGP = self._key_norm.forward(key_TGP, tensors)
-        return query_THP, key_TGP, value_TGP

@@ -12,24 +12,30 @@ import torch
 from torch.nn import functional
 
 from cluster.dist.communicator import Communicator
+from replicas.kernels.ops import Kernels
+from replicas.kernels.torch_ops import TORCH_KERNELS
 
 
 class ColumnLinear:
     """Output features split over ranks: no communication, the output stays local."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, kernels: Kernels = TORCH_KERNELS) -> None:
+        self._kernels = kernels
         self._weight = f"{name}.weight"
         self._bias = f"{name}.bias"
 
     def forward(self, input_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """This rank's features, (T, local out)."""
-        return functional.linear(input_TD, tensors[self._weight], tensors.get(self._bias))
+        return self._kernels.linear(input_TD, tensors, self._weight, tensors.get(self._bias))
 
 
 class RowLinear:
     """Input features split over ranks: partial sums are added up over the axis."""
 
-    def __init__(self, name: str, communicator: Communicator) -> None:
+    def __init__(
+        self, name: str, communicator: Communicator, kernels: Kernels = TORCH_KERNELS
+    ) -> None:
+        self._kernels = kernels
         self._weight = f"{name}.weight"
         self._bias = f"{name}.bias"
         self._communicator = communicator
@@ -38,8 +44,8 @@ class RowLinear:
         """The whole output, (T, D), the same on every rank."""
         bias = tensors.get(self._bias)
         if self._communicator.size == 1:
-            return functional.linear(input_TF, tensors[self._weight], bias)
-        partial_TD = functional.linear(input_TF, tensors[self._weight])
+            return self._kernels.linear(input_TF, tensors, self._weight, bias)
+        partial_TD = self._kernels.linear(input_TF, tensors, self._weight)
         output_TD = self._communicator.all_reduce(partial_TD)
         # The bias belongs to the sum, so it is added after it, once.
         return output_TD if bias is None else output_TD + bias
@@ -49,15 +55,22 @@ class GatedMlp:
     """down(act(gate(x)) * up(x)), gate and up fused in one linear (Shazeer, arXiv 2002.05202)."""
 
     def __init__(
-        self, activation: Callable[[torch.Tensor], torch.Tensor], communicator: Communicator
+        self,
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        communicator: Communicator,
+        kernels: Kernels = TORCH_KERNELS,
     ) -> None:
+        self._kernels = kernels
         self._activation = activation
-        self._up = ColumnLinear("up")
-        self._down = RowLinear("down", communicator)
+        self._up = ColumnLinear("up", kernels)
+        self._down = RowLinear("down", communicator, kernels)
 
     def forward(self, hidden_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """MLP output, (T, D)."""
-        gate_TF, up_TF = self._up.forward(hidden_TD, tensors).chunk(2, dim=-1)
+        gate_up_TF = self._up.forward(hidden_TD, tensors)
+        if self._activation is functional.silu:
+            return self._down.forward(self._kernels.silu_mul(gate_up_TF), tensors)
+        gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
         return self._down.forward(self._activation(gate_TF) * up_TF, tensors)
 
 
@@ -65,11 +78,14 @@ class PlainMlp:
     """down(act(up(x)))."""
 
     def __init__(
-        self, activation: Callable[[torch.Tensor], torch.Tensor], communicator: Communicator
+        self,
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        communicator: Communicator,
+        kernels: Kernels = TORCH_KERNELS,
     ) -> None:
         self._activation = activation
-        self._up = ColumnLinear("up")
-        self._down = RowLinear("down", communicator)
+        self._up = ColumnLinear("up", kernels)
+        self._down = RowLinear("down", communicator, kernels)
 
     def forward(self, hidden_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """MLP output, (T, D)."""

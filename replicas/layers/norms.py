@@ -8,6 +8,9 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from replicas.kernels.ops import Kernels
+from replicas.kernels.torch_ops import TORCH_KERNELS
+
 
 class Norm(Protocol):
     """What a decoder asks of a norm."""
@@ -23,15 +26,23 @@ class RmsNorm:
     The product with the weight happens in the model's dtype, as checkpoints were trained.
     """
 
-    def __init__(self, name: str, eps: float) -> None:
+    def __init__(self, name: str, eps: float, kernels: Kernels = TORCH_KERNELS) -> None:
         self._weight = f"{name}.weight"
         self._eps = eps
+        self._kernels = kernels
 
     def forward(self, hidden: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Normalised `hidden`, same shape and dtype."""
-        wide = hidden.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
-        return tensors[self._weight] * (wide * scale).to(hidden.dtype)
+        return self._kernels.rms_norm(hidden, tensors[self._weight], self._eps)
+
+    def add_forward(
+        self,
+        hidden_TD: torch.Tensor,
+        delta_TD: torch.Tensor,
+        tensors: Mapping[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden + delta, and that normalised, (T, D) each."""
+        return self._kernels.add_rms_norm(hidden_TD, delta_TD, tensors[self._weight], self._eps)
 
 
 class LayerNorm:

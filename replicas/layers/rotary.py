@@ -22,7 +22,7 @@ from replicas.models.arch import RopeSpec
 
 
 class Rotary:
-    """Positions -> (cos, sin) for one model; `rotate` applies them."""
+    """Positions -> (cos, sin) for one model; kernels apply them."""
 
     def __init__(self, spec: RopeSpec, dtype: torch.dtype, device: str) -> None:
         self._spec = spec
@@ -39,12 +39,6 @@ class Rotary:
         angle_T1P = torch.cat((half, half), dim=-1)[:, None, :]
         cos, sin = angle_T1P.cos() * self._scale, angle_T1P.sin() * self._scale
         return cos.to(self._dtype), sin.to(self._dtype)
-
-
-def rotate(heads_THP: torch.Tensor, cos_T1P: torch.Tensor, sin_T1P: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair (x[i], x[i + P/2]) by its angle; a new tensor of the same shape."""
-    first, second = heads_THP.chunk(2, dim=-1)
-    return heads_THP * cos_T1P + torch.cat((-second, first), dim=-1) * sin_T1P
 
 
 def inverse_frequencies(spec: RopeSpec) -> torch.Tensor:

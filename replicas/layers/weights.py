@@ -50,6 +50,11 @@ class TensorSpec:
     """Checkpoint names that may hold a second copy of the (single) source, equal if present; one
     of them stands in when the source itself is absent (tied embeddings)."""
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether layers compute with it through `Kernels.linear` (the head of a model too)."""
+        return len(self.shape) == 2 and (self.name.endswith(".weight") or self.name == "lm_head")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightUnit:

@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cluster.base.errors import CorruptWeightsError
+from replicas.kernels.ops import Kernels
+from replicas.kernels.torch_ops import TORCH_KERNELS
 from replicas.layers.weights import ResidentWeights, Source, TensorSpec, WeightUnit
 from replicas.models.checkpoint_files import StoredTensor, read_index
 from replicas.models.context import torch_dtype
@@ -39,11 +41,13 @@ def load_weights(
     *,
     dtype: str,
     device: str,
+    kernels: Kernels = TORCH_KERNELS,
     on_progress: ProgressCallback | None = None,
 ) -> ResidentWeights:
     """This rank's weights, in `dtype` on `device`.
 
-    Specs that ask for the same slices (tied embeddings) share one tensor.
+    Specs that ask for the same slices (tied embeddings) share one tensor. Linear weights are laid
+    out for `kernels` one by one, so at most one is in memory twice.
 
     Raises:
         ConfigError: no safetensors checkpoint at `path`, or unknown dtype.
@@ -54,23 +58,35 @@ def load_weights(
     _check_names(Path(path), units, stored)
     with ExitStack() as files:
         loader = _Loader(stored, torch_dtype(dtype), device, files)
-        return _load_all(units, loader, on_progress)
+        return _load_all(units, loader, kernels, on_progress)
 
 
 def _load_all(
-    units: tuple[WeightUnit, ...], loader: _Loader, on_progress: ProgressCallback | None
+    units: tuple[WeightUnit, ...],
+    loader: _Loader,
+    kernels: Kernels,
+    on_progress: ProgressCallback | None,
 ) -> ResidentWeights:
     distinct = {_identity(spec): spec for unit in units for spec in unit.tensors}
     total = sum(math.prod(spec.shape) for spec in distinct.values()) * loader.dtype.itemsize
     done = 0
-    loaded: dict[object, torch.Tensor] = {}
+    linear = {_identity(spec) for unit in units for spec in unit.tensors if spec.is_linear}
+    loaded: dict[object, dict[str, torch.Tensor]] = {}
     for identity, spec in distinct.items():
-        loaded[identity] = loader.load(spec)
-        done += loaded[identity].nbytes
+        local = loader.load(spec)
+        done += local.nbytes
+        loaded[identity] = kernels.pack("", local) if identity in linear else {"": local}
         if on_progress is not None:
             on_progress(done, total)
     return ResidentWeights(
-        {unit.name: {spec.name: loaded[_identity(spec)] for spec in unit.tensors} for unit in units}
+        {
+            unit.name: {
+                spec.name + suffix: tensor
+                for spec in unit.tensors
+                for suffix, tensor in loaded[_identity(spec)].items()
+            }
+            for unit in units
+        }
     )
 
 

@@ -9,6 +9,8 @@ import torch
 from cluster.base.errors import ConfigError
 from cluster.dist.communicator import Communicator
 from replicas.attention.backend import AttentionBackend, AttentionSpec
+from replicas.kernels.ops import Kernels
+from replicas.kernels.torch_ops import TORCH_KERNELS
 from replicas.layers.attention import SelfAttention
 from replicas.models.arch import ArchConfig
 
@@ -24,6 +26,7 @@ class ModelContext:
     device: str
     attention_spec: AttentionSpec
     attention_backend: AttentionBackend
+    kernels: Kernels = TORCH_KERNELS
 
     def self_attention(self, arch: ArchConfig, index: int) -> SelfAttention:
         """The attention block of layer `index`."""
@@ -35,6 +38,7 @@ class ModelContext:
             sliding_window=layer.sliding_window,
             scale=layer.attention_scale,
             qk_norm_eps=arch.norm_eps if arch.qk_norm else None,
+            kernels=self.kernels,
         )
 
 

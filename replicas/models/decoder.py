@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from replicas.attention.backend import AttentionMetadata
+    from replicas.kernels.ops import Kernels
     from replicas.layers.weights import WeightProvider, WeightUnit
     from replicas.models.arch import ArchConfig
 
@@ -32,6 +33,8 @@ class DecoderModel(Protocol):
     arch: ArchConfig
     units: tuple[WeightUnit, ...]
     """In the order the forward pass acquires them: embed, layer.0 ..., head."""
+    kernels: Kernels
+    """What it computes with; a loader may lay out linear weights for them."""
 
     def forward(
         self,

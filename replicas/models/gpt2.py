@@ -30,7 +30,7 @@ class Gpt2Layer:
         self._attention_norm = LayerNorm("attention_norm", arch.norm_eps)
         self._attention = context.self_attention(arch, index)
         self._mlp_norm = LayerNorm("mlp_norm", arch.norm_eps)
-        self._mlp = PlainMlp(activation(arch.activation), context.communicator)
+        self._mlp = PlainMlp(activation(arch.activation), context.communicator, context.kernels)
 
     def forward(
         self,
@@ -56,11 +56,12 @@ class Gpt2Model:
     def __init__(self, arch: ArchConfig, context: ModelContext) -> None:
         communicator = context.communicator
         self.arch = arch
+        self.kernels = context.kernels
         self.units = weight_units(arch, communicator.rank, communicator.size)
-        self._embedding = VocabEmbedding(communicator)
+        self._embedding = VocabEmbedding(communicator, context.kernels)
         self._layers = [Gpt2Layer(arch, context, index) for index in range(arch.num_layers)]
         self._norm = LayerNorm("norm", arch.norm_eps)
-        self._head = VocabHead(arch.vocab_size, communicator)
+        self._head = VocabHead(arch.vocab_size, communicator, context.kernels)
 
     def forward(
         self, batch: ForwardBatch, weights: WeightProvider, kv_caches: Sequence[torch.Tensor]

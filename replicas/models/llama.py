@@ -28,10 +28,10 @@ class LlamaLayer:
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, arch: ArchConfig, context: ModelContext, index: int) -> None:
-        self._attention_norm = RmsNorm("attention_norm", arch.norm_eps)
+        self._attention_norm = RmsNorm("attention_norm", arch.norm_eps, context.kernels)
         self._attention = context.self_attention(arch, index)
-        self._mlp_norm = RmsNorm("mlp_norm", arch.norm_eps)
-        self._mlp = GatedMlp(activation(arch.activation), context.communicator)
+        self._mlp_norm = RmsNorm("mlp_norm", arch.norm_eps, context.kernels)
+        self._mlp = GatedMlp(activation(arch.activation), context.communicator, context.kernels)
 
     def forward(
         self,
@@ -42,8 +42,8 @@ class LlamaLayer:
     ) -> torch.Tensor:
         """The layer's output, (T, D); writes this step's keys and values."""
         normed_TD = self._attention_norm.forward(hidden_TD, tensors)
-        hidden_TD = hidden_TD + self._attention.forward(normed_TD, context, tensors, kv_2NBGP)
-        normed_TD = self._mlp_norm.forward(hidden_TD, tensors)
+        attended_TD = self._attention.forward(normed_TD, context, tensors, kv_2NBGP)
+        hidden_TD, normed_TD = self._mlp_norm.add_forward(hidden_TD, attended_TD, tensors)
         return hidden_TD + self._mlp.forward(normed_TD, tensors)
 
 
@@ -59,12 +59,13 @@ class LlamaModel:
             raise ConfigError(f"A {arch.family} model needs rotary positions.")
         communicator = context.communicator
         self.arch = arch
+        self.kernels = context.kernels
         self.units = weight_units(arch, communicator.rank, communicator.size)
         self._rotary = Rotary(arch.rope, context.dtype, context.device)
-        self._embedding = VocabEmbedding(communicator)
+        self._embedding = VocabEmbedding(communicator, context.kernels)
         self._layers = [LlamaLayer(arch, context, index) for index in range(arch.num_layers)]
-        self._norm = RmsNorm("norm", arch.norm_eps)
-        self._head = VocabHead(arch.vocab_size, communicator)
+        self._norm = RmsNorm("norm", arch.norm_eps, context.kernels)
+        self._head = VocabHead(arch.vocab_size, communicator, context.kernels)
 
     def forward(
         self, batch: ForwardBatch, weights: WeightProvider, kv_caches: Sequence[torch.Tensor]

@@ -32,7 +32,7 @@ class OptLayer:
         self._attention_norm = LayerNorm("attention_norm", arch.norm_eps)
         self._attention = context.self_attention(arch, index)
         self._mlp_norm = LayerNorm("mlp_norm", arch.norm_eps)
-        self._mlp = PlainMlp(activation(arch.activation), context.communicator)
+        self._mlp = PlainMlp(activation(arch.activation), context.communicator, context.kernels)
 
     def forward(
         self,
@@ -63,11 +63,12 @@ class OptModel:
     def __init__(self, arch: ArchConfig, context: ModelContext) -> None:
         communicator = context.communicator
         self.arch = arch
+        self.kernels = context.kernels
         self.units = weight_units(arch, communicator.rank, communicator.size)
-        self._embedding = VocabEmbedding(communicator)
+        self._embedding = VocabEmbedding(communicator, context.kernels)
         self._layers = [OptLayer(arch, context, index) for index in range(arch.num_layers)]
         self._norm = LayerNorm("norm", arch.norm_eps)
-        self._head = VocabHead(arch.vocab_size, communicator)
+        self._head = VocabHead(arch.vocab_size, communicator, context.kernels)
 
     def forward(
         self, batch: ForwardBatch, weights: WeightProvider, kv_caches: Sequence[torch.Tensor]
@@ -85,13 +86,13 @@ class OptModel:
         """Logits over the true vocabulary, (R, V) fp32, on every rank."""
         with acquired(weights, "head") as tensors:
             if self.arch.embed_dim:
-                hidden_RD = functional.linear(hidden_RD, tensors["project_out.weight"])
+                hidden_RD = self.kernels.linear(hidden_RD, tensors, "project_out.weight")
             return self._head.forward(hidden_RD, tensors)
 
     def _embed(self, batch: ForwardBatch, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         hidden_TD = self._embedding.forward(batch.token_ids_T, tensors)
         if self.arch.embed_dim:
-            hidden_TD = functional.linear(hidden_TD, tensors["project_in.weight"])
+            hidden_TD = self.kernels.linear(hidden_TD, tensors, "project_in.weight")
         rows_T = batch.positions_T + self.arch.position_offset
         return hidden_TD + functional.embedding(rows_T, tensors["positions"])
 

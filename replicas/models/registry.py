@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+from cluster.base.env import default_cache_dir
 from cluster.base.errors import ConfigError
 from cluster.dist.communicator import Communicator
 from replicas.attention.select import select_backend
+from replicas.kernels.select import select_kernels
 from replicas.models.arch import ArchConfig
 from replicas.models.context import ModelContext, attention_spec, torch_dtype
 from replicas.models.decoder import DecoderModel
@@ -24,7 +27,7 @@ _MODELS: Mapping[str, Callable[[ArchConfig, ModelContext], DecoderModel]] = {
 }
 
 
-def build_model(
+def build_model(  # noqa: PLR0913 - where a model is put together
     arch: ArchConfig,
     communicator: Communicator,
     *,
@@ -32,6 +35,8 @@ def build_model(
     device: str,
     block_size: int,
     attention_backend: str = "auto",
+    kernels: str = "auto",
+    cache_dir: Path | None = None,
 ) -> DecoderModel:
     """The model of this rank, without weights (those come with each call).
 
@@ -41,6 +46,8 @@ def build_model(
         device: `cpu` or `cuda`.
         block_size: tokens per KV block.
         attention_backend: `auto` or a name of `replicas.attention.select`.
+        kernels: `auto` (compiled ones where they can) or `off` (torch's).
+        cache_dir: where compiled kernels are kept; None: the user's cache directory.
 
     Raises:
         ConfigError: unknown family, dtype or backend, or a split that does not work out.
@@ -50,11 +57,15 @@ def build_model(
             f"Model family {arch.family!r} is not supported.", f"Use one of {sorted(_MODELS)}."
         )
     spec = attention_spec(arch, communicator.size, dtype, device, block_size)
+    chosen = select_kernels(
+        kernels, torch_dtype(dtype), device, (cache_dir or default_cache_dir()) / "kernels"
+    )
     context = ModelContext(
         communicator=communicator,
         dtype=torch_dtype(dtype),
         device=device,
         attention_spec=spec,
-        attention_backend=select_backend(spec, attention_backend),
+        attention_backend=select_backend(spec, attention_backend, chosen),
+        kernels=chosen,
     )
     return _MODELS[arch.family](arch, context)

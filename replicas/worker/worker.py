@@ -107,6 +107,7 @@ class Worker:
             model.units,
             dtype=plan.dtype,
             device=plan.device,
+            kernels=model.kernels,
             on_progress=lambda done, total: on_progress("loading weights", done / max(1, total)),
         )
         kv_caches = allocate_kv_caches(

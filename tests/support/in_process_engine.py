@@ -51,7 +51,7 @@ def in_process_engine(path: Path, **limits: Any) -> SyncEngine:
     )
     runner = ModelRunner(
         model,
-        load_weights(path, model.units, dtype="float32", device="cpu"),
+        load_weights(path, model.units, dtype="float32", device="cpu", kernels=model.kernels),
         allocate_kv_caches(kv_spec, torch.device("cpu")),
         block_size=config.block_size,
         max_context=config.max_context,

@@ -78,6 +78,7 @@ class Stepper:
         *,
         dtype: str = "float32",
         attention_backend: str = "auto",
+        kernels: str = "auto",
     ) -> Self:
         """A stepper over a checkpoint directory."""
         communicator = communicator or SingleRank()
@@ -89,8 +90,9 @@ class Stepper:
             device="cpu",
             block_size=BLOCK_SIZE,
             attention_backend=attention_backend,
+            kernels=kernels,
         )
-        weights = load_weights(path, model.units, dtype=dtype, device="cpu")
+        weights = load_weights(path, model.units, dtype=dtype, device="cpu", kernels=model.kernels)
         return cls(model, weights, dtype, communicator.size)
 
     @torch.inference_mode()

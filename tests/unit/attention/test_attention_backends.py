@@ -1,4 +1,4 @@
-"""CPU backend against oracle, oracle against the definition, on random ragged batches."""
+"""CPU backends against oracle, oracle against the definition, on random ragged batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from replicas.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec
 from replicas.attention.cpu import CpuAttention
+from replicas.attention.cpu_paged import CpuPagedAttention
 from replicas.attention.torch_ref import TorchReferenceAttention
+from replicas.kernels.cpu_ops import CpuKernels
 from tests.support.stepping import metadata_for
 
 NUM_BLOCKS = 64
@@ -78,6 +80,7 @@ cases = st.builds(
     requests=requests,
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),
+    head_dim=st.sampled_from([2, 8, 24, 64, 80]),
     block_size=st.sampled_from([1, 3, 4, 16]),
     window=st.one_of(st.none(), st.integers(1, 24)),
     dtype=st.sampled_from(list(DTYPES)),
@@ -98,6 +101,82 @@ def test_cpu_equals_the_oracle(case: Case) -> None:
     assert output.dtype == DTYPES[case.dtype][0]
     assert torch.equal(cache, expected_cache)
     torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+
+
+@settings(max_examples=150)
+@given(case=cases.filter(_fits), threads=st.sampled_from([1, 2]))
+def test_paged_equals_the_oracle(cpu_kernels: CpuKernels, case: Case, threads: int) -> None:
+    tolerance = DTYPES[case.dtype][1]
+    expected, expected_cache = case.run(TorchReferenceAttention(case.spec))
+    torch.set_num_threads(threads)
+    try:
+        output, cache = case.run(CpuPagedAttention(case.spec, cpu_kernels.library))
+    finally:
+        torch.set_num_threads(1)
+    assert output.dtype == DTYPES[case.dtype][0]
+    assert torch.equal(cache, expected_cache)
+    torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("window", [None, 9, 70])
+def test_paged_rows_depend_on_their_own_request_alone(
+    cpu_kernels: CpuKernels, dtype: str, window: int | None
+) -> None:
+    """Neither neighbours nor chunks nor threads change a bit."""
+    case = Case(
+        requests=((1, 97), (70, 60), (1, 3), (11, 0), (1, 64)),
+        head_dim=64,
+        block_size=16,
+        window=window,
+        dtype=dtype,
+    )
+    backend = CpuPagedAttention(case.spec, cpu_kernels.library)
+    together, cache = case.run(backend)
+    torch.set_num_threads(2)
+    assert torch.equal(case.run(backend)[0], together)
+    torch.set_num_threads(1)
+    query, key, value, _ = case.tensors()
+    metadata = case.metadata()
+    for index, (count, before) in enumerate(case.requests):
+        begin, end = metadata.query_start[index : index + 2]
+        table = metadata.block_tables_RN[index].tolist()
+        for row in range(begin, end):
+            alone = backend.forward(
+                query[row : row + 1],
+                key[row : row + 1],
+                value[row : row + 1],
+                cache,
+                metadata_for([1], [before + row - begin + 1], [table], case.block_size),
+                window,
+            )
+            assert torch.equal(alone, together[row : row + 1]), (index, count, row)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_paged_spreads_the_not_finite_as_the_oracle(
+    cpu_kernels: CpuKernels, poison: float, where: str
+) -> None:
+    case = Case(requests=((1, 18), (1, 5)), head_dim=16)
+    tensors = dict(zip(("query", "key", "value", "cache"), case.tensors(), strict=True))
+    tensors[where][0, 0, 3] = poison
+    outputs = [
+        backend.forward(
+            tensors["query"],
+            tensors["key"],
+            tensors["value"],
+            tensors["cache"].clone(),
+            case.metadata(),
+            None,
+        )
+        for backend in (
+            TorchReferenceAttention(case.spec),
+            CpuPagedAttention(case.spec, cpu_kernels.library),
+        )
+    ]
+    assert not outputs[0].isfinite().all() or where != "value"
+    torch.testing.assert_close(outputs[1], outputs[0], equal_nan=True, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 50])

@@ -10,6 +10,7 @@ import pytest
 from cluster.base.errors import ConfigError
 from replicas.attention.backend import AttentionSpec
 from replicas.attention.select import BACKEND_NAMES, select_backend
+from replicas.kernels.cpu_ops import CpuKernels
 
 CPU = AttentionSpec(
     num_heads=4,
@@ -28,16 +29,29 @@ def test_auto_takes_the_fastest_and_says_so(caplog: pytest.LogCaptureFixture) ->
         other = select_backend(dataclasses.replace(CPU, device="cuda:0"))
     assert other.name == "torch_ref"
     assert "attention backend cpu (auto)" in caplog.text
-    assert "passed over cpu: it runs on cpu tensors, not on cuda:0" in caplog.text
+    assert "passed over cpu_paged: there are no compiled kernels" in caplog.text
+    assert "cpu: it runs on cpu tensors, not on cuda:0" in caplog.text
 
 
-@pytest.mark.parametrize("name", BACKEND_NAMES)
+def test_compiled_kernels_bring_their_backend(cpu_kernels: CpuKernels) -> None:
+    assert select_backend(CPU, kernels=cpu_kernels).name == "cpu_paged"
+    assert select_backend(CPU, "cpu_paged", cpu_kernels).name == "cpu_paged"
+    odd = dataclasses.replace(CPU, dtype="bfloat16", head_dim=7)
+    assert select_backend(odd, kernels=cpu_kernels).name == "cpu"
+
+
+def test_paged_without_compiled_kernels_says_so() -> None:
+    with pytest.raises(ConfigError, match="there are no compiled kernels"):
+        select_backend(CPU, "cpu_paged")
+
+
+@pytest.mark.parametrize("name", [name for name in BACKEND_NAMES if name != "cpu_paged"])
 def test_a_name_is_taken_at_its_word(name: str) -> None:
     assert select_backend(CPU, name).name == name
 
 
 def test_unknown_names_list_the_known() -> None:
-    with pytest.raises(ConfigError, match="cpu, torch_ref"):
+    with pytest.raises(ConfigError, match="cpu_paged, cpu, torch_ref"):
         select_backend(CPU, "magic")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from cluster.base.env import VARIABLES, read_environment
+from cluster.base.env import VARIABLES, default_cache_dir, read_environment
 from cluster.base.errors import ConfigError
 from cluster.base.ids import is_client_id, new_epoch, new_request_id
 from cluster.base.log import LogStyle, configure_logging, neutral
@@ -141,3 +141,11 @@ def test_prometheus_accepts_the_table():
                 ).labels(**labels)
     page = generate_latest(registry).decode()
     assert all(f"# HELP {metric.name} " in page for metric in METRICS)
+
+
+def test_cache_directory_follows_its_variables() -> None:
+    everything = {"PENSTOCK_CACHE_DIR": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}
+    assert default_cache_dir(everything) == Path("/a")
+    del everything["PENSTOCK_CACHE_DIR"]
+    assert default_cache_dir(everything) == Path("/b/penstock")
+    assert default_cache_dir({"HOME": "/c"}) == Path("/c/.cache/penstock")

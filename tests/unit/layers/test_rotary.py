@@ -11,7 +11,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from cluster.base.errors import ConfigError
-from replicas.layers.rotary import Rotary, attention_scaling, inverse_frequencies, rotate
+from replicas.kernels.torch_ops import rotate
+from replicas.layers.rotary import Rotary, attention_scaling, inverse_frequencies
 from replicas.models.arch import RopeSpec
 from replicas.models.config_fields import ConfigFields
 from replicas.models.hf_rope import rope_from_hf

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.compiled_kernels import cpu_kernels
 from tests.support.tiny_models import write_checkpoint
+
+__all__ = ["cpu_kernels"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,152 @@
+"""The CPU backend on compiled kernels: attends straight from the blocks, no gathered copies.
+
+Scores, softmax and sums in fp32. Context is taken in pieces that begin at fixed positions, so a
+row's bits depend on its own request alone: not on its neighbours, the number of threads, or how a
+prompt was cut into chunks.
+"""
+
+from __future__ import annotations
+
+from ctypes import addressof
+
+import torch
+
+from cluster.base.errors import InternalError
+from replicas.attention.backend import AttentionMetadata, AttentionSpec
+from replicas.kernels.loader import AttentionShape, CpuLibrary
+
+_MAX_GROUP = 48
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class CpuPagedAttention:
+    """Paged attention of one rank on a loaded library."""
+
+    name = "cpu_paged"
+
+    def __init__(self, spec: AttentionSpec, library: CpuLibrary) -> None:
+        self._spec = spec
+        self._dtype = _DTYPES[spec.dtype]
+        self._calls = library.calls(self._dtype)
+
+    @staticmethod
+    def why_not(spec: AttentionSpec) -> list[str]:
+        """All reasons why this backend cannot run `spec`; empty when it can."""
+        reasons = []
+        if spec.device.split(":")[0] != "cpu":
+            reasons.append(f"it runs on cpu tensors, not on {spec.device}")
+        if spec.dtype not in _DTYPES:
+            reasons.append(f"it knows {' and '.join(_DTYPES)}, not {spec.dtype}")
+        if spec.num_heads % spec.num_kv_heads:
+            reasons.append(
+                f"{spec.num_heads} heads do not share {spec.num_kv_heads} kv heads evenly"
+            )
+        if spec.num_heads // spec.num_kv_heads > _MAX_GROUP:
+            reasons.append(f"more than {_MAX_GROUP} heads share a kv head")
+        if spec.dtype == "bfloat16" and spec.head_dim % 2:
+            reasons.append(f"bfloat16 heads of {spec.head_dim} do not come in pairs")
+        return reasons
+
+    def forward(
+        self,
+        query_THP: torch.Tensor,
+        key_TGP: torch.Tensor,
+        value_TGP: torch.Tensor,
+        kv_2NBGP: torch.Tensor,
+        metadata: AttentionMetadata,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """Write keys and values to their slots, then attend; see `AttentionBackend.forward`."""
+        self._check(query_THP, key_TGP, value_TGP, kv_2NBGP)
+        query_THP = _rows(query_THP)
+        self._write(_rows(key_TGP), _rows(value_TGP), kv_2NBGP, metadata)
+        shape = self._shape(query_THP, kv_2NBGP, metadata, sliding_window)
+        query_start_R1 = metadata.query_start_R1.to(torch.int64)
+        seq_lens_R = metadata.seq_lens_R.to(torch.int64)
+        tables_RN = metadata.block_tables_RN
+        output_THP = torch.empty(query_THP.shape, dtype=self._dtype)
+        self._calls.attention(
+            addressof(shape),
+            query_THP.data_ptr(),
+            kv_2NBGP.data_ptr(),
+            tables_RN.data_ptr(),
+            query_start_R1.data_ptr(),
+            seq_lens_R.data_ptr(),
+            tables_RN.shape[0],
+            output_THP.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return output_THP
+
+    def _shape(
+        self,
+        query_THP: torch.Tensor,
+        kv_2NBGP: torch.Tensor,
+        metadata: AttentionMetadata,
+        sliding_window: int | None,
+    ) -> AttentionShape:
+        spec = self._spec
+        return AttentionShape(
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            kv_2NBGP.shape[2],
+            metadata.block_tables_RN.stride(0),
+            sliding_window or 0,
+            query_THP.stride(0),
+            spec.num_kv_heads * spec.head_dim,
+            kv_2NBGP.stride(0),
+            spec.scale,
+        )
+
+    def _write(
+        self,
+        key_TGP: torch.Tensor,
+        value_TGP: torch.Tensor,
+        kv_2NBGP: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> None:
+        if key_TGP.stride(0) != value_TGP.stride(0):
+            key_TGP, value_TGP = key_TGP.contiguous(), value_TGP.contiguous()
+        self._calls.write_slots(
+            key_TGP.data_ptr(),
+            value_TGP.data_ptr(),
+            key_TGP.stride(0),
+            kv_2NBGP.data_ptr(),
+            kv_2NBGP.stride(0),
+            metadata.slot_mapping_T.data_ptr(),
+            key_TGP.shape[0],
+            self._spec.num_kv_heads * self._spec.head_dim,
+            torch.get_num_threads(),
+        )
+
+    def _check(
+        self,
+        query_THP: torch.Tensor,
+        key_TGP: torch.Tensor,
+        value_TGP: torch.Tensor,
+        kv_2NBGP: torch.Tensor,
+    ) -> None:
+        """What the kernel would otherwise read or write beyond."""
+        spec = self._spec
+        tokens = query_THP.shape[0]
+        kv_shape = (tokens, spec.num_kv_heads, spec.head_dim)
+        fits = (
+            query_THP.shape == (tokens, spec.num_heads, spec.head_dim)
+            and key_TGP.shape == kv_shape
+            and value_TGP.shape == kv_shape
+            and kv_2NBGP.shape[3:] == kv_shape[1:]
+            and kv_2NBGP.is_contiguous()
+        )
+        tensors = (query_THP, key_TGP, value_TGP, kv_2NBGP)
+        if not fits or any(tensor.dtype is not self._dtype for tensor in tensors):
+            raise InternalError(
+                "Paged attention got tensors that do not belong to it: "
+                f"{[(tuple(tensor.shape), tensor.dtype) for tensor in tensors]}."
+            )
+
+
+def _rows(heads_THP: torch.Tensor) -> torch.Tensor:
+    """Heads side by side within a row; rows may lie apart."""
+    whole = heads_THP.stride(2) == 1 and heads_THP.stride(1) == heads_THP.shape[2]
+    return heads_THP if whole else heads_THP.contiguous()

@@ -1,0 +1,222 @@
+"""The compiled library as typed calls on torch tensors; each call releases the GIL.
+
+A call checks what would otherwise read or write beyond a tensor: dtype, device, layout, shape.
+Whether a kernel suits a model is asked elsewhere, once (`why_not`); here a wrong argument is a bug
+in this program and raises `InternalError`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cluster.base.errors import InternalError
+from replicas.kernels.build import KernelsUnavailableError
+
+_ABI = 1
+_P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+_SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
+_SIGNATURES = {
+    "pack": [_P, _L, _L, _P, _I],
+    "linear": [_P, _L, _P, _P, _P, _L, _L, _L, _I],
+    "embed": [_P, _P, _P, _L, _L, _I],
+    "rms_norm": [_P, _P, _P, _P, _P, _L, _L, _F, _I],
+    "prepare_heads": [_P, _P, _P, _P, _P, _L, _L, _L, _L, _F, _I],
+    "silu_mul": [_P, _P, _L, _L, _I],
+    "write_slots": [_P, _P, _L, _P, _L, _P, _L, _L, _I],
+    "attention": [_P, _P, _P, _P, _P, _P, _L, _P, _I],
+}
+DTYPES = tuple(_SUFFIX)
+_Call = Callable[..., None]
+
+
+class AttentionShape(ctypes.Structure):
+    """The C side's `Shape`: strides in elements; window 0 sees all."""
+
+    _fields_ = (
+        ("heads", _L),
+        ("kv_heads", _L),
+        ("head_dim", _L),
+        ("block_size", _L),
+        ("table_stride", _L),
+        ("window", _L),
+        ("query_stride", _L),
+        ("kv_stride", _L),
+        ("cache_values", _L),
+        ("scale", _F),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calls:
+    """The functions for one dtype, as C declares them."""
+
+    pack: _Call
+    linear: _Call
+    embed: _Call
+    rms_norm: _Call
+    prepare_heads: _Call
+    silu_mul: _Call
+    write_slots: _Call
+    attention: _Call
+
+
+class CpuLibrary:
+    """One loaded library.
+
+    Raises:
+        KernelsUnavailableError: it cannot be loaded, or is not what this code expects.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            library = ctypes.CDLL(str(path))
+            if library.pk_abi() != _ABI:
+                raise KernelsUnavailableError(f"{path} has another interface")
+            self._calls = {dtype: _calls(library, suffix) for dtype, suffix in _SUFFIX.items()}
+            self._linear_wide: _Call = _function(library, "linear", "bf16_f32")
+            library.pk_isa.restype = ctypes.c_char_p
+            self.isa: str = library.pk_isa().decode()
+            self.width: int = library.pk_block_width()
+        except (OSError, AttributeError) as error:
+            raise KernelsUnavailableError(f"{path} cannot be loaded ({error})") from error
+
+    def calls(self, dtype: torch.dtype) -> Calls:
+        """Bare functions for callers that check once and call often."""
+        return self._calls[dtype]
+
+    def pack(self, weight_OI: torch.Tensor) -> torch.Tensor:
+        """(O, I) weight -> (blocks, words of 32 bit, width, values per word), zero-padded."""
+        _check(weight_OI, dim=2)
+        out, width = weight_OI.shape
+        per_word = 4 // weight_OI.itemsize
+        shape = (-(-out // self.width), -(-width // per_word), self.width, per_word)
+        packed = torch.empty(shape, dtype=weight_OI.dtype)
+        self._calls[weight_OI.dtype].pack(
+            weight_OI.data_ptr(), out, width, packed.data_ptr(), torch.get_num_threads()
+        )
+        return packed
+
+    def linear(
+        self,
+        input_TI: torch.Tensor,
+        packed: torch.Tensor,
+        weight_shape: torch.Size,
+        bias_O: torch.Tensor | None,
+        *,
+        wide: bool,
+    ) -> torch.Tensor:
+        """input W^T + bias, (T, O); `wide`: fp32, without the rounding to the input's dtype."""
+        _check(input_TI, dim=2)
+        num_rows, width = input_TI.shape
+        out_features, in_features = weight_shape
+        if packed.dtype != input_TI.dtype or width != in_features:
+            raise InternalError(
+                f"A {packed.dtype} weight {tuple(weight_shape)} does not fit {width} inputs of "
+                f"{input_TI.dtype}."
+            )
+        dtype = torch.float32 if wide else input_TI.dtype
+        output_TO = torch.empty((num_rows, out_features), dtype=dtype)
+        narrow = dtype is input_TI.dtype
+        call = self._calls[dtype].linear if narrow else self._linear_wide
+        call(
+            input_TI.data_ptr(),
+            width,
+            packed.data_ptr(),
+            None if bias_O is None else bias_O.data_ptr(),
+            output_TO.data_ptr(),
+            num_rows,
+            out_features,
+            width,
+            torch.get_num_threads(),
+        )
+        return output_TO
+
+    def embed(
+        self, ids_T: torch.Tensor, packed: torch.Tensor, table_shape: torch.Size
+    ) -> torch.Tensor:
+        """Rows of a packed table, (T, I)."""
+        num_rows, width = table_shape
+        if ids_T.numel() and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < num_rows:
+            raise InternalError(f"A token id is not one of the {num_rows} rows of the table.")
+        output_TI = torch.empty((ids_T.shape[0], width), dtype=packed.dtype)
+        self._calls[packed.dtype].embed(
+            ids_T.contiguous().data_ptr(),
+            packed.data_ptr(),
+            output_TI.data_ptr(),
+            ids_T.shape[0],
+            width,
+            torch.get_num_threads(),
+        )
+        return output_TI
+
+    def rms_norm(
+        self,
+        input_TD: torch.Tensor,
+        delta_TD: torch.Tensor | None,
+        weight_D: torch.Tensor,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input + delta, its norm); without delta the first is the input itself."""
+        _check(input_TD, dim=2)
+        total_TD = input_TD
+        if delta_TD is not None:
+            _check(delta_TD, dim=2)
+            total_TD = torch.empty_like(input_TD)
+        output_TD = torch.empty_like(input_TD)
+        num_rows, width = input_TD.shape
+        self._calls[input_TD.dtype].rms_norm(
+            input_TD.data_ptr(),
+            None if delta_TD is None else delta_TD.data_ptr(),
+            weight_D.data_ptr(),
+            total_TD.data_ptr(),
+            output_TD.data_ptr(),
+            num_rows,
+            width,
+            eps,
+            torch.get_num_threads(),
+        )
+        return total_TD, output_TD
+
+    def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
+        """silu(first half) * second half, (T, F / 2)."""
+        _check(gate_up_TF, dim=2)
+        num_rows, width = gate_up_TF.shape
+        output_TF = torch.empty((num_rows, width // 2), dtype=gate_up_TF.dtype)
+        self._calls[gate_up_TF.dtype].silu_mul(
+            gate_up_TF.data_ptr(),
+            output_TF.data_ptr(),
+            num_rows,
+            width // 2,
+            torch.get_num_threads(),
+        )
+        return output_TF
+
+
+def _calls(library: ctypes.CDLL, suffix: str) -> Calls:
+    return Calls(**{name: _function(library, name, suffix) for name in _SIGNATURES})
+
+
+def _function(library: ctypes.CDLL, name: str, suffix: str) -> _Call:
+    function = getattr(library, f"pk_{name}_{suffix}")
+    function.argtypes = _SIGNATURES[name]
+    function.restype = None
+    call: _Call = function
+    return call
+
+
+def _check(tensor: torch.Tensor, *, dim: int) -> None:
+    if (
+        tensor.dtype not in _SUFFIX
+        or tensor.dim() != dim
+        or not tensor.is_contiguous()
+        or not tensor.is_cpu
+    ):
+        raise InternalError(
+            f"A CPU kernel got a {tensor.dtype} tensor of shape {tuple(tensor.shape)} and strides "
+            f"{tensor.stride()} on {tensor.device}."
+        )
