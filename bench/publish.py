@@ -22,8 +22,8 @@ PAGE = HERE.parent / "docs" / "performance.md"
 _INTRODUCTION = """# Performance
 
 Generated from `bench/results/*.json` by `python -m bench.publish`; do not edit. `ratio` is how many
-times better ours is than what it is compared with in the same run (above 1: ours wins, whichever way
-the metric points); numbers are medians, ± is (largest - smallest) / median of the samples.
+times better ours is than what it is compared with in the same run (above 1: ours wins, whichever
+way the metric points); numbers are medians, ± is (largest - smallest) / median of the samples.
 """
 
 

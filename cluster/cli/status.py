@@ -56,7 +56,16 @@ def _models(answer: dict[str, Any]) -> Table:
 
 def _replicas(answer: dict[str, Any]) -> Table:
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for heading in ("REPLICA", "MODEL", "STATE", "RUN", "WAIT", "KV FREE", "LEADER PID", "RANK PIDS"):
+    for heading in (
+        "REPLICA",
+        "MODEL",
+        "STATE",
+        "RUN",
+        "WAIT",
+        "KV FREE",
+        "LEADER PID",
+        "RANK PIDS",
+    ):
         table.add_column(heading)
     for replica in answer["replicas"]:
         state = replica["state"]

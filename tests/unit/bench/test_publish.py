@@ -21,5 +21,7 @@ def test_rows_carry_ratio_and_verdict(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(report))
     (tmp_path / "x.md").write_text("Because of this.")
     page = render(tmp_path, tmp_path)
-    assert "| 8 streams | tokens/s | 90 | 1/s | bare | 100 | 0.9 | 0.97 **missed** | 3 | 10% |" in page
+    assert (
+        "| 8 streams | tokens/s | 90 | 1/s | bare | 100 | 0.9 | 0.97 **missed** | 3 | 10% |" in page
+    )
     assert page.index("| 8 streams") < page.index("Because of this.")
