@@ -18,6 +18,7 @@ from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.sync_engine import SyncEngine
 from replicas.models.checkpoint import load_weights
+from replicas.models.context import torch_dtype
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.registry import build_model
 from replicas.worker import device as devices
@@ -40,7 +41,7 @@ class BareEngine:
 
     def __init__(self, plan: ModelPlan, kernels: str = "auto") -> None:
         device = devices.open_device(plan.device, plan.num_threads)
-        dtype = devices.resolve_dtype(plan.dtype)
+        dtype = torch_dtype(plan.dtype)
         arch = arch_from_hf(json.loads((Path(plan.path) / "config.json").read_text()))
         model = build_model(
             arch,

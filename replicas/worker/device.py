@@ -1,4 +1,4 @@
-"""The one place that asks torch about the machine: devices, threads, memory, dtypes, out-of-memory.
+"""The one place that asks torch about the machine: devices, threads, memory, out-of-memory.
 
 The only user of `torch.cuda`; importable and complete on a machine without CUDA. Which GPU a
 worker may see is decided by its environment before the process starts, so the first visible one
@@ -16,7 +16,6 @@ import torch
 
 from cluster.base.errors import ConfigError, DeviceOutOfMemoryError
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 _MEMINFO = Path("/proc/meminfo")
@@ -46,18 +45,6 @@ def open_device(kind: str, num_threads: int) -> torch.device:
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     return device
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a plan's dtype name.
-
-    Raises:
-        ConfigError: the name is not one of float32, bfloat16, float16.
-    """
-    dtype = _DTYPES.get(name)
-    if dtype is None:
-        raise ConfigError(f"Unknown dtype {name!r}.", f"Use one of {', '.join(_DTYPES)}.")
-    return dtype
 
 
 def available_memory_bytes(device: torch.device) -> int:

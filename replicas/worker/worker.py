@@ -20,6 +20,7 @@ from cluster.dist.communicator import Communicator, SingleRank
 from cluster.dist.rendezvous import Rendezvous
 from cluster.dist.torch_communicator import TorchCommunicator
 from replicas.models.checkpoint import load_weights
+from replicas.models.context import torch_dtype
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.registry import build_model
 from replicas.worker import device as devices
@@ -117,7 +118,7 @@ class Worker:
                 block_size=plan.block_size,
                 num_kv_heads=arch.kv_heads_per_rank(plan.tp_size),
                 head_dim=arch.head_dim,
-                dtype=devices.resolve_dtype(plan.kv_dtype),
+                dtype=torch_dtype(plan.kv_dtype),
             ),
             device,
         )

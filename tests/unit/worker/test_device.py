@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cluster.base.errors import ConfigError, DeviceOutOfMemoryError
+from replicas.models.context import torch_dtype
 from replicas.worker import device as devices
 
 
@@ -31,10 +32,10 @@ def test_unknown_or_missing_device_is_a_config_error(monkeypatch: pytest.MonkeyP
 
 
 def test_dtypes() -> None:
-    assert devices.resolve_dtype("bfloat16") is torch.bfloat16
-    assert devices.resolve_dtype("float32") is torch.float32
+    assert torch_dtype("bfloat16") is torch.bfloat16
+    assert torch_dtype("float32") is torch.float32
     with pytest.raises(ConfigError, match="int8"):
-        devices.resolve_dtype("int8")
+        torch_dtype("int8")
 
 
 def test_available_memory_respects_the_container(
