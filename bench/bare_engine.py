@@ -5,10 +5,8 @@ Same checkpoint, dtype, threads, scheduler limits and prompts; no Ray, no link, 
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from bench.load import Load, LoadResult, RequestTrace, prompts, think_times
 from cluster.base.plan import ModelPlan
@@ -17,14 +15,9 @@ from replicas.api import GenerationRequest, SamplingParams
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.sync_engine import SyncEngine
-from replicas.models.checkpoint import load_weights
-from replicas.models.context import torch_dtype
-from replicas.models.hf_config import arch_from_hf
-from replicas.models.registry import build_model
 from replicas.worker import device as devices
+from replicas.worker.assembly import RankSpec, build_runner
 from replicas.worker.in_process_executor import InProcessExecutor
-from replicas.worker.kv_tensors import KvCacheSpec, allocate_kv_caches
-from replicas.worker.model_runner import ModelRunner
 
 
 @dataclass(slots=True)
@@ -41,40 +34,16 @@ class BareEngine:
 
     def __init__(self, plan: ModelPlan, kernels: str = "auto") -> None:
         device = devices.open_device(plan.device, plan.num_threads)
-        dtype = torch_dtype(plan.dtype)
-        arch = arch_from_hf(json.loads((Path(plan.path) / "config.json").read_text()))
-        model = build_model(
-            arch,
-            SingleRank(),
+        spec = RankSpec(
+            model_path=plan.path,
             dtype=plan.dtype,
-            device=plan.device,
+            kv_dtype=plan.kv.dtype,
             block_size=plan.kv.block_size,
+            num_blocks=plan.kv.num_blocks,
+            max_context=plan.scheduler.max_context,
             kernels=kernels,
         )
-        weights = load_weights(
-            plan.path,
-            model.units,
-            dtype=plan.dtype,
-            device=plan.device,
-            kernels=model.kernels,
-        )
-        spec = KvCacheSpec(
-            num_layers=arch.num_layers,
-            num_blocks=plan.kv.num_blocks,
-            block_size=plan.kv.block_size,
-            num_kv_heads=arch.num_kv_heads,
-            head_dim=arch.head_dim,
-            dtype=dtype,
-        )
-        runner = ModelRunner(
-            model,
-            weights,
-            allocate_kv_caches(spec, device),
-            block_size=plan.kv.block_size,
-            max_context=plan.scheduler.max_context,
-            is_output_rank=True,
-            clock=time.perf_counter,
-        )
+        runner = build_runner(spec, SingleRank(), device)
         config = SchedulerConfig(
             max_running_requests=plan.scheduler.max_running_requests,
             max_step_tokens=plan.scheduler.max_step_tokens,

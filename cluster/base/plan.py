@@ -87,7 +87,6 @@ class ModelPlan:
     kv: KvPlan
     scheduler: SchedulerPlan
     memory: MemoryPlan
-    seed: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
     """Field name -> why `auto` became what it is."""
     leader_cpus: float = 0.1

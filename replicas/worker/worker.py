@@ -7,11 +7,9 @@ link and replaces the whole group, because its peers may be waiting in a collect
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -19,14 +17,10 @@ from cluster.base.errors import InternalError, PenstockError
 from cluster.dist.communicator import Communicator, SingleRank
 from cluster.dist.rendezvous import Rendezvous
 from cluster.dist.torch_communicator import TorchCommunicator
-from replicas.models.checkpoint import load_weights
-from replicas.models.context import torch_dtype
-from replicas.models.hf_config import arch_from_hf
-from replicas.models.registry import build_model
 from replicas.worker import device as devices
 from replicas.worker import wire
+from replicas.worker.assembly import RankSpec, build_runner
 from replicas.worker.frames import LinkAddress
-from replicas.worker.kv_tensors import KvCacheSpec, allocate_kv_caches
 from replicas.worker.model_runner import ModelRunner
 from replicas.worker.plan import WorkerPlan
 from replicas.worker.worker_link import WorkerLink
@@ -95,41 +89,19 @@ class Worker:
     def _build(self, device: torch.device, on_progress: OnProgress) -> ModelRunner:
         """This rank's model, weights and cache."""
         plan = self._plan
-        arch = arch_from_hf(json.loads((Path(plan.model_path) / "config.json").read_text()))
-        model = build_model(
-            arch,
-            self._communicator,
+        spec = RankSpec(
+            model_path=plan.model_path,
             dtype=plan.dtype,
-            device=plan.device,
+            kv_dtype=plan.kv_dtype,
             block_size=plan.block_size,
-        )
-        weights = load_weights(
-            Path(plan.model_path),
-            model.units,
-            dtype=plan.dtype,
-            device=plan.device,
-            kernels=model.kernels,
-            on_progress=lambda done, total: on_progress("loading weights", done / max(1, total)),
-        )
-        kv_caches = allocate_kv_caches(
-            KvCacheSpec(
-                num_layers=arch.num_layers,
-                num_blocks=plan.num_blocks,
-                block_size=plan.block_size,
-                num_kv_heads=arch.kv_heads_per_rank(plan.tp_size),
-                head_dim=arch.head_dim,
-                dtype=torch_dtype(plan.kv_dtype),
-            ),
-            device,
-        )
-        return ModelRunner(
-            model,
-            weights,
-            kv_caches,
-            block_size=plan.block_size,
+            num_blocks=plan.num_blocks,
             max_context=plan.max_context,
-            is_output_rank=plan.rank == 0,
-            clock=time.perf_counter,
+        )
+        return build_runner(
+            spec,
+            self._communicator,
+            device,
+            lambda done, total: on_progress("loading weights", done / max(1, total)),
         )
 
 

@@ -1,0 +1,84 @@
+"""One rank put together: model, weights, cache, runner; the same for workers and bare engines."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cluster.dist.communicator import Communicator
+from replicas.models.checkpoint import load_weights
+from replicas.models.context import torch_dtype
+from replicas.models.hf_config import arch_from_hf
+from replicas.models.registry import build_model
+from replicas.worker.kv_tensors import KvCacheSpec, allocate_kv_caches
+from replicas.worker.model_runner import ModelRunner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSpec:
+    """What a rank's runner is made from; `kernels` as in `build_model`."""
+
+    model_path: str
+    dtype: str
+    kv_dtype: str
+    block_size: int
+    num_blocks: int
+    max_context: int
+    kernels: str = "auto"
+
+
+def build_runner(
+    spec: RankSpec,
+    communicator: Communicator,
+    device: torch.device,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ModelRunner:
+    """Load this rank's weights, allocate its cache and make its runner; rank 0 gives the output.
+
+    Args:
+        on_progress: told (bytes loaded, bytes in all).
+
+    Raises:
+        ConfigError: the checkpoint's architecture is not supported or cannot be split so.
+        CorruptWeightsError: a checkpoint file is damaged.
+        DeviceOutOfMemoryError: the device cannot hold it.
+    """
+    arch = arch_from_hf(json.loads((Path(spec.model_path) / "config.json").read_text()))
+    model = build_model(
+        arch,
+        communicator,
+        dtype=spec.dtype,
+        device=device.type,
+        block_size=spec.block_size,
+        kernels=spec.kernels,
+    )
+    weights = load_weights(
+        spec.model_path,
+        model.units,
+        dtype=spec.dtype,
+        device=device.type,
+        kernels=model.kernels,
+        on_progress=on_progress,
+    )
+    cache = KvCacheSpec(
+        num_layers=arch.num_layers,
+        num_blocks=spec.num_blocks,
+        block_size=spec.block_size,
+        num_kv_heads=arch.kv_heads_per_rank(communicator.size),
+        head_dim=arch.head_dim,
+        dtype=torch_dtype(spec.kv_dtype),
+    )
+    return ModelRunner(
+        model,
+        weights,
+        allocate_kv_caches(cache, device),
+        block_size=spec.block_size,
+        max_context=spec.max_context,
+        is_output_rank=communicator.rank == 0,
+        clock=time.perf_counter,
+    )
