@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,14 @@ from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.scheduler_output import StepOutput
 from replicas.engine.sync_engine import SyncEngine
-from replicas.models.checkpoint import load_weights
-from replicas.models.hf_config import arch_from_hf
-from replicas.models.registry import build_model
+from replicas.worker.assembly import RankSpec, build_runner
 from replicas.worker.in_process_executor import InProcessExecutor
-from replicas.worker.kv_tensors import KvCacheSpec, allocate_kv_caches
 from replicas.worker.model_runner import ModelRunner
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 1024
 MAX_STEP_TOKENS = 4096
+MAX_CONTEXT = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,39 +56,23 @@ class OfflineEngine:
     """A bf16 engine over a checkpoint directory."""
 
     def __init__(self, path: Path, *, kernels: str) -> None:
-        arch = arch_from_hf(json.loads((path / "config.json").read_text()))
-        model = build_model(
-            arch,
-            SingleRank(),
+        spec = RankSpec(
+            model_path=str(path),
             dtype="bfloat16",
-            device="cpu",
+            kv_dtype="bfloat16",
             block_size=BLOCK_SIZE,
+            num_blocks=NUM_BLOCKS,
+            max_context=MAX_CONTEXT,
             kernels=kernels,
         )
-        self.kernels = model.kernels.name
-        self._vocab_size = arch.vocab_size
+        runner = build_runner(spec, SingleRank(), torch.device("cpu"))
+        self.kernels = runner.model.kernels.name
+        self._vocab_size = runner.model.arch.vocab_size
         self._runs = 0
-        spec = KvCacheSpec(
-            num_layers=arch.num_layers,
-            num_blocks=NUM_BLOCKS,
-            block_size=BLOCK_SIZE,
-            num_kv_heads=arch.num_kv_heads,
-            head_dim=arch.head_dim,
-            dtype=torch.bfloat16,
-        )
-        runner = ModelRunner(
-            model,
-            load_weights(path, model.units, dtype="bfloat16", device="cpu", kernels=model.kernels),
-            allocate_kv_caches(spec, torch.device("cpu")),
-            block_size=BLOCK_SIZE,
-            max_context=1024,
-            is_output_rank=True,
-            clock=time.perf_counter,
-        )
         config = SchedulerConfig(
             max_running_requests=64,
             max_step_tokens=MAX_STEP_TOKENS,
-            max_context=1024,
+            max_context=MAX_CONTEXT,
             block_size=BLOCK_SIZE,
             num_blocks=NUM_BLOCKS,
             prefix_caching=False,

@@ -75,6 +75,11 @@ class ModelRunner:
         )
 
     @property
+    def model(self) -> DecoderModel:
+        """This rank's share of the model."""
+        return self._model
+
+    @property
     def num_rows(self) -> int:
         """Live requests on this rank."""
         return len(self._rows)

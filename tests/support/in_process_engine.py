@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,8 @@ from replicas.api import GenerationRequest
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.sync_engine import Completion, SyncEngine
-from replicas.models.checkpoint import load_weights
-from replicas.models.hf_config import arch_from_hf
-from replicas.models.registry import build_model
+from replicas.worker.assembly import RankSpec, build_runner
 from replicas.worker.in_process_executor import InProcessExecutor
-from replicas.worker.kv_tensors import KvCacheSpec, allocate_kv_caches
-from replicas.worker.model_runner import ModelRunner
 
 MAX_CONTEXT = 120
 
@@ -37,28 +31,17 @@ def in_process_engine(path: Path, **limits: Any) -> SyncEngine:
             **limits,
         }
     )
-    arch = arch_from_hf(json.loads((path / "config.json").read_text()))
-    model = build_model(
-        arch, SingleRank(), dtype="float32", device="cpu", block_size=config.block_size
-    )
-    kv_spec = KvCacheSpec(
-        num_layers=arch.num_layers,
+    spec = RankSpec(
+        model_path=str(path),
+        dtype="float32",
+        kv_dtype="float32",
+        block_size=config.block_size,
         num_blocks=config.num_blocks,
-        block_size=config.block_size,
-        num_kv_heads=arch.num_kv_heads,
-        head_dim=arch.head_dim,
-        dtype=torch.float32,
-    )
-    runner = ModelRunner(
-        model,
-        load_weights(path, model.units, dtype="float32", device="cpu", kernels=model.kernels),
-        allocate_kv_caches(kv_spec, torch.device("cpu")),
-        block_size=config.block_size,
         max_context=config.max_context,
-        is_output_rank=True,
-        clock=time.monotonic,
     )
-    return SyncEngine(Scheduler(config, arch.eos_token_ids), InProcessExecutor(runner))
+    runner = build_runner(spec, SingleRank(), torch.device("cpu"))
+    eos_token_ids = runner.model.arch.eos_token_ids
+    return SyncEngine(Scheduler(config, eos_token_ids), InProcessExecutor(runner))
 
 
 def generate_pipelined(
