@@ -60,6 +60,7 @@ ERROR_STATUS: Mapping[str, ErrorStatus] = MappingProxyType(
         # The replica is being replaced: the same request can succeed elsewhere or later.
         "worker_died": _UNAVAILABLE,
         "collective_timeout": _UNAVAILABLE,
+        "weight_stream": _UNAVAILABLE,
         "internal": _INTERNAL,
         "out_of_memory": _INTERNAL,
         "corrupt_weights": _INTERNAL,

@@ -129,6 +129,12 @@ class DeviceOutOfMemoryError(InternalError):
     code = "out_of_memory"
 
 
+class WeightStreamError(InternalError):
+    """Streamed weights could not be read in time, or not at all."""
+
+    code = "weight_stream"
+
+
 class CorruptWeightsError(InternalError):
     """A checkpoint file is damaged or does not match its configuration."""
 
@@ -151,6 +157,7 @@ _BY_CODE: dict[str, type[PenstockError]] = {
         WorkerDiedError,
         CollectiveTimeoutError,
         DeviceOutOfMemoryError,
+        WeightStreamError,
         CorruptWeightsError,
     )
 }

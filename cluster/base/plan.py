@@ -22,6 +22,7 @@ class EngineKind(enum.StrEnum):
     """The kinds of engine replica."""
 
     TENSOR_PARALLEL = "tensor_parallel"
+    OFFLOAD = "offload"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,35 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadPlan:
+    """How each rank of an offload replica holds and streams its weights; bytes are per rank."""
+
+    disk_path: str
+    """Directory of the packed stores: one file for each rank of each model."""
+    device_bytes: int
+    """Bound on resident weights, ring, cache and workspace together; the host's on a CPU rank."""
+    host_bytes: int
+    """Bound on pinned host memory beside a device (staging and `host_units`); 0 on a CPU rank."""
+    workspace_bytes: int
+    resident_units: tuple[str, ...] = ()
+    """Weight units that stay on the device."""
+    host_units: tuple[str, ...] = ()
+    """Weight units that stay in host memory and are copied from there; none on a CPU rank."""
+    ring_slots: int = 3
+    """Places for streamed units, each as large as the largest of them."""
+    prefetch_depth: int = 3
+    """Units being computed, loaded or waiting at one time; 1 loads and computes in turn."""
+    precision: str = "native"
+    """Number format of streamed linear weights: `native`, or a quantised one."""
+    reader: str = "auto"
+    """auto, aio, direct or buffered."""
+    verify: str = "first"
+    """Checksums: `first` (the first read of each record) or `always`."""
+    read_timeout_s: float = 30.0
+    """A record that is not there after this long is an error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
     """One served model: what every one of its replicas is built from."""
 
@@ -93,6 +123,8 @@ class ModelPlan:
     """Logical CPUs that Ray reserves for each replica's leader."""
     nodes: tuple[str, ...] = ()
     """Host foreseen for each replica; Ray has the last word."""
+    offload: OffloadPlan | None = None
+    """Only with `engine` offload."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

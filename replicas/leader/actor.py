@@ -29,6 +29,7 @@ from replicas.leader.record import LoadRecord, ReplicaRecord, ReplicaState
 from replicas.leader.reporter import DirectoryReporter
 from replicas.leader.stream_server import ReplicaStreamServicer, start_replica_server
 from replicas.leader.worker_group import WorkerGroup
+from replicas.worker.actor import WorkerActor
 from replicas.worker.link_executor import LinkExecutor
 
 _LAST_WORDS_S = 0.25
@@ -45,11 +46,16 @@ class LeaderReplica:
         model: JSON of the `ModelPlan`.
         cluster: the cluster's name, under which the directory is found.
         host: address to listen on; empty for this node's own.
+        worker_class: the actor of each rank; what tells kinds of replica apart.
     """
 
     # Ray Serve awaits an async constructor; the replica is ready when it has returned.
     async def __init__(  # type: ignore[misc]
-        self, model: dict[str, Any], cluster: str, host: str
+        self,
+        model: dict[str, Any],
+        cluster: str,
+        host: str,
+        worker_class: type[WorkerActor] = WorkerActor,
     ) -> None:
         self._plan = from_json(ModelPlan, model)
         self._stats = ReplicaStats()
@@ -70,7 +76,13 @@ class LeaderReplica:
             lambda: _load_record(self._stats),
         )
         self._metrics = LoadMetrics(self._plan.name, replica_id)
-        self._group = WorkerGroup(self._plan, cluster=cluster, replica_id=replica_id, epoch=epoch)
+        self._group = WorkerGroup(
+            self._plan,
+            cluster=cluster,
+            replica_id=replica_id,
+            epoch=epoch,
+            worker_class=worker_class,
+        )
         try:
             await self._start(host, epoch)
         except Exception as error:

@@ -41,10 +41,23 @@ OnProgress = Callable[[str, float], None]
 
 
 class WorkerGroup:
-    """The ranks of one replica in one epoch."""
+    """The ranks of one replica in one epoch.
 
-    def __init__(self, plan: ModelPlan, *, cluster: str, replica_id: str, epoch: str) -> None:
+    Args:
+        worker_class: the actor of each rank.
+    """
+
+    def __init__(
+        self,
+        plan: ModelPlan,
+        *,
+        cluster: str,
+        replica_id: str,
+        epoch: str,
+        worker_class: type[WorkerActor] = WorkerActor,
+    ) -> None:
         self._plan = plan
+        self._worker_class = worker_class
         self._epoch = epoch
         self._names = [
             names.worker_actor(cluster, plan.name, replica_id, epoch, rank)
@@ -112,7 +125,7 @@ class WorkerGroup:
                 "max_concurrency": 4,
                 "scheduling_strategy": strategy,
             }
-            self._actors.append(ray.remote(WorkerActor).options(**options).remote())
+            self._actors.append(ray.remote(self._worker_class).options(**options).remote())
 
     async def _load(self, listener: LinkListener, host: str, on_progress: OnProgress) -> LeaderLink:
         store_port = pick_port(host)
@@ -173,6 +186,7 @@ class WorkerGroup:
             link_host=listener.address.host,
             link_port=listener.address.port,
             link_secret=listener.secret,
+            offload=plan.offload,
         )
 
     async def _watch_progress(self, on_progress: OnProgress) -> None:

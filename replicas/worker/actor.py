@@ -35,7 +35,10 @@ class WorkerActor:
         Returns:
             pid, node, device and the start-up ledger in seconds.
         """
-        worker: Worker = self._rank_code.Worker(from_json(WorkerPlan, plan), self._report)
+        worker_plan = from_json(WorkerPlan, plan)
+        worker: Worker = self._rank_code.Worker(
+            worker_plan, self._report, **self.worker_options(worker_plan)
+        )
         self._worker = worker
         return {
             "pid": os.getpid(),
@@ -43,6 +46,10 @@ class WorkerActor:
             "device": worker.device,
             "startup_s": worker.startup_s,
         }
+
+    def worker_options(self, plan: WorkerPlan) -> dict[str, Any]:
+        """Further arguments of `Worker`; what other kinds of replica override."""
+        return {}
 
     def run(self) -> None:
         """Serve steps until the leader says stop; the parked call whose end means death."""

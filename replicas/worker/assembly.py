@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 from cluster.dist.communicator import Communicator
+from replicas.layers.weights import WeightProvider
 from replicas.models.checkpoint import load_weights
 from replicas.models.context import torch_dtype
+from replicas.models.decoder import DecoderModel
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.registry import build_model
 from replicas.worker.kv_tensors import KvCacheSpec, allocate_kv_caches
@@ -32,16 +34,47 @@ class RankSpec:
     kernels: str = "auto"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsRequest:
+    """What a rank's weights are made for."""
+
+    spec: RankSpec
+    model: DecoderModel
+    rank: int
+    size: int
+    device: torch.device
+    kv_bytes: int
+    """What the rank's cache will take of the device."""
+    on_progress: Callable[[int, int], None] | None
+
+
+WeightsFactory = Callable[[WeightsRequest], WeightProvider]
+
+
+def resident_weights(request: WeightsRequest) -> WeightProvider:
+    """All of the rank's weights on its device; raises as `load_weights`."""
+    return load_weights(
+        request.spec.model_path,
+        request.model.units,
+        dtype=request.spec.dtype,
+        device=request.device.type,
+        kernels=request.model.kernels,
+        on_progress=request.on_progress,
+    )
+
+
 def build_runner(
     spec: RankSpec,
     communicator: Communicator,
     device: torch.device,
     on_progress: Callable[[int, int], None] | None = None,
+    weights_factory: WeightsFactory = resident_weights,
 ) -> ModelRunner:
     """Load this rank's weights, allocate its cache and make its runner; rank 0 gives the output.
 
     Args:
         on_progress: told (bytes loaded, bytes in all).
+        weights_factory: where the weights come from; may raise errors of its own.
 
     Raises:
         ConfigError: the checkpoint's architecture is not supported or cannot be split so.
@@ -57,14 +90,6 @@ def build_runner(
         block_size=spec.block_size,
         kernels=spec.kernels,
     )
-    weights = load_weights(
-        spec.model_path,
-        model.units,
-        dtype=spec.dtype,
-        device=device.type,
-        kernels=model.kernels,
-        on_progress=on_progress,
-    )
     cache = KvCacheSpec(
         num_layers=arch.num_layers,
         num_blocks=spec.num_blocks,
@@ -72,6 +97,17 @@ def build_runner(
         num_kv_heads=arch.kv_heads_per_rank(communicator.size),
         head_dim=arch.head_dim,
         dtype=torch_dtype(spec.kv_dtype),
+    )
+    weights = weights_factory(
+        WeightsRequest(
+            spec=spec,
+            model=model,
+            rank=communicator.rank,
+            size=communicator.size,
+            device=device,
+            kv_bytes=cache.total_bytes,
+            on_progress=on_progress,
+        )
     )
     return ModelRunner(
         model,

@@ -6,6 +6,7 @@ block in every layer and on every rank; who may write which block is the schedul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,11 @@ class KvCacheSpec:
     def shape(self) -> tuple[int, ...]:
         """(2, N, B, G, P), one layer."""
         return (2, self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all layers."""
+        return self.num_layers * math.prod(self.shape) * self.dtype.itemsize
 
 
 def allocate_kv_caches(spec: KvCacheSpec, device: torch.device) -> list[torch.Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.base.plan import OffloadPlan
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerPlan:
@@ -27,3 +29,4 @@ class WorkerPlan:
     link_host: str
     link_port: int
     link_secret: str
+    offload: OffloadPlan | None = None

@@ -19,7 +19,7 @@ from cluster.dist.rendezvous import Rendezvous
 from cluster.dist.torch_communicator import TorchCommunicator
 from replicas.worker import device as devices
 from replicas.worker import wire
-from replicas.worker.assembly import RankSpec, build_runner
+from replicas.worker.assembly import RankSpec, WeightsFactory, build_runner, resident_weights
 from replicas.worker.frames import LinkAddress
 from replicas.worker.model_runner import ModelRunner
 from replicas.worker.plan import WorkerPlan
@@ -37,13 +37,20 @@ class Worker:
     Args:
         plan: this rank's slice of the model plan.
         on_progress: told (phase, fraction done) while the constructor works.
+        weights_factory: where this rank's weights come from.
 
     Raises:
         PenstockError: what kept this rank from starting.
     """
 
-    def __init__(self, plan: WorkerPlan, on_progress: OnProgress) -> None:
+    def __init__(
+        self,
+        plan: WorkerPlan,
+        on_progress: OnProgress,
+        weights_factory: WeightsFactory = resident_weights,
+    ) -> None:
         self._plan = plan
+        self._weights_factory = weights_factory
         self.startup_s: dict[str, float] = {}
         started_s = time.monotonic()
         device = devices.open_device(plan.device, plan.num_threads)
@@ -102,6 +109,7 @@ class Worker:
             self._communicator,
             device,
             lambda done, total: on_progress("loading weights", done / max(1, total)),
+            self._weights_factory,
         )
 
 
