@@ -44,6 +44,23 @@ class GateSpec:
     """Chosen weights are divided by their sum."""
     scale: float = 1.0
 
+    def why_not(self) -> list[str]:
+        """All reasons why no token could be routed so; empty when it can."""
+        reasons = []
+        if self.num_experts % self.num_groups:
+            reasons.append(f"{self.num_experts} experts do not form {self.num_groups} equal groups")
+        if self.top_groups > self.num_groups:
+            reasons.append(f"{self.top_groups} of {self.num_groups} groups cannot be chosen")
+        group_size = self.num_experts // self.num_groups
+        if self.top_k > self.top_groups * group_size:
+            reasons.append(
+                f"{self.top_k} experts per token are more than the "
+                f"{self.top_groups * group_size} to choose from"
+            )
+        if self.num_groups > 1 and self.group_score is GroupScore.TOP2_SUM and group_size < 2:
+            reasons.append("groups of one expert have no two best ones")
+        return reasons
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeSpec:
@@ -52,6 +69,12 @@ class MoeSpec:
     gate: GateSpec
     ffn_dim: int
     """Inner width of one routed expert."""
+    expert_bias: bool = False
+    """Experts' linears have biases (GPT-OSS)."""
+    glu_limit: float = 0.0
+    """Gate and up values are clamped to this size, and the product is (up + 1) * gate *
+    sigmoid(alpha * gate) (GPT-OSS); 0: the model's own activation."""
+    glu_alpha: float = 1.702
     shared_ffn_dim: int = 0
     """Inner width of the experts that every token visits, fused into one MLP; 0: none."""
     shared_gate: bool = False
