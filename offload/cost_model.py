@@ -1,0 +1,259 @@
+"""Seconds of one pass over a model whose weights are streamed: closed forms, torch-free.
+
+Everything overlaps, so a pass takes as long as its busiest resource:
+
+    t = max( S_disk / BW_disk, S_link / BW_link, C, KV_link / BW_link, A_host )
+
+S: bytes streamed in a pass after quantisation. C: the device's own work, one thing after another:
+multiplications, dequantisation, attention over the KV cache it holds. tokens/s = batch / t.
+With S / BW the largest term this is ZeRO-Inference's rule: throughput is batch x link / model.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from offload.model_shape import ModelShape
+from offload.precision import Precision
+
+MAX_BALANCE_TOKENS = 131_072
+"""No pass is made larger than this, however slow the link is."""
+JITTER_SHARE = {1: 1.0, 2: 0.06}
+"""Share of the shorter of transfer and compute that a ring of so many slots fails to hide: all of
+it with one slot; with two a late transfer is felt (measured 1 % on a quiet machine, 12-19 % on a
+loaded one); three or more absorb it."""
+
+
+class Resource(enum.StrEnum):
+    """What a pass can be bound by."""
+
+    DISK = "disk"
+    LINK = "host to device link"
+    COMPUTE = "device compute"
+    KV_LINK = "KV cache over the link"
+    HOST_ATTENTION = "host attention"
+
+
+class KvHome(enum.StrEnum):
+    """Where keys and values live, and so who computes attention over them."""
+
+    DEVICE = "device"
+    HOST = "host"
+    """In host memory, attention by the host's cores."""
+    STREAMED = "streamed"
+    """In host memory, brought over the link in every pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmPoint:
+    """How fast weights are multiplied with so many rows at once."""
+
+    tokens: int
+    flops_per_s: float
+
+    @property
+    def seconds_per_weight(self) -> float:
+        """Time of one weight's 2 x tokens operations."""
+        return 2 * self.tokens / self.flops_per_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What a machine was measured to do, alone and undisturbed."""
+
+    disk_bytes_per_s: float
+    link_bytes_per_s: float
+    """From host memory into a slot of the device; on a CPU replica a copy in memory."""
+    memory_bytes_per_s: float
+    """Reading the device's own memory."""
+    gemm: tuple[GemmPoint, ...]
+    """By increasing `tokens`, with weights that no cache holds."""
+    int8_weights_per_s: float
+    int4_weights_per_s: float
+    """Dequantised weights on the device."""
+    host_memory_bytes_per_s: float = 0.0
+    """Reading host memory by host cores; 0: not measured."""
+    layer_overhead_s: float = 0.0
+    """What a layer takes beside its matrices: launching, norms, bookkeeping."""
+
+    def gemm_s(self, weights: float, tokens: int) -> float:
+        """Seconds to multiply `weights` weights with `tokens` rows.
+
+        Time per weight is linear between measured points, flat below the first (reading the
+        weight is all it takes) and at the last point's rate above it.
+        """
+        if not tokens:
+            return 0.0
+        return weights * _interpolate(self.gemm, tokens)
+
+    def dequantise_s(self, weights: float, precision: Precision) -> float:
+        """Seconds to bring `weights` weights back to the compute dtype."""
+        if precision is Precision.NATIVE:
+            return 0.0
+        rate = self.int8_weights_per_s if precision is Precision.INT8 else self.int4_weights_per_s
+        return weights / rate
+
+
+def _interpolate(points: Sequence[GemmPoint], tokens: int) -> float:
+    below, *rest = points
+    if tokens <= below.tokens:
+        return below.seconds_per_weight
+    for above in rest:
+        if tokens <= above.tokens:
+            part = (tokens - below.tokens) / (above.tokens - below.tokens)
+            low, high = below.seconds_per_weight, above.seconds_per_weight
+            return low + part * (high - low)
+        below = above
+    return 2 * tokens / below.flops_per_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where the weights of one rank are, in what format, and how the ring is cut."""
+
+    resident_layers: int
+    """The first so many layers stay on the device, in the native format."""
+    host_layers: int
+    """The next so many stream from host memory, the rest from disk."""
+    fixed_resident: bool = True
+    precision: Precision = Precision.NATIVE
+    ring_slots: int = 3
+    kv_home: KvHome = KvHome.DEVICE
+
+    def streamed_bytes(self, model: ModelShape) -> tuple[int, int]:
+        """Bytes that one pass reads from (disk, host memory)."""
+        sizes = [layer.record_bytes(self.precision) for layer in model.layers]
+        first_disk = self.resident_layers + self.host_layers
+        fixed = 0 if self.fixed_resident else model.fixed_read_bytes
+        return sum(sizes[first_disk:]) + fixed, sum(sizes[self.resident_layers : first_disk])
+
+    def slot_bytes(self, model: ModelShape) -> int:
+        """The largest record that streams; 0 when nothing does."""
+        streamed = model.layers[self.resident_layers :]
+        sizes = [layer.record_bytes(self.precision) for layer in streamed]
+        if not self.fixed_resident:
+            sizes += [num_bytes for _, num_bytes in model.fixed_units]
+        return max(sizes, default=0)
+
+    def weight_bytes(self, model: ModelShape) -> int:
+        """Device bytes of resident weights and ring."""
+        resident = sum(
+            layer.record_bytes(Precision.NATIVE) for layer in model.layers[: self.resident_layers]
+        )
+        fixed = model.fixed_bytes if self.fixed_resident else 0
+        return resident + fixed + self.ring_slots * self.slot_bytes(model)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassLoad:
+    """What one pass computes: `rows` decoding requests, and the rest of its tokens are prompt."""
+
+    rows: int
+    context_tokens: int
+    """Mean keys that a decoding request attends to."""
+    prompt_tokens: int = 0
+    prompt_context_tokens: int = 0
+    """Mean keys that a prompt token attends to."""
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the matrix products."""
+        return self.rows + self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassCost:
+    """Seconds of every resource, and what the whole pass takes."""
+
+    seconds: tuple[tuple[Resource, float], ...]
+    total_s: float
+
+    @property
+    def bound(self) -> Resource:
+        """The resource that decides."""
+        return max(self.seconds, key=lambda entry: entry[1])[0]
+
+    @property
+    def transfer_s(self) -> float:
+        """The busier of disk and link."""
+        return max(seconds for name, seconds in self.seconds if name in _TRANSFERS)
+
+
+_TRANSFERS = (Resource.DISK, Resource.LINK)
+
+
+def pass_time(model: ModelShape, placement: Placement, rates: Rates, load: PassLoad) -> PassCost:
+    """Seconds of one pass of `load` over the model."""
+    from_disk, from_host = placement.streamed_bytes(model)
+    kv_bytes = load.rows * load.context_tokens * model.kv_bytes_per_token
+    seconds = {
+        Resource.DISK: from_disk / rates.disk_bytes_per_s,
+        Resource.LINK: (from_disk + from_host) / rates.link_bytes_per_s,
+        Resource.COMPUTE: _compute_s(model, placement, rates, load),
+        Resource.KV_LINK: 0.0,
+        Resource.HOST_ATTENTION: 0.0,
+    }
+    if placement.kv_home is KvHome.STREAMED:
+        # The weights use the same link: the cache comes on top of them.
+        seconds[Resource.KV_LINK] = seconds[Resource.LINK] + kv_bytes / rates.link_bytes_per_s
+    if placement.kv_home is KvHome.HOST:
+        seconds[Resource.HOST_ATTENTION] = kv_bytes / rates.host_memory_bytes_per_s
+    transfer = max(seconds[Resource.DISK], seconds[Resource.LINK], seconds[Resource.KV_LINK])
+    shown = JITTER_SHARE.get(placement.ring_slots, 0.0) * min(transfer, seconds[Resource.COMPUTE])
+    return PassCost(seconds=tuple(seconds.items()), total_s=max(seconds.values()) + shown)
+
+
+def _compute_s(model: ModelShape, placement: Placement, rates: Rates, load: PassLoad) -> float:
+    streamed = sum(layer.linear_weights for layer in model.layers[placement.resident_layers :])
+    decode_s = 0.0
+    if placement.kv_home is not KvHome.HOST:
+        read = load.rows * load.context_tokens * model.kv_bytes_per_token
+        decode_s = read / rates.memory_bytes_per_s
+    pairs = load.prompt_tokens * load.prompt_context_tokens
+    prompt_s = pairs * model.attention_flops_per_pair / rates.gemm[-1].flops_per_s
+    return (
+        rates.gemm_s(model.layer_weights, load.tokens)
+        + rates.gemm_s(model.head_weights, load.rows)
+        + rates.dequantise_s(streamed, placement.precision)
+        + decode_s
+        + prompt_s
+        + rates.layer_overhead_s * len(model.layers)
+    )
+
+
+def balance_tokens(model: ModelShape, placement: Placement, rates: Rates) -> int:
+    """The largest pass, in tokens, that the transfers still hide: B* = S x F / (2 P x BW).
+
+    Below it every token more (a prompt chunk, a draft to verify) is free. At least 1; no more
+    than `MAX_BALANCE_TOKENS`.
+    """
+    low, high = 1, MAX_BALANCE_TOKENS
+    while low < high:
+        middle = (low + high + 1) // 2
+        load = PassLoad(rows=1, context_tokens=0, prompt_tokens=middle - 1)
+        time = pass_time(model, placement, rates, load)
+        if dict(time.seconds)[Resource.COMPUTE] <= time.transfer_s:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def time_to_first_token_s(
+    model: ModelShape, placement: Placement, rates: Rates, *, prompt_tokens: int, chunk: int
+) -> float:
+    """An idle replica's first token: one pass for each chunk of the prompt."""
+    total, done = 0.0, 0
+    while done < prompt_tokens:
+        size = min(chunk, prompt_tokens - done)
+        load = PassLoad(
+            rows=1,
+            context_tokens=0,
+            prompt_tokens=size - 1,
+            prompt_context_tokens=done + size // 2,
+        )
+        total += pass_time(model, placement, rates, load).total_s
+        done += size
+    return total

@@ -1,0 +1,45 @@
+"""Made-up models and machines for the cost model: a few round numbers each."""
+
+from __future__ import annotations
+
+from offload.cost_model import GemmPoint, Rates
+from offload.model_shape import LayerShape, ModelShape
+
+GB = 10**9
+
+
+def uniform_model(
+    num_layers: int = 40,
+    layer_weights: int = 500_000_000,
+    *,
+    kv_bytes_per_token: int = 100_000,
+    fixed_bytes: int = 0,
+) -> ModelShape:
+    layer = LayerShape(linear_weights=layer_weights, other_bytes=0, native_bytes_per_weight=2)
+    return ModelShape(
+        layers=(layer,) * num_layers,
+        fixed_units=(("head", fixed_bytes),),
+        fixed_bytes=fixed_bytes,
+        head_weights=0,
+        kv_bytes_per_token=kv_bytes_per_token,
+        attention_flops_per_pair=0,
+    )
+
+
+def machine(
+    *,
+    disk: float = 3 * GB,
+    link: float = 10 * GB,
+    flops: float = 100e12,
+    memory: float = 1000 * GB,
+    dequant: float = 1e15,
+) -> Rates:
+    return Rates(
+        disk_bytes_per_s=disk,
+        link_bytes_per_s=link,
+        memory_bytes_per_s=memory,
+        gemm=(GemmPoint(tokens=1, flops_per_s=flops), GemmPoint(tokens=512, flops_per_s=flops)),
+        int8_weights_per_s=dequant,
+        int4_weights_per_s=dequant,
+        host_memory_bytes_per_s=100 * GB,
+    )

@@ -1,0 +1,149 @@
+"""The cost model against published figures, its own closed forms, and hand arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from offload_shapes import GB, machine, uniform_model
+
+from offload.cost_model import (
+    GemmPoint,
+    KvHome,
+    PassLoad,
+    Placement,
+    Resource,
+    balance_tokens,
+    pass_time,
+    time_to_first_token_s,
+)
+from offload.model_shape import model_shape
+from offload.precision import Precision
+from replicas.models.hf_config import arch_from_hf
+from replicas.models.memory import weight_bytes_per_rank
+
+STREAM_ALL = Placement(resident_layers=0, host_layers=40)
+
+
+@pytest.mark.parametrize(
+    ("resident_layers", "rows", "published"), [(24, 64, 18), (20, 128, 32), (0, 256, 43)]
+)
+def test_the_zero_inference_table_of_2022(resident_layers: int, rows: int, published: int) -> None:
+    """OPT-30B in fp16 on a V100, weights in host memory: 12, 10 and 0 of 30 billion parameters
+    resident. One bandwidth, taken from the last row, gives the other two within 1 %."""
+    model = uniform_model(60, 500_000_000)
+    rates = machine(link=43 * 60 * GB / 256, flops=60e12, memory=800 * GB)
+    placement = Placement(resident_layers=resident_layers, host_layers=60 - resident_layers)
+    time = pass_time(model, placement, rates, PassLoad(rows=rows, context_tokens=0))
+    assert time.bound is Resource.LINK
+    assert rows / time.total_s == pytest.approx(published, rel=0.01)
+
+
+def test_every_resource_can_be_the_one_that_binds() -> None:
+    model, load = uniform_model(), PassLoad(rows=64, context_tokens=2000)
+    cases = {
+        Resource.DISK: (replace(STREAM_ALL, host_layers=0), machine()),
+        Resource.LINK: (STREAM_ALL, machine()),
+        Resource.COMPUTE: (STREAM_ALL, machine(flops=1e9)),
+        Resource.KV_LINK: (replace(STREAM_ALL, kv_home=KvHome.STREAMED), machine()),
+        Resource.HOST_ATTENTION: (
+            replace(STREAM_ALL, kv_home=KvHome.HOST),
+            replace(machine(), host_memory_bytes_per_s=1 * GB),
+        ),
+    }
+    for bound, (placement, rates) in cases.items():
+        assert pass_time(model, placement, rates, load).bound is bound
+
+
+def test_parts_of_a_pass_by_hand() -> None:
+    model = uniform_model(10, 1_000_000_000, kv_bytes_per_token=10**6)
+    placement = Placement(resident_layers=2, host_layers=3, precision=Precision.INT8)
+    rates = machine(disk=2 * GB, link=8 * GB, flops=1e12, memory=100 * GB, dequant=50e9)
+    load = PassLoad(rows=10, context_tokens=100, prompt_tokens=30)
+    seconds = dict(pass_time(model, placement, rates, load).seconds)
+    layer_bytes = 1.0625 * GB
+    assert seconds[Resource.DISK] == pytest.approx(5 * layer_bytes / (2 * GB))
+    assert seconds[Resource.LINK] == pytest.approx(8 * layer_bytes / (8 * GB))
+    multiply, dequantise, attend = 2 * 10e9 * 40 / 1e12, 8e9 / 50e9, 10 * 100 * 10**6 / (100 * GB)
+    assert seconds[Resource.COMPUTE] == pytest.approx(multiply + dequantise + attend)
+
+
+def test_one_slot_is_serial_two_nearly_hide_three_do() -> None:
+    model, load = uniform_model(), PassLoad(rows=1, context_tokens=0)
+    rates = machine(link=10 * GB, flops=1e10)
+    times = {
+        slots: pass_time(model, replace(STREAM_ALL, ring_slots=slots), rates, load).total_s
+        for slots in (1, 2, 3, 4)
+    }
+    transfer, compute = 4.0, 4.0
+    assert times[1] == pytest.approx(transfer + compute)
+    assert transfer < times[2] < 1.1 * transfer
+    assert times[3] == times[4] == pytest.approx(transfer)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("native", 12727), ("int8", 6761)])
+def test_balance_batch_is_bytes_times_flops_over_twice_the_link(
+    precision: str, expected: int
+) -> None:
+    """H200-like: 700 TFLOP/s, 55 GB/s: b F / (2 BW)."""
+    placement = replace(STREAM_ALL, precision=Precision(precision))
+    tokens = balance_tokens(uniform_model(), placement, machine(link=55 * GB, flops=700e12))
+    assert tokens == pytest.approx(expected, rel=0.001)
+
+
+@given(
+    tokens=st.integers(1, 5000),
+    rates=st.lists(st.floats(1e9, 1e13), min_size=3, max_size=3),
+)
+def test_more_rows_never_take_less_time_when_measured_points_say_so(
+    tokens: int, rates: list[float]
+) -> None:
+    points = tuple(
+        GemmPoint(tokens=at, flops_per_s=rate) for at, rate in zip((1, 16, 256), rates, strict=True)
+    )
+    seconds = [point.seconds_per_weight for point in points]
+    at = replace(machine(), gemm=points)
+    if seconds == sorted(seconds):
+        assert at.gemm_s(1e9, tokens) <= at.gemm_s(1e9, tokens + 1) * (1 + 1e-9)
+    for point in points:
+        assert at.gemm_s(1e9, point.tokens) == pytest.approx(1e9 * point.seconds_per_weight)
+
+
+def test_first_token_takes_one_pass_per_chunk_and_longer_ones_past_the_balance() -> None:
+    model, rates = uniform_model(), machine(link=10 * GB, flops=100e12)
+    one = pass_time(model, STREAM_ALL, rates, PassLoad(rows=1, context_tokens=0)).total_s
+    hidden = time_to_first_token_s(model, STREAM_ALL, rates, prompt_tokens=2048, chunk=512)
+    assert hidden == pytest.approx(4 * one)
+    wide = time_to_first_token_s(model, STREAM_ALL, rates, prompt_tokens=40_000, chunk=40_000)
+    assert wide == pytest.approx(2 * 20e9 * 40_000 / 100e12)
+
+
+def test_shape_of_a_real_architecture_adds_up() -> None:
+    arch = arch_from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 3,
+            "vocab_size": 256,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+        }
+    )
+    shape = model_shape(arch, 1, "bfloat16")
+    whole = shape.fixed_bytes + shape.layer_bytes(Precision.NATIVE)
+    assert whole == weight_bytes_per_rank(arch, 1, "bfloat16")
+    assert shape.layers[0].linear_weights == 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 128
+    assert shape.layers[0].other_bytes == 2 * 64 * 2
+    # Tied: held once, read by the embedding and again by the head.
+    assert shape.fixed_read_bytes == shape.fixed_bytes + 256 * 64 * 2
+    assert shape.head_weights == 256 * 64
+    assert shape.layers[0].record_bytes(Precision.INT4) == pytest.approx(
+        0.5625 * shape.layers[0].linear_weights + 256
+    )
