@@ -17,15 +17,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.base.errors import PenstockError, UnavailableError, error_from_dict
 from replicas.api import GenerationDelta, GenerationRequest, ReplicaStats
-from replicas.engine.executor import Executor
+from replicas.engine.executor import StepExecutor
 from replicas.engine.faults import as_penstock_error
 from replicas.engine.output_processor import error_delta
-from replicas.engine.scheduler import Scheduler
 from replicas.engine.step_ledger import StepTimes
 from replicas.engine.step_runner import Clock, StepRunner
+from replicas.engine.step_source import OutputT, PlanT, RequestBook, StepSource
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class _Abort:
 
 
 class EngineLoop:
-    """Drives one scheduler over one executor; `start()` gives it a thread.
+    """Drives one step source over one executor; `start()` gives it a thread.
 
     Without `start()` its owner calls `run_once()`, always from the same thread. The executor stays
     its owner's: the loop never closes it, and leaves no step in it unless it failed.
@@ -74,16 +75,18 @@ class EngineLoop:
 
     def __init__(
         self,
-        scheduler: Scheduler,
-        executor: Executor,
+        scheduler: StepSource[PlanT, OutputT],
+        executor: StepExecutor[PlanT, OutputT],
         *,
         on_deltas: OnDeltas,
         on_fatal: OnFatal,
         step_timeout_s: float,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._scheduler = scheduler
-        self._runner = StepRunner(scheduler, executor, step_timeout_s=step_timeout_s, clock=clock)
+        self._scheduler: RequestBook = scheduler
+        self._runner: StepRunner[Any, Any] = StepRunner(
+            scheduler, executor, step_timeout_s=step_timeout_s, clock=clock
+        )
         self._on_deltas = on_deltas
         self._on_fatal = on_fatal
         self._clock = clock

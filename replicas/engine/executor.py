@@ -2,20 +2,24 @@
 
 `submit` and `collect` are apart so that a loop may keep two steps in flight: ranks execute plans in
 the order of submission and results come back in that order. An executor never touches scheduler
-state.
+state. One scheduler's plan is a `SchedulerOutput` (`Executor`); a replica of several data-parallel
+groups has a `LockstepPlan`, one for all of them.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
 
+PlanT_contra = TypeVar("PlanT_contra", contravariant=True)
+OutputT_co = TypeVar("OutputT_co", covariant=True)
 
-class Executor(Protocol):
+
+class StepExecutor(Protocol[PlanT_contra, OutputT_co]):
     """Runs steps on one rank or many."""
 
-    def submit(self, plan: SchedulerOutput) -> None:
+    def submit(self, plan: PlanT_contra) -> None:
         """Start a step on every rank, after those submitted before; does not wait for them.
 
         Raises:
@@ -34,7 +38,7 @@ class Executor(Protocol):
         """
         ...
 
-    def collect(self, timeout_s: float) -> StepOutput:
+    def collect(self, timeout_s: float) -> OutputT_co:
         """Wait for the oldest submitted step.
 
         Raises:
@@ -46,3 +50,7 @@ class Executor(Protocol):
     def close(self) -> None:
         """Let the ranks go; safe to call twice."""
         ...
+
+
+class Executor(StepExecutor[SchedulerOutput, StepOutput], Protocol):
+    """Runs the steps of one scheduler."""

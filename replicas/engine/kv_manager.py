@@ -97,10 +97,25 @@ class KvManager:
         cache = self._cache
         if cache is None or request.must_see_prompt:
             return []
-        size, tokens = self.block_size, request.token_ids
-        chain = self._chain(request)
+        return self._cached_blocks(cache, request.token_ids, self._chain(request))
+
+    def num_cached_tokens(self, token_ids: Sequence[int], chain: HashChain) -> int:
+        """How much of a prompt that is not here yet would be found; takes nothing.
+
+        Args:
+            chain: of this prompt; grown as far as the answer needs, so that several caches can
+                be asked for the price of one hash per block.
+        """
+        if self._cache is None:
+            return 0
+        return len(self._cached_blocks(self._cache, token_ids, chain)) * self.block_size
+
+    def _cached_blocks(
+        self, cache: PrefixCache, tokens: Sequence[int], chain: HashChain
+    ) -> list[int]:
+        size = self.block_size
         found: list[int] = []
-        for index in range((request.num_tokens - 1) // size):
+        for index in range((len(tokens) - 1) // size):
             content = tokens[index * size : (index + 1) * size]
             block = cache.find(chain.digest(index, tokens), content)
             if block is None:

@@ -24,6 +24,7 @@ from cluster.base.errors import (
 from replicas.api import FinishReason, GenerationDelta, GenerationRequest, ReplicaStats
 from replicas.engine.faults import as_penstock_error
 from replicas.engine.output_processor import OutputProcessor, error_delta, first_word
+from replicas.engine.prefix_cache import HashChain
 from replicas.engine.request import EngineRequest, RequestStatus, make_choices
 from replicas.engine.scheduler_config import SchedulerConfig, check_fits
 from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
@@ -63,6 +64,18 @@ class Scheduler:
     def oldest_waiting_arrival_s(self) -> float | None:
         """Arrival of the choice that has waited longest for its first step."""
         return self._planner.waiting.oldest_arrival_s
+
+    def knows(self, request_id: str) -> bool:
+        """Whether a choice of this request has not ended."""
+        return request_id in self._keys_by_id
+
+    def num_cached_tokens(self, request: GenerationRequest, chain: HashChain) -> int:
+        """Prompt tokens of a request that is not here that would come from the prefix cache.
+
+        Args:
+            chain: of its prompt, shared by all schedulers that are asked.
+        """
+        return self._planner.kv.num_cached_tokens(request.prompt_token_ids, chain)
 
     def add(self, request: GenerationRequest, arrival_s: float = 0.0) -> None:
         """Queue a request; it answers with deltas until each choice had its last one.
@@ -122,8 +135,11 @@ class Scheduler:
             self._finish(request)
         return [error_delta(request.request_id, request.index, error) for request in requests]
 
-    def schedule(self) -> SchedulerOutput | None:
+    def schedule(self, step: int | None = None) -> SchedulerOutput | None:
         """Plan the next step; it has to be executed.
+
+        Args:
+            step: its number, larger than that of every plan before; None: the next one.
 
         Returns:
             None when no request is left, or what is left depends on a step in flight.
@@ -133,7 +149,7 @@ class Scheduler:
         """
         if not self._requests:
             return None
-        plan = self._planner.plan(self._step + 1)
+        plan = self._planner.plan(self._step + 1 if step is None else step)
         if plan is None:
             if not self._in_flight:
                 raise InternalError(f"None of {len(self._requests)} requests can be scheduled.")

@@ -69,6 +69,11 @@ class SchedulerOutput:
         """Query tokens of the whole step."""
         return sum(self.num_scheduled_tokens)
 
+    @property
+    def heaviest(self) -> tuple[int, int]:
+        """Query tokens and requests: what decides how long the step takes."""
+        return self.num_tokens, len(self.keys)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestResult:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from replicas.engine.scheduler_output import SchedulerOutput
+from replicas.engine.step_source import PlannedStep
 
 _MEAN_GAIN = 1 / 8
 _DEVIATION_GAIN = 1 / 4
@@ -37,7 +37,7 @@ class StepForecast:
         self._durations: dict[_SizeClass, _Estimate] = {}
         self._planning = _Estimate(0.2e-3, 0.0)
 
-    def plan_after_s(self, plan: SchedulerOutput) -> float:
+    def plan_after_s(self, plan: PlannedStep) -> float:
         """From the start of this step to the moment to plan the next; 0 when that is unknown."""
         duration = self._durations.get(_size_class(plan))
         if duration is None:
@@ -46,7 +46,7 @@ class StepForecast:
         latest_s = planning.mean_s + 2 * planning.deviation_s + _MARGIN_S
         return max(0.0, duration.mean_s - 2 * duration.deviation_s - latest_s)
 
-    def add_step(self, plan: SchedulerOutput, duration_s: float) -> None:
+    def add_step(self, plan: PlannedStep, duration_s: float) -> None:
         """Learn from a step; with the link's time in it, waiting would feed itself."""
         size_class = _size_class(plan)
         known = self._durations.get(size_class)
@@ -60,6 +60,7 @@ class StepForecast:
         self._planning.add(duration_s)
 
 
-def _size_class(plan: SchedulerOutput) -> _SizeClass:
+def _size_class(plan: PlannedStep) -> _SizeClass:
     """Steps with as many tokens and requests, to a factor of two."""
-    return plan.num_tokens.bit_length(), len(plan.keys).bit_length()
+    num_tokens, num_requests = plan.heaviest
+    return num_tokens.bit_length(), num_requests.bit_length()

@@ -11,22 +11,22 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic
 
 from replicas.api import GenerationDelta
-from replicas.engine.executor import Executor
-from replicas.engine.scheduler import Scheduler
-from replicas.engine.scheduler_output import SchedulerOutput
+from replicas.engine.executor import StepExecutor
 from replicas.engine.step_forecast import StepForecast
 from replicas.engine.step_ledger import StepLedger
+from replicas.engine.step_source import OutputT, PlanT, StepSource
 
 Clock = Callable[[], float]
 
 
 @dataclass(slots=True, kw_only=True)
-class _Flight:
+class _Flight(Generic[PlanT]):
     """A submitted step."""
 
-    plan: SchedulerOutput
+    plan: PlanT
     schedule_s: float
     started_s: float
     """When the workers could begin: submission, or the answer to the step ahead of it."""
@@ -34,8 +34,8 @@ class _Flight:
     """Time of the loop that went into other steps meanwhile: their answers, the next plan."""
 
 
-class StepRunner:
-    """Drives a scheduler and an executor.
+class StepRunner(Generic[PlanT, OutputT]):
+    """Drives a scheduler (or several, as one `StepSource`) and an executor of its plans.
 
     Args:
         step_timeout_s: longest time from the start of a step to its answer.
@@ -44,8 +44,8 @@ class StepRunner:
 
     def __init__(
         self,
-        scheduler: Scheduler,
-        executor: Executor,
+        scheduler: StepSource[PlanT, OutputT],
+        executor: StepExecutor[PlanT, OutputT],
         *,
         step_timeout_s: float,
         clock: Clock = time.monotonic,
@@ -54,7 +54,7 @@ class StepRunner:
         self._executor = executor
         self._step_timeout_s = step_timeout_s
         self._clock = clock
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[_Flight[PlanT]] = deque()
         self._forecast = StepForecast()
         self._woke_s: float | None = None
         self.ledger = StepLedger()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from cluster.base.errors import error_from_dict
 from replicas.api import (
@@ -18,10 +19,10 @@ from replicas.api import (
     ReplicaStats,
     TokenLogprob,
 )
-from replicas.engine.executor import Executor
-from replicas.engine.scheduler import Scheduler
+from replicas.engine.executor import StepExecutor
 from replicas.engine.step_ledger import StepTimes
 from replicas.engine.step_runner import Clock, StepRunner
+from replicas.engine.step_source import OutputT, PlanT, RequestBook, StepSource
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,7 +53,7 @@ class Completion:
 
 
 class SyncEngine:
-    """A scheduler and an executor, stepped by the caller.
+    """A step source and an executor, stepped by the caller.
 
     Args:
         step_timeout_s: longest wait for the answer to a step.
@@ -61,15 +62,17 @@ class SyncEngine:
 
     def __init__(
         self,
-        scheduler: Scheduler,
-        executor: Executor,
+        scheduler: StepSource[PlanT, OutputT],
+        executor: StepExecutor[PlanT, OutputT],
         *,
         step_timeout_s: float = 600.0,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._scheduler = scheduler
+        self._scheduler: RequestBook = scheduler
         self._clock = clock
-        self._runner = StepRunner(scheduler, executor, step_timeout_s=step_timeout_s, clock=clock)
+        self._runner: StepRunner[Any, Any] = StepRunner(
+            scheduler, executor, step_timeout_s=step_timeout_s, clock=clock
+        )
 
     @property
     def has_unfinished(self) -> bool:

@@ -111,7 +111,8 @@ class SimulatedExecutor:
         self.num_copies = self.num_replaced = 0
 
     def submit(self, plan: SchedulerOutput) -> None:
-        assert plan.step == len(self.submitted) + 1
+        # One of several groups in lock-step idles in some steps.
+        assert plan.step > (self.submitted[-1].step if self.submitted else 0)
         self.submitted.append(plan)
         self.plans.append(plan)
 

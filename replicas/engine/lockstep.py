@@ -1,0 +1,84 @@
+"""The contract of a lock-step: what the leader of an expert-parallel replica sends for one step.
+
+Every data-parallel group has a plan of its own and its own KV blocks; what the groups share is the
+header. All ranks of the replica run every step together: a group without work gets an empty plan
+and takes part in each layer's exchange with zero rows, because a rank that stays away hangs the
+others. The header says all that ranks must agree on, so no collective is spent on agreeing.
+
+Plain values of ints, floats, strings and tuples, so that any codec can carry them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepHeader:
+    """What all ranks of the replica know of a step."""
+
+    step: int
+    num_tokens: tuple[int, ...]
+    """Query tokens of each data-parallel group; 0: the group idles."""
+    scheme: str
+    """The exchange that every layer of the step uses."""
+    reason: str = ""
+    """Why this scheme, for the log."""
+
+    def is_idle(self, group: int) -> bool:
+        """Whether the ranks of a group take part with zero rows."""
+        return self.num_tokens[group] == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStep:
+    """What one rank is sent: the header and its group's plan (empty when the group idles)."""
+
+    header: StepHeader
+    plan: SchedulerOutput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LockstepPlan:
+    """One step of all groups; `plans[g].step` is the header's for every group."""
+
+    header: StepHeader
+    plans: tuple[SchedulerOutput, ...]
+
+    @property
+    def step(self) -> int:
+        """Number of the step."""
+        return self.header.step
+
+    @property
+    def num_tokens(self) -> int:
+        """Query tokens of all groups."""
+        return sum(self.header.num_tokens)
+
+    @property
+    def heaviest(self) -> tuple[int, int]:
+        """Query tokens and requests of the busiest group: the others wait for it."""
+        return max(plan.heaviest for plan in self.plans)
+
+    def for_group(self, group: int) -> RankStep:
+        """What the ranks of a group are sent."""
+        return RankStep(header=self.header, plan=self.plans[group])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LockstepOutput:
+    """The answers of all groups' output ranks to one step, in group order."""
+
+    outputs: tuple[StepOutput, ...]
+
+    @property
+    def step(self) -> int:
+        """Number of the step; all outputs have the same."""
+        return self.outputs[0].step
+
+    @property
+    def duration_s(self) -> float:
+        """The slowest group's time."""
+        return max(output.duration_s for output in self.outputs)

@@ -1,0 +1,174 @@
+"""One scheduler per data-parallel group behind the interface of one; steps them in lock-step.
+
+Owns which group a request belongs to (decided on arrival, for good: its KV lives there) and the
+step header. Each group's scheduler keeps its own queues and blocks and does not know of the others.
+A step is planned when any group has work; a group without it gets an empty plan. When none has,
+nothing is planned, and all ranks sleep until the next plan reaches them. Pure, like the schedulers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from cluster.base.errors import (
+    ConfigError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    PenstockError,
+)
+from replicas.api import GenerationDelta, GenerationRequest, ReplicaStats
+from replicas.engine.group_choice import GroupView, choose_group
+from replicas.engine.lockstep import LockstepOutput, LockstepPlan, StepHeader
+from replicas.engine.prefix_cache import HashChain
+from replicas.engine.scheduler import Scheduler
+from replicas.engine.scheduler_config import SchedulerConfig
+from replicas.engine.scheduler_output import SchedulerOutput
+
+ChooseScheme = Callable[[int], tuple[str, str]]
+"""From the query tokens of the busiest group to the exchange of the step, and why."""
+
+
+class LockstepScheduler:
+    """All live requests of one expert-parallel replica. Not thread-safe.
+
+    Args:
+        config: limits of each group, but for `max_waiting_requests`, which all share.
+        num_groups: data-parallel groups.
+        eos_token_ids: the model's end-of-sequence tokens.
+        choose_scheme: the exchange for a step; called once per plan.
+
+    Raises:
+        ConfigError: there is no group.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        num_groups: int,
+        *,
+        choose_scheme: ChooseScheme,
+        eos_token_ids: Iterable[int] = (),
+    ) -> None:
+        if num_groups < 1:
+            raise ConfigError(f"{num_groups} data-parallel groups cannot run anything.", param="dp")
+        eos = tuple(eos_token_ids)
+        self.config = config
+        self.groups = tuple(Scheduler(config, eos) for _ in range(num_groups))
+        self._choose_scheme = choose_scheme
+        self._step = 0
+
+    @property
+    def num_unfinished(self) -> int:
+        """Choices that have not ended."""
+        return sum(group.num_unfinished for group in self.groups)
+
+    @property
+    def oldest_waiting_arrival_s(self) -> float | None:
+        """Arrival of the choice that has waited longest for its first step."""
+        arrivals = [group.oldest_waiting_arrival_s for group in self.groups]
+        return min((arrival for arrival in arrivals if arrival is not None), default=None)
+
+    @property
+    def num_discarded_tokens(self) -> int:
+        """Tokens sampled for choices that had ended by then."""
+        return sum(group.num_discarded_tokens for group in self.groups)
+
+    def add(self, request: GenerationRequest, arrival_s: float = 0.0) -> None:
+        """Queue a request in the group that suits it; see `Scheduler.add`.
+
+        Raises:
+            ContextTooLongError: it can never fit.
+            InvalidRequestError: it has no prompt, or its id is in use.
+            OverloadedError: too many wait already.
+        """
+        if any(group.knows(request.request_id) for group in self.groups):
+            raise InvalidRequestError(
+                f"A request with the id {request.request_id!r} is running already.",
+                "Choose another id.",
+                param="request_id",
+            )
+        stats = [group.stats() for group in self.groups]
+        num_waiting = sum(group.num_waiting for group in stats)
+        if num_waiting >= self.config.max_waiting_requests:
+            raise OverloadedError(
+                f"{num_waiting} requests are waiting; the limit is "
+                f"{self.config.max_waiting_requests}.",
+                "Retry later.",
+            )
+        chain = HashChain(self.config.block_size, request.cache_salt)
+        views = [
+            GroupView(stats=load, num_cached_tokens=group.num_cached_tokens(request, chain))
+            for group, load in zip(self.groups, stats, strict=True)
+        ]
+        chosen = choose_group(len(request.prompt_token_ids), self.config.block_size, views)
+        self.groups[chosen].add(request, arrival_s)
+
+    def abort(self, request_id: str, index: int | None = None) -> list[GenerationDelta]:
+        """End one choice, or all of a request, at once; none for an unknown id."""
+        return [delta for group in self.groups for delta in group.abort(request_id, index)]
+
+    def fail_all(self, error: PenstockError) -> list[GenerationDelta]:
+        """End every choice of every group with the same error."""
+        return [delta for group in self.groups for delta in group.fail_all(error)]
+
+    def schedule(self) -> LockstepPlan | None:
+        """Plan the next step of all groups; it has to be executed.
+
+        Returns:
+            None when no group has something to compute now.
+
+        Raises:
+            InternalError: a group is at a loss, see `Scheduler.schedule`.
+        """
+        step = self._step + 1
+        plans = [group.schedule(step) for group in self.groups]
+        if not any(plan is not None for plan in plans):
+            return None
+        self._step = step
+        num_tokens = tuple(plan.num_tokens if plan is not None else 0 for plan in plans)
+        scheme, reason = self._choose_scheme(max(num_tokens))
+        return LockstepPlan(
+            header=StepHeader(step=step, num_tokens=num_tokens, scheme=scheme, reason=reason),
+            plans=tuple(plan or SchedulerOutput(step=step) for plan in plans),
+        )
+
+    def update_from_output(
+        self, plan: LockstepPlan, output: LockstepOutput
+    ) -> list[GenerationDelta]:
+        """Take in the answers to `plan`, the oldest one in flight, in the order of the groups.
+
+        Raises:
+            InternalError: `output` answers another plan, or an older plan has no answer yet.
+        """
+        deltas: list[GenerationDelta] = []
+        for index, group in enumerate(self.groups):
+            answer = output.outputs[index]
+            if not plan.header.is_idle(index):
+                deltas += group.update_from_output(plan.plans[index], answer)
+            elif answer.step != plan.step:
+                raise InternalError(
+                    f"Group {index} answered step {answer.step} instead of {plan.step}."
+                )
+        return deltas
+
+    def stats(self) -> ReplicaStats:
+        """The load of all groups together."""
+        return sum_stats(self._step, [group.stats() for group in self.groups])
+
+    def check_invariants(self) -> None:
+        """For tests: every group agrees with its requests.
+
+        Raises:
+            InternalError: what is wrong.
+        """
+        for group in self.groups:
+            group.check_invariants()
+
+
+def sum_stats(step: int, groups: Sequence[ReplicaStats]) -> ReplicaStats:
+    """The load of several schedulers as that of one."""
+    names = [name for name in ReplicaStats.__slots__ if name != "step"]
+    return ReplicaStats(
+        step=step, **{name: sum(getattr(load, name) for load in groups) for name in names}
+    )
