@@ -9,6 +9,7 @@ from cluster.base.env import default_cache_dir
 from cluster.base.errors import ConfigError
 from cluster.dist.communicator import Communicator
 from replicas.attention.select import select_backend
+from replicas.kernels.ops import Kernels
 from replicas.kernels.select import select_kernels
 from replicas.models.arch import ArchConfig
 from replicas.models.context import ModelContext, attention_spec, torch_dtype
@@ -37,6 +38,7 @@ def build_model(  # noqa: PLR0913 - where a model is put together
     attention_backend: str = "auto",
     kernels: str = "auto",
     cache_dir: Path | None = None,
+    adapt_kernels: Callable[[Kernels], Kernels] | None = None,
 ) -> DecoderModel:
     """The model of this rank, without weights (those come with each call).
 
@@ -48,6 +50,7 @@ def build_model(  # noqa: PLR0913 - where a model is put together
         attention_backend: `auto` or a name of `replicas.attention.select`.
         kernels: `auto` (compiled ones where they can) or `off` (torch's).
         cache_dir: where compiled kernels are kept; None: the user's cache directory.
+        adapt_kernels: wraps the chosen kernels, for weights in a form that they do not know.
 
     Raises:
         ConfigError: unknown family, dtype or backend, or a split that does not work out.
@@ -66,6 +69,6 @@ def build_model(  # noqa: PLR0913 - where a model is put together
         device=device,
         attention_spec=spec,
         attention_backend=select_backend(spec, attention_backend, chosen),
-        kernels=chosen,
+        kernels=adapt_kernels(chosen) if adapt_kernels else chosen,
     )
     return _MODELS[arch.family](arch, context)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from cluster.dist.communicator import Communicator
+from replicas.kernels.ops import Kernels
 from replicas.layers.weights import WeightProvider
 from replicas.models.checkpoint import load_weights
 from replicas.models.context import torch_dtype
@@ -69,12 +70,14 @@ def build_runner(
     device: torch.device,
     on_progress: Callable[[int, int], None] | None = None,
     weights_factory: WeightsFactory = resident_weights,
+    adapt_kernels: Callable[[Kernels], Kernels] | None = None,
 ) -> ModelRunner:
     """Load this rank's weights, allocate its cache and make its runner; rank 0 gives the output.
 
     Args:
         on_progress: told (bytes loaded, bytes in all).
         weights_factory: where the weights come from; may raise errors of its own.
+        adapt_kernels: as in `build_model`.
 
     Raises:
         ConfigError: the checkpoint's architecture is not supported or cannot be split so.
@@ -89,6 +92,7 @@ def build_runner(
         device=device.type,
         block_size=spec.block_size,
         kernels=spec.kernels,
+        adapt_kernels=adapt_kernels,
     )
     cache = KvCacheSpec(
         num_layers=arch.num_layers,

@@ -1,0 +1,202 @@
+"""Kernels over quantised weights: dequantise a panel, multiply, next panel.
+
+Wraps the kernels that a model was given; everything but `linear` with a quantised weight goes
+straight to them. A panel of dequantised rows stays in the processor's cache until it is used, so a
+quantised weight is never in memory whole in the wide format: the scratch is `PANEL_BYTES` or one
+block, whichever is more. A row's result is the one that the wrapped kernels give for the
+dequantised weight, bit for bit, as their rows do not depend on each other.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cluster.base.errors import InternalError
+from offload.dequant_library import DequantLibrary
+from offload.precision import Precision
+from offload.quant import (
+    ROWS,
+    SCALES,
+    CodeLayout,
+    QuantisedWeight,
+    codes_suffix,
+    dequantise,
+    quantise,
+)
+from replicas.kernels.build import KernelsUnavailableError
+from replicas.kernels.cpu_ops import CpuKernels
+from replicas.kernels.ops import HeadShape, HeadTensors, Kernels
+
+PANEL_BYTES = 1 << 20
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedRows:
+    """The compiled way: blocks of the wrapped kernels' own layout."""
+
+    kernels: CpuKernels
+    library: DequantLibrary
+    width: int
+    """Rows of a block."""
+
+
+class QuantKernels:
+    """Implements `Kernels`.
+
+    Args:
+        base: the model's kernels.
+        precision: of the weights that arrive quantised.
+        cache_dir: where the compiled dequantiser is kept.
+    """
+
+    def __init__(self, base: Kernels, precision: Precision, cache_dir: Path) -> None:
+        self.base = base
+        self._precision = precision
+        self._packed = _packed_rows(base, cache_dir)
+        self.name = f"{base.name}+{precision.value}" + ("" if self._packed else " in rows")
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def layout(self, dtype: torch.dtype) -> CodeLayout:
+        """How codes of a weight in `dtype` must lie for these kernels."""
+        if self._packed is None:
+            return ROWS
+        return CodeLayout(width=self._packed.width, depth=4 // dtype.itemsize)
+
+    def quantise(self, name: str, weight_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors that stand for the linear weight `name` in a streamed unit.
+
+        A weight that the layout cannot hold stays as the wrapped kernels pack it.
+        """
+        layout = self.layout(weight_OI.dtype)
+        if layout.why_not(weight_OI.shape):
+            return self.base.pack(name, weight_OI)
+        quantised = quantise(weight_OI, self._precision, layout)
+        return {
+            name: torch.empty(weight_OI.shape, dtype=weight_OI.dtype, device="meta"),
+            name + codes_suffix(self._precision): quantised.codes,
+            name + SCALES: quantised.scales,
+        }
+
+    def linear(
+        self,
+        input_TI: torch.Tensor,
+        tensors: Mapping[str, torch.Tensor],
+        name: str,
+        bias_O: torch.Tensor | None = None,
+        *,
+        wide: bool = False,
+    ) -> torch.Tensor:
+        """See `Kernels.linear`."""
+        codes = tensors.get(name + codes_suffix(self._precision))
+        if codes is None:
+            return self.base.linear(input_TI, tensors, name, bias_O, wide=wide)
+        like = tensors[name]
+        weight = QuantisedWeight(
+            precision=self._precision,
+            layout=self.layout(like.dtype),
+            shape=like.shape,
+            codes=codes,
+            scales=tensors[name + SCALES],
+        )
+        if self._packed is not None:
+            return self._packed_linear(self._packed, input_TI, weight, bias_O, wide=wide)
+        plain = {name: dequantise(weight, like.dtype)}
+        return self.base.linear(input_TI, plain, name, bias_O, wide=wide)
+
+    def _packed_linear(
+        self,
+        packed: PackedRows,
+        input_TI: torch.Tensor,
+        weight: QuantisedWeight,
+        bias_O: torch.Tensor | None,
+        *,
+        wide: bool,
+    ) -> torch.Tensor:
+        dtype, layout = input_TI.dtype, weight.layout
+        out_features, in_features = weight.shape
+        blocks, lines = layout.num_blocks(weight.shape), layout.num_lines(weight.shape)
+        block_bytes = lines * layout.line * dtype.itemsize
+        panel = max(1, PANEL_BYTES // block_bytes)
+        scratch = self._panel(min(panel, blocks) * block_bytes).view(dtype)
+        output_TO = torch.empty(
+            (input_TI.shape[0], out_features), dtype=torch.float32 if wide else dtype
+        )
+        for first in range(0, blocks, panel):
+            count = min(panel, blocks - first)
+            rows = slice(first * layout.width, min(out_features, (first + count) * layout.width))
+            block_range = slice(first, first + count)
+            lines_BLE = scratch[: count * lines * layout.line].view(count, lines, layout.line)
+            packed.library.dequantise(
+                weight.codes[block_range],
+                weight.scales[block_range],
+                lines_BLE,
+                weight.precision,
+                layout,
+            )
+            output_TO[:, rows] = packed.kernels.library.linear(
+                input_TI.contiguous(),
+                lines_BLE,
+                torch.Size((rows.stop - rows.start, in_features)),
+                None if bias_O is None else bias_O[rows],
+                wide=wide,
+            )
+        return output_TO
+
+    def _panel(self, num_bytes: int) -> torch.Tensor:
+        if self._scratch.numel() < num_bytes:
+            self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._scratch[:num_bytes]
+
+    # Everything else is the wrapped kernels'.
+
+    def pack(self, name: str, weight_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See `Kernels.pack`: weights that stay in memory are not quantised."""
+        return self.base.pack(name, weight_OI)
+
+    def embedding(
+        self, ids_T: torch.Tensor, tensors: Mapping[str, torch.Tensor], name: str
+    ) -> torch.Tensor:
+        """See `Kernels.embedding`."""
+        return self.base.embedding(ids_T, tensors, name)
+
+    def rms_norm(self, hidden: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        """See `Kernels.rms_norm`."""
+        return self.base.rms_norm(hidden, weight_D, eps)
+
+    def add_rms_norm(
+        self, hidden_TD: torch.Tensor, delta_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Kernels.add_rms_norm`."""
+        return self.base.add_rms_norm(hidden_TD, delta_TD, weight_D, eps)
+
+    def prepare_heads(
+        self, fused_TX: torch.Tensor, shape: HeadShape, tensors: HeadTensors
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `Kernels.prepare_heads`."""
+        return self.base.prepare_heads(fused_TX, shape, tensors)
+
+    def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
+        """See `Kernels.silu_mul`."""
+        return self.base.silu_mul(gate_up_TF)
+
+
+def _packed_rows(base: Kernels, cache_dir: Path) -> PackedRows | None:
+    """The compiled way when the base is compiled too and lays weights out as expected."""
+    if not isinstance(base, CpuKernels):
+        return None
+    layout = CodeLayout(width=base.library.width, depth=2)
+    sample = torch.arange(layout.width * 6, dtype=torch.float32).view(-1, 6).bfloat16()
+    if not torch.equal(base.library.pack(sample).flatten(), layout.arrange(sample).flatten()):
+        raise InternalError("The CPU kernels lay weights out in a way the dequantiser cannot.")
+    try:
+        library = DequantLibrary(cache_dir)
+    except KernelsUnavailableError as error:
+        _log.warning("quantised weights: torch dequantises them, because %s", error)
+        return None
+    return PackedRows(kernels=base, library=library, width=layout.width)
