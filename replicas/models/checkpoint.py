@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,22 @@ def load_weights(
     with ExitStack() as files:
         loader = _Loader(stored, torch_dtype(dtype), device, files)
         return _load_all(units, loader, kernels, on_progress)
+
+
+@contextmanager
+def open_checkpoint(
+    path: str | Path, units: Iterable[WeightUnit], *, dtype: str
+) -> Iterator[Callable[[TensorSpec], torch.Tensor]]:
+    """Reads one spec's tensor after another on the CPU; for who keeps weights in another way.
+
+    Raises:
+        ConfigError, CorruptWeightsError: as `load_weights`, here and at each read.
+    """
+    units = tuple(units)
+    stored = _canonical(units, read_index(path))
+    _check_names(Path(path), units, stored)
+    with ExitStack() as files:
+        yield _Loader(stored, torch_dtype(dtype), "cpu", files).load
 
 
 def _load_all(
