@@ -1,0 +1,209 @@
+"""Measures what the cost model needs of a machine, in a few seconds. Run as a process of its own:
+
+    python -m offload.probe --device cpu --threads 2 --dtype bfloat16 --disk DIR
+
+prints the rates as one line of JSON. A process, because it sets threads, takes memory and may be
+killed when the disk hangs; `offload/machine_rates.py` starts it with a deadline and keeps what it
+says.
+Each rate is the best of a few tries: what the machine can do undisturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import mmap
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cluster.base.env import default_cache_dir
+from offload.cost_model import GemmPoint, Rates
+from offload.machine_rates import rates_to_json
+from offload.precision import Precision
+from offload.quant_kernels import QuantKernels
+from replicas.kernels.ops import Kernels
+from replicas.kernels.select import select_kernels
+from replicas.models.context import torch_dtype
+from replicas.worker.device import open_device, synchronize
+
+FILE_BYTES = 256 << 20
+RECORD_BYTES = 32 << 20
+COPY_BYTES = 64 << 20
+READ_BYTES = 256 << 20
+GEMM_TOKENS = (1, 16, 256)
+WEIGHT_SHAPE = (4096, 2048)
+NUM_WEIGHTS = 8
+"""Together larger than the caches of a core's share, so that weights come from memory."""
+TINY = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What is measured with."""
+
+    device: torch.device
+    dtype: torch.dtype
+    kernels: Kernels
+
+    def best_s(self, work: Callable[[], object], tries: int = 3) -> float:
+        """Shortest time of `work`, after one run that warms up."""
+        work()
+        synchronize(self.device)
+        times = []
+        for _ in range(tries):
+            started_s = time.perf_counter()
+            work()
+            synchronize(self.device)
+            times.append(time.perf_counter() - started_s)
+        return min(times)
+
+
+def measure(probe: Probe, disk: Path) -> Rates:
+    """All rates.
+
+    Raises:
+        OSError: the directory cannot be written or read.
+    """
+    weights = [torch.full(WEIGHT_SHAPE, 0.01, dtype=probe.dtype) for _ in range(NUM_WEIGHTS)]
+    packed = [_on_device(probe.kernels.pack("w.weight", weight), probe) for weight in weights]
+    points = [_gemm(probe, probe.kernels, packed, tokens) for tokens in GEMM_TOKENS]
+    int8, int4 = (
+        _dequantised_per_s(probe, precision, weights, points[0])
+        for precision in (Precision.INT8, Precision.INT4)
+    )
+    return Rates(
+        disk_bytes_per_s=_disk(disk),
+        link_bytes_per_s=_link(probe),
+        memory_bytes_per_s=_memory(probe, probe.device),
+        gemm=tuple(points),
+        int8_weights_per_s=int8,
+        int4_weights_per_s=int4,
+        host_memory_bytes_per_s=_memory(probe, torch.device("cpu")),
+        layer_overhead_s=_layer_overhead(probe),
+    )
+
+
+def _gemm(
+    probe: Probe, kernels: Kernels, packed: Sequence[dict[str, torch.Tensor]], tokens: int
+) -> GemmPoint:
+    input_TI = torch.ones((tokens, WEIGHT_SHAPE[1]), dtype=probe.dtype, device=probe.device)
+
+    def multiply() -> None:
+        for tensors in packed:
+            kernels.linear(input_TI, tensors, "w.weight")
+
+    seconds = probe.best_s(multiply, 5 if tokens < max(GEMM_TOKENS) else 2)
+    flops = 2 * tokens * math.prod(WEIGHT_SHAPE) * len(packed)
+    return GemmPoint(tokens=tokens, flops_per_s=flops / seconds)
+
+
+def _dequantised_per_s(
+    probe: Probe, precision: Precision, weights: Sequence[torch.Tensor], native: GemmPoint
+) -> float:
+    """From what a product with one row takes beyond the same one with native weights."""
+    kernels = QuantKernels(probe.kernels, precision, default_cache_dir() / "kernels")
+    packed = [_on_device(kernels.quantise("w.weight", weight), probe) for weight in weights[:4]]
+    both = _gemm(probe, kernels, packed, 1).seconds_per_weight
+    return 1 / max(both - native.seconds_per_weight, both / 100)
+
+
+def _on_device(tensors: dict[str, torch.Tensor], probe: Probe) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor if tensor.is_meta else tensor.to(probe.device)
+        for name, tensor in tensors.items()
+    }
+
+
+def _link(probe: Probe) -> float:
+    """Host memory -> device; on the CPU a copy in memory."""
+    on_host = torch.ones(COPY_BYTES, dtype=torch.uint8)
+    source = on_host.pin_memory() if probe.device.type == "cuda" else on_host
+    target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=probe.device)
+    return COPY_BYTES / probe.best_s(lambda: target.copy_(source, non_blocking=True))
+
+
+def _memory(probe: Probe, device: torch.device) -> float:
+    data = torch.ones(READ_BYTES // 4, device=device)
+    return READ_BYTES / probe.best_s(data.sum)
+
+
+def _layer_overhead(probe: Probe) -> float:
+    """A layer whose matrices are next to nothing: what remains is calls, norms and activations."""
+    kernels = probe.kernels
+    tiny = torch.ones((TINY, TINY), dtype=probe.dtype)
+    tensors = _on_device(kernels.pack("w.weight", tiny), probe)
+    hidden_TD = torch.ones((1, TINY), dtype=probe.dtype, device=probe.device)
+    norm_D = torch.ones(TINY, dtype=probe.dtype, device=probe.device)
+
+    def layer() -> None:
+        for _ in range(4):  # fused q/k/v, output, fused gate and up, down
+            kernels.linear(hidden_TD, tensors, "w.weight")
+        for _ in range(2):
+            kernels.add_rms_norm(hidden_TD, hidden_TD, norm_D, 1e-6)
+        kernels.silu_mul(hidden_TD)
+
+    return probe.best_s(layer, 20)
+
+
+def _disk(directory: Path) -> float:
+    """Reads past the page cache with two threads, a record in flight on each."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=directory, prefix="probe-") as file:
+        chunk = os.urandom(1 << 20)
+        for _ in range(FILE_BYTES >> 20):
+            file.write(chunk)
+        file.flush()
+        os.fdatasync(file.fileno())
+        return FILE_BYTES / min(_read_all(file.name) for _ in range(3))
+
+
+def _read_all(path: str) -> float:
+    flags = os.O_RDONLY | getattr(os, "O_DIRECT", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError:  # a file system without direct reads
+        descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        buffers = [mmap.mmap(-1, RECORD_BYTES) for _ in range(2)]
+        for buffer in buffers:
+            buffer[:] = bytes(RECORD_BYTES)
+
+        def read(worker: int) -> None:
+            for offset in range(worker * RECORD_BYTES, FILE_BYTES, 2 * RECORD_BYTES):
+                os.preadv(descriptor, [buffers[worker]], offset)
+
+        started_s = time.perf_counter()
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(read, range(2)))
+        return time.perf_counter() - started_s
+    finally:
+        os.close(descriptor)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--disk", type=Path, required=True)
+    arguments = parser.parse_args()
+    device, dtype = open_device(arguments.device, arguments.threads), torch_dtype(arguments.dtype)
+    kernels = select_kernels("auto", dtype, device.type, default_cache_dir() / "kernels")
+    with torch.inference_mode():
+        rates = measure(Probe(device=device, dtype=dtype, kernels=kernels), arguments.disk)
+    sys.stdout.write(json.dumps(rates_to_json(rates)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
