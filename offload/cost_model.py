@@ -15,7 +15,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offload.model_shape import ModelShape
+from offload.model_shape import LayerShape, ModelShape
 from offload.precision import Precision
 
 MAX_BALANCE_TOKENS = 131_072
@@ -114,11 +114,12 @@ class Placement:
     """Where the weights of one rank are, in what format, and how the ring is cut."""
 
     resident_layers: int
-    """The first so many layers stay on the device, in the native format."""
+    """The first so many layers stay on the device."""
     host_layers: int
     """The next so many stream from host memory, the rest from disk."""
     fixed_resident: bool = True
     precision: Precision = Precision.NATIVE
+    """Of all layers, wherever they are: answers do not depend on the budget."""
     ring_slots: int = 3
     kv_home: KvHome = KvHome.DEVICE
 
@@ -132,18 +133,17 @@ class Placement:
     def slot_bytes(self, model: ModelShape) -> int:
         """The largest record that streams; 0 when nothing does."""
         streamed = model.layers[self.resident_layers :]
-        sizes = [layer.record_bytes(self.precision) for layer in streamed]
+        sizes = [layer.largest_record_bytes(self.precision) for layer in streamed]
         if not self.fixed_resident:
-            sizes += [num_bytes for _, num_bytes in model.fixed_units]
+            sizes += [unit.native_bytes for unit in model.fixed_units]
         return max(sizes, default=0)
 
     def weight_bytes(self, model: ModelShape) -> int:
         """Device bytes of resident weights and ring."""
-        resident = sum(
-            layer.record_bytes(Precision.NATIVE) for layer in model.layers[: self.resident_layers]
-        )
+        resident = model.layers[: self.resident_layers]
+        held = sum(layer.record_bytes(self.precision) for layer in resident)
         fixed = model.fixed_bytes if self.fixed_resident else 0
-        return resident + fixed + self.ring_slots * self.slot_bytes(model)
+        return held + fixed + self.ring_slots * self.slot_bytes(model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +206,6 @@ def pass_time(model: ModelShape, placement: Placement, rates: Rates, load: PassL
 
 
 def _compute_s(model: ModelShape, placement: Placement, rates: Rates, load: PassLoad) -> float:
-    streamed = sum(layer.linear_weights for layer in model.layers[placement.resident_layers :])
     decode_s = 0.0
     if placement.kv_home is not KvHome.HOST:
         read = load.rows * load.context_tokens * model.kv_bytes_per_token
@@ -214,13 +213,29 @@ def _compute_s(model: ModelShape, placement: Placement, rates: Rates, load: Pass
     pairs = load.prompt_tokens * load.prompt_context_tokens
     prompt_s = pairs * model.attention_flops_per_pair / rates.gemm[-1].flops_per_s
     return (
-        rates.gemm_s(model.layer_weights, load.tokens)
+        sum(_layer_s(layer, placement.precision, rates, load.tokens) for layer in model.layers)
         + rates.gemm_s(model.head_weights, load.rows)
-        + rates.dequantise_s(streamed, placement.precision)
         + decode_s
         + prompt_s
         + rates.layer_overhead_s * len(model.layers)
     )
+
+
+def _layer_s(layer: LayerShape, precision: Precision, rates: Rates, tokens: int) -> float:
+    """Products of one layer; of its experts, those that routing hits, each with its rows."""
+    weights = layer.base.linear_weights
+    seconds = rates.gemm_s(weights, tokens) + rates.dequantise_s(weights, precision)
+    if layer.experts:
+        hit = distinct_experts(len(layer.experts), layer.top_k, tokens)
+        weights = round(hit * layer.experts[0].linear_weights)
+        rows = max(1, round(tokens * layer.top_k / hit))
+        seconds += rates.gemm_s(weights, rows) + rates.dequantise_s(weights, precision)
+    return seconds
+
+
+def distinct_experts(num_experts: int, top_k: int, tokens: int) -> float:
+    """Experts of a layer that `tokens` tokens hit when routing is uniform: E (1 - (1 - k/E)^T)."""
+    return num_experts * (1 - (1 - top_k / num_experts) ** tokens)
 
 
 def balance_tokens(model: ModelShape, placement: Placement, rates: Rates) -> int:

@@ -2,36 +2,75 @@
 
 Torch-free, for one tensor-parallel rank, made from the same declarations that the loader and the
 packer read. Layers are what streams; embedding, norm and head (the fixed units) are used by a few
-rows of each step and stream only where the device cannot hold them.
+rows of each step and stream only where the device cannot hold them. Record sizes are the packer's
+upper bounds, so that what is planned here holds when the store is opened.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offload.precision import Precision
+from offload.layout import TENSOR_ALIGN, aligned
+from offload.precision import GROUP, GROUP_BYTES, Precision
+from offload.record_sizes import record_bytes, tensor_bytes
 from replicas.layers.weights import TensorSpec, WeightUnit
 from replicas.models.arch import ArchConfig
-from replicas.models.memory import DTYPE_BYTES, kv_bytes_per_token
+from replicas.models.memory import kv_bytes_per_token
 from replicas.models.weight_units import weight_units
+
+_BLOCK_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitShape:
+    """One weight unit: its record in each format, and what it multiplies."""
+
+    name: str
+    linear_weights: int
+    """Weights that are multiplied and can be quantised."""
+    native_bytes: int
+    int8_bytes: int
+    int4_bytes: int
+
+    def record_bytes(self, precision: Precision) -> int:
+        """Bytes of the record in a store of this format."""
+        match precision:
+            case Precision.NATIVE:
+                return self.native_bytes
+            case Precision.INT8:
+                return self.int8_bytes
+            case Precision.INT4:
+                return self.int4_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShape:
-    """One decoder layer on one rank."""
+    """One decoder layer on one rank: a unit, and one more for each routed expert."""
 
-    linear_weights: int
-    """Weights that are multiplied and can be quantised."""
-    other_bytes: int
-    """Norms and biases, never quantised."""
-    native_bytes_per_weight: int
+    base: UnitShape
+    experts: tuple[UnitShape, ...] = ()
+    top_k: int = 0
+    """Experts that a token visits."""
+
+    @property
+    def units(self) -> tuple[UnitShape, ...]:
+        """All of them."""
+        return (self.base, *self.experts)
+
+    @property
+    def linear_weights(self) -> int:
+        """Of all units."""
+        return sum(unit.linear_weights for unit in self.units)
 
     def record_bytes(self, precision: Precision) -> int:
-        """Bytes of the layer in a store of this format, without alignment."""
-        each = precision.bytes_per_weight(self.native_bytes_per_weight)
-        return math.ceil(self.linear_weights * each) + self.other_bytes
+        """Bytes of all records."""
+        return sum(unit.record_bytes(precision) for unit in self.units)
+
+    def largest_record_bytes(self, precision: Precision) -> int:
+        """Bytes of the largest record."""
+        return max(unit.record_bytes(precision) for unit in self.units)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,29 +78,27 @@ class ModelShape:
     """One rank's share of a model."""
 
     layers: tuple[LayerShape, ...]
-    fixed_units: tuple[tuple[str, int], ...]
-    """Name and bytes of embedding, norm and head, each with everything it needs."""
+    fixed_units: tuple[UnitShape, ...]
+    """Embedding, norm and head, always native; what two of them share is in both."""
     fixed_bytes: int
     """What they take together on the device; what two of them share counts once."""
-    head_weights: int
-    """Multiplied once for each row that is sampled."""
     kv_bytes_per_token: int
     attention_flops_per_pair: int
     """Operations of all layers for one query token and one key."""
 
     @property
-    def layer_weights(self) -> int:
-        """Linear weights of all layers."""
-        return sum(layer.linear_weights for layer in self.layers)
-
-    def layer_bytes(self, precision: Precision) -> int:
-        """Bytes of all layers in a store of this format."""
-        return sum(layer.record_bytes(precision) for layer in self.layers)
+    def head_weights(self) -> int:
+        """Multiplied once for each row that is sampled."""
+        return sum(unit.linear_weights for unit in self.fixed_units if unit.name == "head")
 
     @property
     def fixed_read_bytes(self) -> int:
         """What a step reads of the fixed units when they stream: shared bytes twice."""
-        return sum(num_bytes for _, num_bytes in self.fixed_units)
+        return sum(unit.native_bytes for unit in self.fixed_units)
+
+    def layer_bytes(self, precision: Precision) -> int:
+        """Bytes of all layers in a store of this format."""
+        return sum(layer.record_bytes(precision) for layer in self.layers)
 
 
 def model_shape(arch: ArchConfig, tp_size: int, dtype: str) -> ModelShape:
@@ -70,43 +107,69 @@ def model_shape(arch: ArchConfig, tp_size: int, dtype: str) -> ModelShape:
     Raises:
         ConfigError: the model cannot be split so, or the dtype is unknown.
     """
-    item = DTYPE_BYTES[dtype]
     units = weight_units(arch, 0, tp_size)
-    fixed = [unit for unit in units if not unit.name.startswith("layer.")]
-    layers = [
-        _layer([unit for unit in units if _layer_index(unit) == index], item)
-        for index in range(arch.num_layers)
-    ]
+    fixed = [unit for unit in units if _layer_of(unit) is None]
     heads = arch.num_heads // tp_size
     return ModelShape(
-        layers=tuple(layers),
-        fixed_units=tuple((unit.name, _distinct_elements(unit.tensors) * item) for unit in fixed),
-        fixed_bytes=_distinct_elements(spec for unit in fixed for spec in unit.tensors) * item,
-        head_weights=sum(
-            math.prod(spec.shape) for unit in fixed if unit.name == "head" for spec in unit.tensors
+        layers=tuple(
+            _layer([unit for unit in units if _layer_of(unit) == index], dtype)
+            for index in range(arch.num_layers)
         ),
+        fixed_units=tuple(_unit(unit, dtype) for unit in fixed),
+        fixed_bytes=sum(_distinct_records(fixed, dtype)),
         kv_bytes_per_token=kv_bytes_per_token(arch, tp_size, dtype),
         attention_flops_per_pair=4 * heads * arch.head_dim * arch.num_layers,
     )
 
 
-def _layer_index(unit: WeightUnit) -> int | None:
-    """Layer of a unit (`layer.3`, and what belongs to it), None for the others."""
+def _layer_of(unit: WeightUnit) -> int | None:
+    """Layer of a unit (`layer.3`, `layer.3.expert.7`), None for the others."""
     kind, _, rest = unit.name.partition(".")
     return int(rest.partition(".")[0]) if kind == "layer" else None
 
 
-def _layer(units: Iterable[WeightUnit], item: int) -> LayerShape:
-    specs = [spec for unit in units for spec in unit.tensors]
-    linear = sum(math.prod(spec.shape) for spec in specs if spec.is_linear)
-    everything = sum(math.prod(spec.shape) for spec in specs)
+def _layer(units: Sequence[WeightUnit], dtype: str) -> LayerShape:
+    base, *experts = units
     return LayerShape(
-        linear_weights=linear,
-        other_bytes=(everything - linear) * item,
-        native_bytes_per_weight=item,
+        base=_unit(base, dtype), experts=tuple(_unit(expert, dtype) for expert in experts)
     )
 
 
-def _distinct_elements(specs: Iterable[TensorSpec]) -> int:
-    distinct = {(spec.shape, spec.sources): math.prod(spec.shape) for spec in specs}
-    return sum(distinct.values())
+def _unit(unit: WeightUnit, dtype: str) -> UnitShape:
+    return UnitShape(
+        name=unit.name,
+        linear_weights=sum(math.prod(spec.shape) for spec in unit.tensors if spec.is_linear),
+        native_bytes=record_bytes(unit, dtype),
+        int8_bytes=_quantised_bytes(unit, dtype, Precision.INT8),
+        int4_bytes=_quantised_bytes(unit, dtype, Precision.INT4),
+    )
+
+
+def _quantised_bytes(unit: WeightUnit, dtype: str, precision: Precision) -> int:
+    """Most bytes of the unit's record with its linear weights as codes and scales."""
+    total = 0
+    for spec in unit.tensors:
+        if not spec.is_linear:
+            total += tensor_bytes(spec, dtype)
+            continue
+        rows, width = aligned(spec.shape[0], _BLOCK_ROWS), aligned(spec.shape[1], GROUP)
+        codes = rows * width if precision is Precision.INT8 else rows * width // 2
+        total += aligned(codes, TENSOR_ALIGN) + rows * width // GROUP * GROUP_BYTES
+    return aligned(total)
+
+
+def _distinct_records(units: Sequence[WeightUnit], dtype: str) -> list[int]:
+    """Bytes of every record: a unit with the tensors of an earlier one shares its record."""
+    sizes: list[int] = []
+    seen: list[set[object]] = []
+    for unit in units:
+        tensors = {_identity(spec) for spec in unit.tensors}
+        if tensors and any(tensors <= others for others in seen):
+            continue
+        seen.append(tensors)
+        sizes.append(record_bytes(unit, dtype))
+    return sizes
+
+
+def _identity(spec: TensorSpec) -> object:
+    return spec.shape, spec.sources

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from offload.cost_model import GemmPoint, Rates
-from offload.model_shape import LayerShape, ModelShape
+from offload.model_shape import LayerShape, ModelShape, UnitShape
 
 GB = 10**9
 
@@ -15,12 +15,26 @@ def uniform_model(
     kv_bytes_per_token: int = 100_000,
     fixed_bytes: int = 0,
 ) -> ModelShape:
-    layer = LayerShape(linear_weights=layer_weights, other_bytes=0, native_bytes_per_weight=2)
+    layer = LayerShape(
+        base=UnitShape(
+            name="layer",
+            linear_weights=layer_weights,
+            native_bytes=2 * layer_weights,
+            int8_bytes=layer_weights * 17 // 16,
+            int4_bytes=layer_weights * 9 // 16,
+        )
+    )
+    head = UnitShape(
+        name="head",
+        linear_weights=0,
+        native_bytes=fixed_bytes,
+        int8_bytes=fixed_bytes,
+        int4_bytes=fixed_bytes,
+    )
     return ModelShape(
         layers=(layer,) * num_layers,
-        fixed_units=(("head", fixed_bytes),),
+        fixed_units=(head,),
         fixed_bytes=fixed_bytes,
-        head_weights=0,
         kv_bytes_per_token=kv_bytes_per_token,
         attention_flops_per_pair=0,
     )

@@ -16,13 +16,14 @@ from offload.cost_model import (
     Placement,
     Resource,
     balance_tokens,
+    distinct_experts,
     pass_time,
     time_to_first_token_s,
 )
+from offload.layout import aligned
 from offload.model_shape import model_shape
 from offload.precision import Precision
 from replicas.models.hf_config import arch_from_hf
-from replicas.models.memory import weight_bytes_per_rank
 
 STREAM_ALL = Placement(resident_layers=0, host_layers=40)
 
@@ -66,7 +67,7 @@ def test_parts_of_a_pass_by_hand() -> None:
     layer_bytes = 1.0625 * GB
     assert seconds[Resource.DISK] == pytest.approx(5 * layer_bytes / (2 * GB))
     assert seconds[Resource.LINK] == pytest.approx(8 * layer_bytes / (8 * GB))
-    multiply, dequantise, attend = 2 * 10e9 * 40 / 1e12, 8e9 / 50e9, 10 * 100 * 10**6 / (100 * GB)
+    multiply, dequantise, attend = 2 * 10e9 * 40 / 1e12, 10e9 / 50e9, 10 * 100 * 10**6 / (100 * GB)
     assert seconds[Resource.COMPUTE] == pytest.approx(multiply + dequantise + attend)
 
 
@@ -137,13 +138,19 @@ def test_shape_of_a_real_architecture_adds_up() -> None:
         }
     )
     shape = model_shape(arch, 1, "bfloat16")
-    whole = shape.fixed_bytes + shape.layer_bytes(Precision.NATIVE)
-    assert whole == weight_bytes_per_rank(arch, 1, "bfloat16")
-    assert shape.layers[0].linear_weights == 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 128
-    assert shape.layers[0].other_bytes == 2 * 64 * 2
-    # Tied: held once, read by the embedding and again by the head.
-    assert shape.fixed_read_bytes == shape.fixed_bytes + 256 * 64 * 2
+    assert [layer.base.name for layer in shape.layers] == ["layer.0", "layer.1", "layer.2"]
+    linear = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 128
+    assert shape.layers[0].linear_weights == linear
+    # Pages of 4 KiB hold the norms too; these shapes need no padding.
+    assert shape.layers[0].record_bytes(Precision.NATIVE) == aligned(2 * (linear + 2 * 64))
+    assert shape.layers[0].record_bytes(Precision.INT4) == aligned(linear * 9 // 16 + 4 * 64)
+    # Tied: held once, read by the embedding and again by the head; the norm has a page.
+    assert shape.fixed_bytes == 2 * 256 * 64 + 4096
+    assert shape.fixed_read_bytes == 2 * (2 * 256 * 64) + 4096
     assert shape.head_weights == 256 * 64
-    assert shape.layers[0].record_bytes(Precision.INT4) == pytest.approx(
-        0.5625 * shape.layers[0].linear_weights + 256
-    )
+
+
+def test_experts_hit_by_uniform_routing() -> None:
+    """E = 128, k = 8: 8, 52, 112, 126 experts for 1, 8, 32, 64 tokens."""
+    hit = [round(distinct_experts(128, 8, tokens)) for tokens in (1, 8, 32, 64)]
+    assert hit == [8, 52, 112, 126]
