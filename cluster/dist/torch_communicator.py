@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore, Work
+from torch._C._distributed_c10d import PrefixStore, Store, Work
 
 from cluster.base.errors import (
     CollectiveTimeoutError,
@@ -24,7 +24,8 @@ from cluster.base.errors import (
     PenstockError,
     WorkerDiedError,
 )
-from cluster.dist.rendezvous import Rendezvous, listen, local_address_towards
+from cluster.dist.rendezvous import Rendezvous, local_address_towards
+from cluster.dist.store import gloo_options, open_store
 
 BACKENDS = ("gloo", "nccl")
 _TIMEOUT_WORDS = ("timed out", "timeout")
@@ -82,9 +83,8 @@ class TorchCommunicator:
         self._timeout_s = timeout_s
         self._closed = False
         self._failure: PenstockError | None = None
-        self._server: TCPStore | None = None
         try:
-            self._store = self._open_store(rendezvous)
+            self._store = open_store(rank, rendezvous)
             keys = PrefixStore(rendezvous.prefix, self._store)
             if backend == "gloo":
                 self._group = self._gloo(keys, rendezvous, bind_host)
@@ -150,30 +150,10 @@ class TorchCommunicator:
             raise self._explain("leaving the group", error) from error
         finally:
             del self._group, self._store
-            self._server = None
-
-    def _open_store(self, place: Rendezvous) -> Store:
-        deadline = timedelta(seconds=place.connect_timeout_s)
-        if self._rank == 0:
-            # We bind the socket ourselves: torch would listen on every interface.
-            listener = listen(place.host, place.port)
-            self._server = TCPStore(
-                place.host,
-                place.port,
-                world_size=None,
-                is_master=True,
-                timeout=deadline,
-                wait_for_workers=False,
-                master_listen_fd=listener.detach(),
-            )
-            return self._server
-        return TCPStore(place.host, place.port, world_size=None, is_master=False, timeout=deadline)
 
     def _gloo(self, keys: Store, place: Rendezvous, bind_host: str | None) -> _Group:
         host = bind_host or local_address_towards(place.host, place.port)
-        options: Any = cast("Any", dist.ProcessGroupGloo)._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-        options._timeout = timedelta(seconds=place.connect_timeout_s)
+        options = gloo_options(host, place.connect_timeout_s)
         group = dist.ProcessGroupGloo(keys, self._rank, self._size, options)
         group._set_default_timeout(timedelta(seconds=self._timeout_s))
         return cast("_Group", group)

@@ -1,0 +1,148 @@
+"""The groups of one expert-parallel rank: everybody, its node, its rail; and the watch over them.
+
+All are made together on one store, under the epoch of the rendezvous, so that nothing of an older
+epoch can reach them. They fail together as well: one watch ends them all.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from datetime import timedelta
+
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from cluster.base.errors import CollectiveTimeoutError, InternalError, PenstockError
+from cluster.dist.gloo_peers import GlooPeers
+from cluster.dist.peer_watch import PeerWatch
+from cluster.dist.rank_topology import RankTopology
+from cluster.dist.rendezvous import Rendezvous, local_address_towards
+from cluster.dist.store import open_store
+
+DEFAULT_TIMEOUT_S = 10.0
+
+
+class ExpertPeers:
+    """What `join_expert_peers` returns; `close` when done.
+
+    Attributes:
+        world: all ranks.
+        node: the ranks of this node.
+        rail: the ranks of this rail (see rank_topology.py).
+    """
+
+    def __init__(
+        self,
+        *,
+        topology: RankTopology,
+        groups: tuple[GlooPeers, GlooPeers, GlooPeers],
+        watch: PeerWatch,
+        store: Store,
+    ) -> None:
+        self.topology = topology
+        self.world, self.node, self.rail = groups
+        self._watch = watch
+        self._store: Store | None = store
+
+    @property
+    def failure(self) -> PenstockError | None:
+        """What has ended the groups; None while they work."""
+        return self._watch.failure
+
+    def close(self) -> None:
+        """Leave all groups; safe to call twice. Rank 0 takes the store with it."""
+        self._watch.close()
+        for group in (self.rail, self.node, self.world):
+            group.close()
+        self._store = None
+
+
+def join_expert_peers(
+    *,
+    rank: int,
+    topology: RankTopology,
+    rendezvous: Rendezvous,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    bind_host: str | None = None,
+) -> ExpertPeers:
+    """Meet the other ranks; all call it with the same topology and rendezvous.
+
+    Args:
+        rank: this rank; rank 0 hosts the store at the rendezvous.
+        topology: of all ranks.
+        rendezvous: place, name and epoch of the group.
+        timeout_s: how long a wait may last although all peers live.
+        bind_host: this rank's own address; None means the one that faces the rendezvous.
+
+    Raises:
+        CollectiveTimeoutError: not all ranks came within `rendezvous.connect_timeout_s`.
+        InternalError: rank 0 cannot listen at the rendezvous.
+    """
+    me = topology.describe(rank)
+    watch: PeerWatch | None = None
+    try:
+        store = open_store(rank, rendezvous)
+        keys = PrefixStore(rendezvous.prefix, store)
+        keys.set_timeout(timedelta(seconds=rendezvous.connect_timeout_s))
+        host = bind_host or local_address_towards(rendezvous.host, rendezvous.port)
+        if rank == 0:
+            keys.set("key", secrets.token_hex(16))
+        watch = PeerWatch(
+            rank=rank,
+            topology=topology,
+            host=host,
+            key=keys.get("key").decode(),
+            timeout_s=timeout_s,
+        )
+        _meet(watch, keys, rank, topology.num_ranks)
+        groups = _groups(
+            watch, keys, rank, topology, (host, rendezvous.connect_timeout_s, timeout_s)
+        )
+    except (RuntimeError, OSError) as error:
+        if watch is not None:
+            watch.close()
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, OSError):
+            remedy = "Choose another rendezvous address or port."
+            raise InternalError(f"{me} could not join the group: {text}.", remedy) from error
+        raise CollectiveTimeoutError(
+            f"{me}: not all ranks joined within {rendezvous.connect_timeout_s:g} s ({text})."
+        ) from error
+    return ExpertPeers(topology=topology, groups=groups, watch=watch, store=store)
+
+
+def _meet(watch: PeerWatch, keys: Store, rank: int, num_ranks: int) -> None:
+    keys.set(f"watch/{rank}", json.dumps(watch.address))
+    addresses = {}
+    for other in range(num_ranks):
+        host, port = json.loads(keys.get(f"watch/{other}"))
+        addresses[other] = (str(host), int(port))
+    watch.meet(addresses)
+
+
+def _groups(
+    watch: PeerWatch,
+    keys: Store,
+    rank: int,
+    topology: RankTopology,
+    setting: tuple[str, float, float],
+) -> tuple[GlooPeers, GlooPeers, GlooPeers]:
+    host, connect_s, timeout_s = setting
+    members = {
+        "world": tuple(range(topology.num_ranks)),
+        "node": topology.node_ranks(rank),
+        "rail": topology.rail_ranks(rank),
+    }
+    made: dict[tuple[int, ...], GlooPeers] = {}
+    for name, ranks in members.items():
+        if ranks not in made:  # with one node, or one rank a node, two of them are the same
+            made[ranks] = GlooPeers(
+                keys=PrefixStore(f"{name}/{ranks[0]}", keys),
+                rank=rank,
+                ranks=ranks,
+                host=host,
+                watch=watch,
+                timeouts_s=(connect_s, timeout_s),
+            )
+    world, node, rail = (made[ranks] for ranks in members.values())
+    return world, node, rail

@@ -1,0 +1,71 @@
+"""What an exchange of tokens asks of its peers: bytes to all, bytes to one, and honest failures.
+
+Everything is bytes (contiguous one-dimensional uint8 tensors); what they mean is the caller's. A
+call starts a transfer, `wait` ends it. Waiting names the operation, because a receive may be posted
+long before anybody knows for what.
+
+Raises (every wait and every start): WorkerDiedError naming a peer that is gone or does not answer,
+CollectiveTimeoutError naming one that lives and does not arrive. After either the group is of no
+use any more, here and at every peer; a new group has a new epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Transfer(Protocol):
+    """Bytes on their way; the tensors involved must not be touched before `wait` returns."""
+
+    def wait(self, what: str) -> None:
+        """Return when the bytes have left (a send) or are here (anything else).
+
+        Args:
+            what: the operation as an error will name it, e.g. `layer 3 dispatch`.
+        """
+        ...
+
+
+class PeerGroup(Protocol):
+    """Some ranks that exchange bytes; collectives are called by all of them in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's index in the group."""
+        ...
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The members, as ranks of the whole expert-parallel group, ascending."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        ...
+
+    def all_to_all(
+        self,
+        received: torch.Tensor,
+        sent: torch.Tensor,
+        received_splits: Sequence[int],
+        sent_splits: Sequence[int],
+    ) -> Transfer:
+        """Send consecutive pieces of `sent` to the members in order and fill `received` alike."""
+        ...
+
+    def send(self, data: torch.Tensor, peer: int, tag: int) -> Transfer:
+        """Send to one member; messages of one tag arrive in the order sent."""
+        ...
+
+    def receive(self, into: torch.Tensor, peer: int, tag: int) -> Transfer:
+        """Post a receive; a shorter message fills the beginning of `into`."""
+        ...
+
+    def all_gather_bytes(self, own: bytes, what: str) -> list[bytes]:
+        """Everybody's bytes, in member order; all give equally many."""
+        ...

@@ -1,0 +1,172 @@
+"""All exchanges of one rank: built once per epoch, handed to the layers, switched between steps.
+
+A layer holds a `LayerExchange`, which passes each call on to the scheme in use. All ranks must
+switch at the same step; the step header is where they agree.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from cluster.base.errors import ConfigError
+from cluster.dist.peer_group import PeerGroup
+from cluster.dist.rank_topology import RankTopology
+from moe.exchange.base import Arrivals, Exchange, Pending
+from moe.exchange.flat import ExpertRanks, OneHopExchange
+from moe.exchange.hierarchical import Route, TwoHopExchange
+from moe.exchange.hops import CountedHop, Hop
+from moe.exchange.preposted import SlotHop
+from moe.exchange.wire import WireFormat
+from moe.expert_slots import ExpertSlots
+
+DEFAULT_SLOT_ROWS = 64
+
+
+class Scheme(enum.StrEnum):
+    """The ways of moving tokens between ranks."""
+
+    FLAT = "flat"
+    HIERARCHICAL = "hierarchical"
+    PREPOSTED = "preposted"
+
+
+class Peers(Protocol):
+    """The groups a rank belongs to (`cluster.dist.expert_peers.ExpertPeers`)."""
+
+    @property
+    def world(self) -> PeerGroup:
+        """All ranks."""
+        ...
+
+    @property
+    def node(self) -> PeerGroup:
+        """The ranks of this node."""
+        ...
+
+    @property
+    def rail(self) -> PeerGroup:
+        """The ranks of this rail."""
+        ...
+
+
+class Exchanges:
+    """The exchanges of one rank; all ranks construct theirs together.
+
+    Args:
+        peers: the rank's groups, already joined.
+        topology: of all ranks.
+        format: of rows on the wire, wide enough for every layer.
+        slot_rows: rows per peer that `preposted` sends without a second round; memory is
+            `slot_rows * row_bytes` per peer on rail and node.
+    """
+
+    def __init__(
+        self,
+        peers: Peers,
+        topology: RankTopology,
+        format: WireFormat,
+        *,
+        slot_rows: int = DEFAULT_SLOT_ROWS,
+    ) -> None:
+        if slot_rows < 1:
+            raise ConfigError("A slot holds at least one row.", param="slot_rows")
+        self.peers = peers
+        self.topology = topology
+        self.format = format
+        self.slot_rows = slot_rows
+        self._scheme = Scheme.FLAT
+        self._world = CountedHop(peers.world)
+        self._rank = peers.world.rank
+        self._route = Route(topology, self._rank)
+        groups = (peers.rail, peers.node) if topology.has_two_levels else (peers.world,)
+        self._slots = [
+            SlotHop(group, row_bytes=format.row_bytes, slot_rows=slot_rows) for group in groups
+        ]
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme in use."""
+        return self._scheme
+
+    @property
+    def num_overflows(self) -> int:
+        """Messages to this rank that did not fit their slot so far."""
+        return sum(hop.num_overflows for hop in self._slots)
+
+    def use(self, scheme: Scheme | str) -> None:
+        """Switch all layers; between steps, and the same at all ranks.
+
+        Raises:
+            ConfigError: there is no such scheme.
+        """
+        if scheme not in list(Scheme):
+            raise ConfigError(f"There is no exchange {scheme!r}.", f"Use one of {list(Scheme)}.")
+        self._scheme = Scheme(scheme)
+
+    def for_layer(self, layer: int, slots: ExpertSlots) -> LayerExchange:
+        """The exchange of one layer, whose experts lie as given.
+
+        Raises:
+            ConfigError: the placement is for another number of ranks.
+        """
+        if slots.num_ranks != self.topology.num_ranks:
+            raise ConfigError(
+                f"A placement over {slots.num_ranks} ranks does not fit a group of "
+                f"{self.topology.num_ranks}."
+            )
+        where = ExpertRanks(slots, self._rank)
+        return LayerExchange(
+            self, {scheme: self._build(scheme, where, f"layer {layer}") for scheme in Scheme}
+        )
+
+    def _build(self, scheme: Scheme, where: ExpertRanks, layer: str) -> Exchange:
+        """One scheme; with one level the two-hop schemes are their one-hop selves."""
+        two_levels = self.topology.has_two_levels
+        hops: Sequence[Hop]
+        if scheme is Scheme.PREPOSTED:
+            hops = self._slots
+        elif scheme is Scheme.HIERARCHICAL and two_levels:
+            hops = [CountedHop(self.peers.rail), CountedHop(self.peers.node)]
+        else:
+            hops = [self._world]
+        if len(hops) == 1:
+            name = Scheme.FLAT if scheme is Scheme.HIERARCHICAL else scheme
+            return OneHopExchange(
+                name=name, hop=hops[0], where=where, format=self.format, layer=layer
+            )
+        return TwoHopExchange(
+            name=scheme,
+            hops=(hops[0], hops[1]),
+            route=self._route,
+            where=where,
+            format=self.format,
+            layer=layer,
+        )
+
+
+class LayerExchange:
+    """One layer's exchange: whatever scheme the group uses at the moment."""
+
+    def __init__(self, group: Exchanges, by_scheme: dict[Scheme, Exchange]) -> None:
+        self._group = group
+        self._by_scheme = by_scheme
+
+    @property
+    def name(self) -> str:
+        """The scheme in use."""
+        return self._by_scheme[self._group.scheme].name
+
+    def dispatch(
+        self, hidden_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> Pending:
+        """See `Exchange.dispatch`."""
+        exchange = self._by_scheme[self._group.scheme]
+        return exchange.dispatch(hidden_TD, expert_TK, weight_TK)
+
+    def combine(self, partial_AD: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:
+        """See `Exchange.combine`."""
+        return self._by_scheme[self._group.scheme].combine(partial_AD, arrivals)

@@ -1,0 +1,111 @@
+"""Straight to the rank: one copy of a row for each rank that holds some of its experts.
+
+One hop over the whole group. All messages leave at once, so nothing beats it where messages cost
+nothing; each rank sends to every other, though, and a row crosses to a node once per rank there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moe.exchange.base import Arrivals
+from moe.exchange.hops import Hop, Trip
+from moe.exchange.wire import WireFormat
+from moe.expert_slots import ExpertSlots
+from moe.plan import NOWHERE, Pairs, RowPlan
+
+
+class ExpertRanks:
+    """The rank of every slot of a layer, and this rank's share; shared by all schemes.
+
+    Args:
+        slots: of the layer.
+        rank: this rank in the whole group.
+    """
+
+    def __init__(self, slots: ExpertSlots, rank: int) -> None:
+        self.first = slots.firsts[rank]
+        self.num_local = slots.counts[rank]
+        # One entry more, reached by index -1, for what is nowhere.
+        self._rank_S = torch.tensor([*slots.rank_of_slot, NOWHERE])
+
+    def ranks(self, expert_TK: torch.Tensor) -> torch.Tensor:
+        """The rank of each physical expert; `NOWHERE` stays."""
+        return self._rank_S[expert_TK]
+
+
+class OneHopExchange:
+    """An exchange over a single hop; `flat` with a counted one, `preposted` with slots.
+
+    Args:
+        name: of the scheme.
+        hop: over all ranks.
+        where: the layer's experts.
+        format: of rows on the wire.
+        layer: how errors name it.
+    """
+
+    def __init__(
+        self, *, name: str, hop: Hop, where: ExpertRanks, format: WireFormat, layer: str
+    ) -> None:
+        self.name = name
+        self._hop = hop
+        self._where = where
+        self._format = format
+        self._layer = layer
+
+    def dispatch(
+        self, hidden_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> OneHopPending:
+        """Start to send each row once to every rank it visits."""
+        plan = RowPlan.build(self._where.ranks(expert_TK), self._hop.group.size)
+        rows = plan.gather(self._format.pack(hidden_TD, expert_TK, weight_TK))
+        trip = self._hop.open(rows, plan.counts, self._format.partial_bytes)
+        return OneHopPending(plan, trip, self._where, self._format, f"{self._layer} dispatch")
+
+    def combine(self, partial_AD: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:
+        """Partial sums home, added in ascending order of rank."""
+        ticket: _Ticket = arrivals.ticket
+        answers = ticket.trip.give_back(
+            self._format.pack_partial(partial_AD), f"{self._layer} combine"
+        )
+        return ticket.plan.sum_back(self._format.partial(answers))
+
+
+@dataclass(frozen=True, slots=True)
+class _Ticket:
+    plan: RowPlan
+    trip: Trip
+
+
+@dataclass(frozen=True, slots=True)
+class OneHopPending:
+    """Rows on their way to the ranks of their experts."""
+
+    plan: RowPlan
+    trip: Trip
+    where: ExpertRanks
+    format: WireFormat
+    what: str
+
+    def wait(self) -> Arrivals:
+        """The arrived rows and their local experts."""
+        return unpack_arrivals(
+            self.trip.arrive(self.what), self.where, self.format, _Ticket(self.plan, self.trip)
+        )
+
+
+def unpack_arrivals(
+    rows: torch.Tensor, where: ExpertRanks, format: WireFormat, ticket: object
+) -> Arrivals:
+    """What a rank computes with, from the rows that reached it."""
+    pairs = Pairs.build(format.experts(rows), format.weights(rows), where.first, where.num_local)
+    return Arrivals(
+        hidden_AD=format.hidden(rows),
+        row_M=pairs.row_M,
+        weight_M=pairs.weight_M,
+        offsets_L1=pairs.offsets_L1,
+        ticket=ticket,
+    )

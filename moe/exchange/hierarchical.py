@@ -1,0 +1,143 @@
+"""Between nodes first: one copy of a row per node, then one per rank inside the node.
+
+The row crosses along its sender's rail to a forwarder, which passes it on to the ranks of its node
+that need it. Partial sums come back the same way and are added at the rank, at the forwarder and at
+the source, so the way back is as thin as the way there. Messages between nodes fall by the number
+of ranks a node has; the price is the second hop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cluster.dist.rank_topology import RankTopology
+from moe.exchange.base import Arrivals
+from moe.exchange.flat import ExpertRanks, unpack_arrivals
+from moe.exchange.hops import Hop, Trip
+from moe.exchange.wire import WireFormat
+from moe.plan import NOWHERE, RowPlan
+
+
+class Route:
+    """Which member of the rail takes rows for a node, and which ranks are on this node.
+
+    Args:
+        topology: of the whole group.
+        rank: this rank.
+    """
+
+    def __init__(self, topology: RankTopology, rank: int) -> None:
+        rail = topology.rail_ranks(rank)
+        member_of_node = [
+            rail.index(topology.forwarder(rank, node)) for node in range(topology.num_nodes)
+        ]
+        self.num_rail_members = len(rail)
+        self.num_node_members = len(topology.node_ranks(rank))
+        node_of_rank = topology.node_of_rank
+        # Both have one entry more, reached by index -1, for what is nowhere.
+        self._rail_member_W = torch.tensor(
+            [member_of_node[node] for node in node_of_rank] + [NOWHERE]
+        )
+        self._node_member_W = torch.tensor(
+            [
+                topology.local_rank(other) if node == topology.node_index(rank) else NOWHERE
+                for other, node in enumerate(node_of_rank)
+            ]
+            + [NOWHERE]
+        )
+
+    def rail_members(self, rank_TK: torch.Tensor) -> torch.Tensor:
+        """From the ranks of a row's experts to the rail members that forward to them."""
+        return self._rail_member_W[rank_TK]
+
+    def node_members(self, rank_TK: torch.Tensor) -> torch.Tensor:
+        """From the ranks of a row's experts to those on this node, by local index."""
+        return self._node_member_W[rank_TK]
+
+
+class TwoHopExchange:
+    """An exchange over rail and node; `hierarchical` with counted hops, `preposted` with slots.
+
+    Args:
+        name: of the scheme.
+        hops: along the rail and inside the node.
+        route: this rank's place.
+        where: the layer's experts.
+        format: of rows on the wire; partial sums are only rounded between nodes.
+        layer: how errors name it.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        hops: tuple[Hop, Hop],
+        route: Route,
+        where: ExpertRanks,
+        format: WireFormat,
+        layer: str,
+    ) -> None:
+        self.name = name
+        self._rail, self._node = hops
+        self._route = route
+        self._where = where
+        self._format = format
+        self._layer = layer
+
+    def dispatch(
+        self, hidden_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> TwoHopPending:
+        """Start to send each row once to every node it visits."""
+        members = self._route.rail_members(self._where.ranks(expert_TK))
+        plan = RowPlan.build(members, self._route.num_rail_members)
+        rows = plan.gather(self._format.pack(hidden_TD, expert_TK, weight_TK))
+        trip = self._rail.open(rows, plan.counts, self._format.partial_bytes)
+        return TwoHopPending(self, plan, trip)
+
+    def forward(self, plan: RowPlan, trip: Trip) -> Arrivals:
+        """The second half of a dispatch: wait for the rail, pass on inside the node, wait."""
+        rows = trip.arrive(f"{self._layer} dispatch between nodes")
+        members = self._route.node_members(self._where.ranks(self._format.experts(rows)))
+        inner_plan = RowPlan.build(members, self._route.num_node_members)
+        inner_trip = self._node.open(
+            inner_plan.gather(rows), inner_plan.counts, self._format.exact_partial_bytes
+        )
+        arrived = inner_trip.arrive(f"{self._layer} dispatch inside the node")
+        ticket = _Ticket(plan, trip, inner_plan, inner_trip)
+        return unpack_arrivals(arrived, self._where, self._format, ticket)
+
+    def combine(self, partial_AD: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:
+        """Partial sums home: added per node by the forwarder, then per row by the source."""
+        ticket: _Ticket = arrivals.ticket
+        inner = ticket.inner_trip.give_back(
+            self._format.pack_partial(partial_AD, exact=True),
+            f"{self._layer} combine inside the node",
+        )
+        at_forwarder = ticket.inner_plan.sum_back(self._format.partial(inner, exact=True))
+        outer = ticket.trip.give_back(
+            self._format.pack_partial(at_forwarder), f"{self._layer} combine between nodes"
+        )
+        return ticket.plan.sum_back(self._format.partial(outer))
+
+
+@dataclass(frozen=True, slots=True)
+class _Ticket:
+    plan: RowPlan
+    trip: Trip
+    inner_plan: RowPlan
+    inner_trip: Trip
+
+
+@dataclass(frozen=True, slots=True)
+class TwoHopPending:
+    """Rows on their way along the rail."""
+
+    exchange: TwoHopExchange
+    plan: RowPlan
+    trip: Trip
+
+    def wait(self) -> Arrivals:
+        """The arrived rows and their local experts."""
+        return self.exchange.forward(self.plan, self.trip)

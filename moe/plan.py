@@ -1,0 +1,90 @@
+"""Which rows go where, worked out once on the way out and used again on the way back.
+
+Pure and immutable. A row goes at most once to a destination, however many of its experts are there:
+that is where grouping by node saves bytes. `gather` and `sum_back` are inverse to each other in the
+sense that every copy's answer is added to the row it was made from.
+
+Shapes: T rows, R copies of rows, W destinations, K experts per row, M (row, local expert) pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+NOWHERE = -1
+"""An expert or destination that is none (padding, dropped, or not here)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPlan:
+    """Copies of rows, sorted by destination and then by row."""
+
+    num_rows: int
+    row_R: torch.Tensor
+    """int64: the row each copy is made from; ascending within a destination."""
+    counts: tuple[int, ...]
+    """Copies for each destination."""
+
+    @classmethod
+    def build(cls, destination_TK: torch.Tensor, num_destinations: int) -> RowPlan:
+        """From the destination of each of a row's experts; `NOWHERE` entries go nowhere."""
+        num_rows = destination_TK.shape[0]
+        # One column more takes what goes nowhere, and is cut off.
+        goes = torch.zeros((num_rows, num_destinations + 1), dtype=torch.bool)
+        goes.scatter_(1, destination_TK.remainder(num_destinations + 1), True)
+        goes_WT = goes[:, :num_destinations].t()
+        return cls(
+            num_rows=num_rows,
+            row_R=goes_WT.nonzero()[:, 1],
+            counts=tuple(goes_WT.sum(dim=1).tolist()),
+        )
+
+    @property
+    def num_copies(self) -> int:
+        """Copies in all."""
+        return self.row_R.numel()
+
+    def gather(self, rows_TX: torch.Tensor) -> torch.Tensor:
+        """The copies, in the plan's order."""
+        return rows_TX.index_select(0, self.row_R)
+
+    def sum_back(self, answers_RX: torch.Tensor) -> torch.Tensor:
+        """For each row the fp32 sum of its copies' answers, in ascending order of destination."""
+        summed_TX = torch.zeros((self.num_rows, answers_RX.shape[1]), dtype=torch.float32)
+        return summed_TX.index_add_(0, self.row_R, answers_RX)
+
+    def inverse(self) -> torch.Tensor:
+        """int64 (T, W): where in the plan's order the copy of a row for a destination stands."""
+        position_TW = torch.full((self.num_rows, len(self.counts)), NOWHERE, dtype=torch.int64)
+        destination_R = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
+        position_TW[self.row_R, destination_R] = torch.arange(self.num_copies)
+        return position_TW
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairs:
+    """Rows and the local experts they visit, sorted by expert and then by row."""
+
+    row_M: torch.Tensor
+    weight_M: torch.Tensor
+    offsets_L1: torch.Tensor
+
+    @classmethod
+    def build(
+        cls, expert_AK: torch.Tensor, weight_AK: torch.Tensor, first: int, num_local: int
+    ) -> Pairs:
+        """Keep the physical experts `first .. first + num_local - 1`; the others are elsewhere."""
+        local_AK = expert_AK - first
+        here_AK = (local_AK >= 0) & (local_AK < num_local)
+        row_M, choice_M = here_AK.nonzero(as_tuple=True)
+        local_M = local_AK[row_M, choice_M]
+        order = torch.argsort(local_M, stable=True)
+        offsets = torch.zeros(num_local + 1, dtype=torch.int64)
+        torch.cumsum(torch.bincount(local_M, minlength=num_local), 0, out=offsets[1:])
+        return cls(
+            row_M=row_M[order],
+            weight_M=weight_AK[row_M, choice_M][order],
+            offsets_L1=offsets,
+        )

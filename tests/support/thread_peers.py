@@ -1,0 +1,116 @@
+"""Peer groups whose ranks are threads of one process: every exchange at every shape, in seconds.
+
+Messages are queues. A receive is filled when it is waited for, tags keep their own order, and a
+shorter message fills the beginning of a receive. A message that never comes is an error after
+`PATIENCE_S`, so a wrong order of calls fails instead of hanging.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cluster.dist.rank_topology import RankTopology
+
+PATIENCE_S = 20.0
+
+
+class Hub:
+    """All queues of one group of threads; counts what crosses between nodes."""
+
+    def __init__(self, topology: RankTopology) -> None:
+        self.topology = topology
+        self._queues: dict[Any, queue.Queue[torch.Tensor]] = defaultdict(queue.Queue)
+        for kind in ("world", "node", "rail"):
+            for source in range(topology.num_ranks):
+                for target in range(topology.num_ranks):
+                    for tag in range(5):
+                        self._queues[kind, source, target, tag] = queue.Queue()
+        self.node_bytes = 0
+        self.node_messages = 0
+
+    def put(self, kind: str, source: int, target: int, tag: int, data: torch.Tensor) -> None:
+        if self.topology.node_index(source) != self.topology.node_index(target) and data.numel():
+            self.node_bytes += data.numel()
+            self.node_messages += 1
+        self._queues[kind, source, target, tag].put(data.clone())
+
+    def get(self, kind: str, source: int, target: int, tag: int) -> torch.Tensor:
+        return self._queues[kind, source, target, tag].get(timeout=PATIENCE_S)
+
+
+@dataclass
+class Later:
+    action: Callable[[], None]
+
+    def wait(self, what: str) -> None:
+        self.action()
+
+
+class ThreadGroup:
+    def __init__(self, hub: Hub, kind: str, rank: int, ranks: tuple[int, ...]) -> None:
+        self.hub, self.kind, self.ranks = hub, kind, ranks
+        self.own = rank
+        self.rank = ranks.index(rank)
+        self.size = len(ranks)
+
+    def all_to_all(
+        self,
+        received: torch.Tensor,
+        sent: torch.Tensor,
+        received_splits: Sequence[int],
+        sent_splits: Sequence[int],
+    ) -> Later:
+        assert received.numel() == sum(received_splits)
+        assert sent.numel() == sum(sent_splits)
+        for other, piece in zip(self.ranks, sent.split(list(sent_splits)), strict=True):
+            self.hub.put(self.kind, self.own, other, 0, piece)
+        places = received.split(list(received_splits))
+
+        def fill() -> None:
+            for other, place in zip(self.ranks, places, strict=True):
+                place.copy_(self.hub.get(self.kind, other, self.own, 0))
+
+        return Later(fill)
+
+    def send(self, data: torch.Tensor, peer: int, tag: int) -> Later:
+        assert tag
+        assert data.numel()
+        self.hub.put(self.kind, self.own, self.ranks[peer], tag, data)
+        return Later(lambda: None)
+
+    def receive(self, into: torch.Tensor, peer: int, tag: int) -> Later:
+        def fill() -> None:
+            data = self.hub.get(self.kind, self.ranks[peer], self.own, tag)
+            into[: data.numel()].copy_(data)
+
+        return Later(fill)
+
+    def all_gather_bytes(self, own: bytes, what: str) -> list[bytes]:
+        data = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+        for other in self.ranks:
+            self.hub.put(self.kind, self.own, other, 4, data)
+        return [self.hub.get(self.kind, o, self.own, 4).numpy().tobytes() for o in self.ranks]
+
+
+class ThreadPeers:
+    """What `ExpertPeers` is, for one thread."""
+
+    def __init__(self, hub: Hub, rank: int) -> None:
+        topology = hub.topology
+        self.world = ThreadGroup(hub, "world", rank, tuple(range(topology.num_ranks)))
+        self.node = ThreadGroup(hub, "node", rank, topology.node_ranks(rank))
+        self.rail = ThreadGroup(hub, "rail", rank, topology.rail_ranks(rank))
+
+
+def on_threads(hub: Hub, body: Callable[[int, ThreadPeers], Any]) -> list[Any]:
+    """Run `body(rank, peers)` on a thread per rank; what each returned, in rank order."""
+    ranks = range(hub.topology.num_ranks)
+    with ThreadPoolExecutor(max_workers=len(ranks)) as pool:
+        return [f.result() for f in [pool.submit(body, r, ThreadPeers(hub, r)) for r in ranks]]

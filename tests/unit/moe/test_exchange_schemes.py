@@ -1,0 +1,169 @@
+"""Every scheme gives the one-process result: shapes, placements, replicas, skew, idle ranks."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+from cluster.dist.rank_topology import RankTopology
+from moe.exchange.exchanges import Exchanges, Scheme
+from moe.exchange.reference import partial_sums, reference_pairs, reference_sums
+from moe.exchange.wire import Combine, Dispatch, WireFormat
+from tests.support.routed_rows import (
+    DIM,
+    TOP_K,
+    expert,
+    physical,
+    placement,
+    rows_of_rank,
+)
+from tests.support.thread_peers import Hub, on_threads
+
+SHAPES = list(itertools.product((1, 2, 3, 4), (1, 2, 3, 4)))
+UNEVEN = [("a", "a", "a", "b", "b"), ("a", "a", "b", "b", "b", "b", "b"), ("a", "b", "b", "b")]
+TOPOLOGIES = [RankTopology.regular(*shape) for shape in SHAPES] + [RankTopology(n) for n in UNEVEN]
+SLOT_ROWS = 3
+
+
+def row_counts(kind: str, rank: int) -> int:
+    """How many rows a rank has."""
+    return {"some": (5 * rank + 3) % 9, "idle": 7 if rank == 0 else 0, "none": 0}[kind]
+
+
+def inputs_of(topology, slots, counts, routes, *, whole, dtype=torch.float32):
+    inputs = []
+    for rank in range(topology.num_ranks):
+        hidden, logical, weights = rows_of_rank(
+            rank, row_counts(counts, rank), routes, whole=whole, dtype=dtype
+        )
+        inputs.append((hidden, physical(slots, topology, rank, logical), weights))
+    return inputs
+
+
+def run_layers(topology, cases, wire=None, slot_rows=SLOT_ROWS):
+    """All cases, one after the other, over one group; per case and rank (pairs, sums)."""
+    wire = wire or WireFormat(dim=DIM, dtype=torch.float32, top_k=TOP_K)
+
+    def body(rank, peers):
+        exchanges = Exchanges(peers, topology, wire, slot_rows=slot_rows)
+        answers = []
+        for scheme, slots, inputs in cases:
+            exchanges.use(scheme)
+            exchange = exchanges.for_layer(0, slots)
+            hidden, chosen, weights = inputs[rank]
+            arrivals = exchange.dispatch(hidden, chosen, weights).wait()
+            own_expert = functools.partial(expert, slots)
+            partial = partial_sums(arrivals, slots.firsts[rank], own_expert)
+            answers.append((arrivals, exchange.combine(partial, arrivals)))
+        return answers, exchanges.num_overflows
+
+    hub = Hub(topology)
+    by_rank = on_threads(hub, body)
+    overflows = sum(count for _, count in by_rank)
+    return [[answers[i] for answers, _ in by_rank] for i in range(len(cases))], overflows, hub
+
+
+@pytest.mark.parametrize(
+    "topology", TOPOLOGIES, ids=lambda t: "-".join(map(str, map(len, t.nodes)))
+)
+def test_whole_numbers_come_back_bit_equal(topology):
+    cases, expected = [], []
+    for where, counts, routes in itertools.product(
+        ("even", "scattered", "replicated"), ("some", "idle", "none"), ("random", "skewed")
+    ):
+        slots = placement(where, topology)
+        inputs = inputs_of(topology, slots, counts, routes, whole=True)
+        sums = reference_sums(inputs, functools.partial(expert, slots))
+        for scheme in Scheme:
+            cases.append((scheme, slots, inputs))
+            expected.append(sums)
+    answers, overflows, _ = run_layers(topology, cases)
+    for (scheme, slots, inputs), by_rank, sums in zip(cases, answers, expected, strict=True):
+        pairs = 0
+        for rank, (arrivals, got) in enumerate(by_rank):
+            assert torch.equal(got, sums[rank]), (scheme, rank)
+            pairs += arrivals.row_M.numel()
+            assert arrivals.offsets_L1.numel() == slots.counts[rank] + 1
+            assert arrivals.offsets_L1[-1] == len(reference_pairs(inputs, slots, rank))
+        assert pairs == sum(chosen.numel() for _, chosen, _ in inputs)
+    assert overflows > 0 or topology.num_ranks == 1, "the second round must have been taken"
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 2), (3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_real_numbers_come_back_to_rounding(shape, dtype):
+    topology = RankTopology.regular(*shape)
+    slots = placement("replicated", topology)
+    inputs = inputs_of(topology, slots, "some", "random", whole=False, dtype=dtype)
+    wire = WireFormat(dim=DIM, dtype=dtype, top_k=TOP_K)
+    answers, _, _ = run_layers(topology, [(s, slots, inputs) for s in Scheme], wire)
+    expected = reference_sums(inputs, functools.partial(expert, slots))
+    for by_rank in answers:
+        for (_, got), sums in zip(by_rank, expected, strict=True):
+            torch.testing.assert_close(got, sums, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wire", "tolerance"),
+    [
+        ({"dispatch": Dispatch.INT8}, 0.02),
+        ({"dispatch": Dispatch.FP8}, 0.08),
+        ({"combine": Combine.BF16}, 0.02),
+        ({"dispatch": Dispatch.INT8, "combine": Combine.BF16}, 0.03),
+    ],
+)
+def test_lossy_formats_are_close_and_smaller(wire, tolerance):
+    topology = RankTopology.regular(2, 2)
+    slots = placement("even", topology)
+    inputs = inputs_of(topology, slots, "some", "random", whole=False)
+    cases = [(scheme, slots, inputs) for scheme in Scheme]
+    plain = WireFormat(dim=DIM, dtype=torch.float32, top_k=TOP_K)
+    lossy = WireFormat(dim=DIM, dtype=torch.float32, top_k=TOP_K, **wire)
+    _, _, exact_hub = run_layers(topology, cases, plain)
+    answers, _, hub = run_layers(topology, cases, lossy)
+    expected = reference_sums(inputs, functools.partial(expert, slots))
+    for by_rank in answers:
+        for (_, got), sums in zip(by_rank, expected, strict=True):
+            scale = sums.abs().max().item() if sums.numel() else 1.0
+            assert (got - sums).abs().max().item() <= tolerance * scale if sums.numel() else True
+            assert not torch.equal(got, sums) or not sums.numel()
+    assert hub.node_bytes < exact_hub.node_bytes
+
+
+def test_one_row_per_node_crosses_and_messages_fall_by_the_ranks_of_a_node():
+    topology = RankTopology.regular(4, 4)
+    slots = placement("even", topology)
+    inputs = inputs_of(topology, slots, "some", "random", whole=True)
+    traffic = {}
+    for scheme in (Scheme.FLAT, Scheme.HIERARCHICAL):
+        _, _, hub = run_layers(topology, [(scheme, slots, inputs)])
+        traffic[scheme] = hub
+    rows = {Scheme.FLAT: 0, Scheme.HIERARCHICAL: 0}
+    for source, (_, chosen, _) in enumerate(inputs):
+        for row in chosen.tolist():
+            ranks = {slots.rank_of_slot[slot] for slot in row}
+            away = {r for r in ranks if topology.node_index(r) != topology.node_index(source)}
+            rows[Scheme.FLAT] += len(away)
+            rows[Scheme.HIERARCHICAL] += len({topology.node_index(r) for r in away})
+    wire = WireFormat(dim=DIM, dtype=torch.float32, top_k=TOP_K)
+    for scheme, hub in traffic.items():
+        payload = rows[scheme] * (wire.row_bytes + wire.partial_bytes)
+        pairs = 16 * 12 if scheme is Scheme.FLAT else 16 * 3
+        assert hub.node_bytes == payload + 8 * pairs
+
+
+def test_rows_without_an_expert_come_back_as_zero():
+    topology = RankTopology.regular(2, 2)
+    slots = placement("even", topology)
+    inputs = inputs_of(topology, slots, "some", "random", whole=True)
+    for _, chosen, _ in inputs:
+        chosen[: len(chosen) // 2] = -1
+        chosen[len(chosen) // 2 :, 1] = -1
+    answers, _, _ = run_layers(topology, [(s, slots, inputs) for s in Scheme])
+    expected = reference_sums(inputs, functools.partial(expert, slots))
+    for by_rank in answers:
+        for (_, got), sums in zip(by_rank, expected, strict=True):
+            assert torch.equal(got, sums)
