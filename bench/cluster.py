@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.bare_engine import BareEngine
-from bench.load import Load, LoadResult, RequestTrace
+from bench.load import Load, LoadResult, drive
 from bench.report import Row, Samples, compared, measured, write_report
 from bench.running_cluster import ClusterSpec, RunningCluster, cpu_seconds
 from cluster.base.plan import ModelPlan, from_json
@@ -158,19 +155,6 @@ def cpu_rows(cluster: RunningCluster, plan: ModelPlan, repeats: int) -> list[Row
     total = measured(case, "CPU of both per token", "us", both)
     budget = Samples(values=(CPU_TARGET_US,))
     return [*rows, compared(total, "budget", budget, target=1.0, lower_is_better=True)]
-
-
-def drive(load: Load) -> LoadResult:
-    """Run the load generator in its own process."""
-    command = [sys.executable, "-m", "bench.load"]
-    for name, value in dataclasses.asdict(load).items():
-        command += ["--" + name.replace("_", "-"), str(value)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True)
-    result = json.loads(answer.stdout)
-    return LoadResult(
-        wall_s=result["wall_s"],
-        requests=tuple(RequestTrace(**request) for request in result["requests"]),
-    )
 
 
 def _load(cluster: RunningCluster, plan: ModelPlan, concurrency: int, seed: int) -> Load:

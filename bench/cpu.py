@@ -1,162 +1,113 @@
-"""The engine on the CPU in bf16, compiled kernels against torch, beside the memory's own speed.
+"""Penstock on the CPU beside its peers: llama.cpp, vLLM's CPU build, transformers.
 
-    python -m bench.cpu [--repeats 3] [--threads 2] [--models dense-160m dense-1b]
+    python -m bench.peers install vllm llama.cpp      # once; transformers is in the environment
+    python -m bench.cpu [--models dense-160m] [--cases decode-1 online] [--peers vllm] [--repeats 3]
 
-Offline, in this process: prefill of 512 tokens, decode after 128-token prompts at batch 1, 8, 32.
-Both engines hold the same random weights and take turns (A B A B); the read bandwidth is probed
-around each pair, because it drifts on shared machines. `of memory speed` is what the weights that
-a token must read would take at the probed rate, over what the token took.
+Makes the seeded models, then measures case by case; all engines take turns in each case and the
+memory's own speed is probed in between. bench/results/cpu.json is written after each case, so an
+interrupted run keeps what it has; `--add` keeps the other cases of a file of this very commit and
+machine. A peer that cannot be measured has a row that says why.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from bench.offline_engine import OfflineEngine, OfflineRun
-from bench.random_checkpoint import SHAPES, write_random_checkpoint
-from bench.report import Row, Samples, compared, measured, write_report
+from bench.cpu_cases.offline import NEW_TOKENS, OFFLINE_CASES, PREFILL_TOKENS, offline_rows
+from bench.cpu_cases.online import CLIENTS, OUTPUT_TOKENS, PROMPT_TOKENS, online_rows
+from bench.cpu_cases.ours import Ours, why_not_serve
+from bench.peers.llama_cpp import LlamaCpp
+from bench.peers.places import LLAMA_CPP, TRANSFORMERS, VLLM, checkpoints_dir, place_of
+from bench.peers.protocol import Engine
+from bench.peers.transformers import Transformers
+from bench.peers.vllm import Vllm
+from bench.random_checkpoint import SHAPES, random_checkpoint
+from bench.report import Row, kept_rows, save_report, write_report
 
-BATCHES = (1, 8, 32)
-PREFILL_TOKENS = 512
-PROMPT_TOKENS = 128
-NEW_TOKENS = 128
-PROBE_BYTES = 2**30
-TORCH = "torch kernels"
-
-
-class MemoryProbe:
-    """Reads 1 GiB with all threads; GB/s."""
-
-    def __init__(self) -> None:
-        self._data = torch.ones(PROBE_BYTES // 4)
-
-    def read(self, repeats: int = 5) -> float:
-        """The fastest of a few reads, so that a neighbour's burst does not count."""
-        times = []
-        for _ in range(repeats):
-            started_s = time.perf_counter()
-            self._data.sum()
-            times.append(time.perf_counter() - started_s)
-        return PROBE_BYTES / min(times) / 1e9
-
-
-@dataclass(kw_only=True)
-class Case:
-    """Runs of both engines and the bandwidth around them."""
-
-    ours: list[OfflineRun] = field(default_factory=list)
-    theirs: list[OfflineRun] = field(default_factory=list)
-    bandwidth: list[float] = field(default_factory=list)
+ONLINE = "online"
+TORCH_KERNELS = "torch-kernels"
+CASES = (*(case.name for case in OFFLINE_CASES), ONLINE)
+PEERS = (LLAMA_CPP, VLLM, TRANSFORMERS, TORCH_KERNELS)
+DEFAULT_PEERS = PEERS[:3]
 
 
 def main() -> None:
-    """Run the benchmark and write its report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    arguments = parser.parse_args()
+    """Run the chosen cases and write the report."""
+    arguments = _parser().parse_args()
+    # Peers are children in sessions of their own: they end when this process unwinds.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(arguments.threads)
-    probe = MemoryProbe()
-    rows: list[Row] = []
-    for name in arguments.models:
-        with tempfile.TemporaryDirectory() as folder:
-            read_bytes = write_random_checkpoint(name, Path(folder))
-            ours = OfflineEngine(Path(folder), kernels="auto")
-            theirs = OfflineEngine(Path(folder), kernels="off")
-        rows += model_rows(name, ours, theirs, read_bytes, (probe, arguments.repeats))
-    write_report(
-        "cpu",
-        rows,
-        notes=[
-            f"bf16, {arguments.threads} threads, greedy, kernels {ours.kernels}",
-            f"prefill {PREFILL_TOKENS}; decode {PROMPT_TOKENS} + {NEW_TOKENS} tokens",
-            "random weights; the other engine is this one with kernels: off",
-        ],
-    )
+    rows = kept_rows("cpu") if arguments.add else []
+    notes = _notes(arguments)
+    for model in arguments.models:
+        if reason := why_not_serve(dict(SHAPES[model])):
+            print(f"{model}: not run, {reason}", flush=True)
+            notes.append(f"{model}: not run, {reason}")
+            continue
+        for found in _model_rows(model, arguments):
+            cases = {row.case for row in found}
+            rows = [row for row in rows if row.case not in cases] + found
+            rows.sort(key=_place_in_table)
+            save_report("cpu", rows, notes=notes)
+    write_report("cpu", rows, notes=notes)
 
 
-def model_rows(
-    name: str,
-    ours: OfflineEngine,
-    theirs: OfflineEngine,
-    read_bytes: int,
-    setting: tuple[MemoryProbe, int],
-) -> list[Row]:
-    """All rows of one model."""
-    probe, repeats = setting
-    prefill = alternate(ours, theirs, (1, PREFILL_TOKENS, 1), probe, repeats)
-    rows = [
-        rate_row(
-            f"{name} prefill {PREFILL_TOKENS}", prefill, lambda r: PREFILL_TOKENS / r.prefill_s
-        )
+def _model_rows(model: str, arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    print(f"{model}:", flush=True)
+    checkpoint = random_checkpoint(model, checkpoints_dir())
+    engines = _engines(arguments.peers, arguments.threads)
+    offline = [case for case in OFFLINE_CASES if case.name in arguments.cases]
+    if offline:
+        yield from offline_rows(checkpoint, engines, offline, arguments.repeats, arguments.threads)
+    if ONLINE in arguments.cases:
+        yield online_rows(checkpoint, engines, arguments.repeats, arguments.requests)
+
+
+def _engines(peers: Sequence[str], threads: int) -> list[Engine]:
+    """Ours first, then the peers in the order of the flag."""
+    known: Mapping[str, Engine] = {
+        LLAMA_CPP: LlamaCpp(threads),
+        VLLM: Vllm(),
+        TRANSFORMERS: Transformers(threads),
+        TORCH_KERNELS: Ours(threads, kernels="off"),
+    }
+    return [Ours(threads), *(known[peer] for peer in dict.fromkeys(peers))]
+
+
+def _place_in_table(row: Row) -> tuple[int, int]:
+    model, _, case = row.case.partition(" ")
+    return list(SHAPES).index(model), CASES.index(case)
+
+
+def _notes(arguments: argparse.Namespace) -> list[str]:
+    installed = [place_of(peer).installed() for peer in (LLAMA_CPP, VLLM)]
+    return [
+        f"bf16 weights, seeded at random, {arguments.threads} threads, greedy, end ignored; peers: "
+        + ", ".join([*filter(None, installed), "transformers"]),
+        f"prefill: one prompt of {PREFILL_TOKENS} tokens; decode-N: {PROMPT_TOKENS}-token prompts, "
+        f"{NEW_TOKENS} tokens each, batch N, time to the first token taken off",
+        f"online: each engine's own OpenAI server, {CLIENTS} clients in a closed loop, "
+        f"{PROMPT_TOKENS}-token prompts, {OUTPUT_TOKENS} tokens, streaming; ours with the gateway",
+        "engines take turns; memory read: the best rate at which the bytes of one token (weights "
+        "and KV) could be read again and again, probed around each batch",
     ]
-    for batch in BATCHES:
-        case = alternate(ours, theirs, (batch, PROMPT_TOKENS, NEW_TOKENS), probe, repeats)
-        label = f"{name} decode batch {batch}"
-        rows.append(rate_row(label, case, functools.partial(decode_rate, batch)))
-        shares = [
-            read_bytes / (rate * 1e9) / (run.decode_s / run.num_steps)
-            for run, rate in zip(case.ours, case.bandwidth, strict=True)
-        ]
-        rows.append(measured(label, "of memory speed", "", Samples(values=tuple(shares))))
-        rows.append(measured(label, "read", "GB/s", Samples(values=tuple(case.bandwidth))))
-        rows += ledger_rows(label, case)
-    return rows
 
 
-def alternate(
-    ours: OfflineEngine,
-    theirs: OfflineEngine,
-    batch: tuple[int, int, int],
-    probe: MemoryProbe,
-    repeats: int,
-) -> Case:
-    """`repeats` pairs of runs after one that warms up."""
-    case = Case()
-    for repeat in range(repeats + 1):
-        before = probe.read()
-        mine = ours.run(*batch)
-        bandwidth = max(before, probe.read())
-        other = theirs.run(*batch)
-        if repeat:
-            case.ours.append(mine)
-            case.theirs.append(other)
-            case.bandwidth.append(bandwidth)
-    return case
-
-
-def decode_rate(batch: int, run: OfflineRun) -> float:
-    """Tokens per second while all requests decode."""
-    return batch * run.num_steps / run.decode_s
-
-
-def rate_row(label: str, case: Case, rate: Callable[[OfflineRun], float]) -> Row:
-    """Tokens per second of both."""
-    mine = Samples(values=tuple(rate(run) for run in case.ours))
-    other = Samples(values=tuple(rate(run) for run in case.theirs))
-    return compared(measured(label, "rate", "tok/s", mine), TORCH, other)
-
-
-def ledger_rows(label: str, case: Case) -> list[Row]:
-    """Milliseconds of a step by part, of both."""
-    rows = []
-    for part in case.ours[0].ledger_s:
-        mine, other = (
-            Samples(values=tuple(1000 * run.ledger_s[part] / run.num_steps for run in runs))
-            for runs in (case.ours, case.theirs)
-        )
-        row = measured(label, f"step: {part}", "ms", mine)
-        rows.append(compared(row, TORCH, other, lower_is_better=True))
-    return rows
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--peers", nargs="*", default=list(DEFAULT_PEERS), choices=PEERS)
+    parser.add_argument("--repeats", type=int, default=3, help="rounds that count")
+    parser.add_argument("--requests", type=int, default=2 * CLIENTS, help="of an online round")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--add", action="store_true", help="keep other cases of the result file")
+    return parser
 
 
 if __name__ == "__main__":

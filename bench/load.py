@@ -1,10 +1,10 @@
-"""A closed-loop load generator over gRPC, run as a process of its own.
+"""A closed-loop load generator over gRPC or OpenAI's HTTP, run as a process of its own.
 
 `concurrency` clients each send their next request when the last one ended; every prompt is new
 (seeded random token ids of one length), EOS is ignored, so each request yields exactly `max_tokens`
 tokens. Clients begin `stagger_s` apart and pause `think_s` on average between requests: a herd that
 starts at once stays one, and arrivals must not know when a step ends. Times are taken at the
-client. Raw stubs, because the client's own CPU is part of the machine's load.
+client. Raw stubs and a bare HTTP parser, because the client's own CPU is part of the load.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import asyncio
 import dataclasses
 import json
 import random
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import grpc.aio
 
+from bench.http_stream import stream_completion
 from router.proto import penstock_pb2 as pb
 from router.proto import penstock_pb2_grpc as pb_grpc
 
@@ -41,6 +45,8 @@ class Load:
     seed: int
     stagger_s: float
     think_s: float
+    front: str = "grpc"
+    """`grpc` (ours) or `http` (/v1/completions of whatever listens at `target`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,18 +92,20 @@ def think_times(load: Load, client: int) -> Iterator[float]:
         yield pauses.uniform(0.0, 2 * load.think_s)
 
 
+Send = Callable[[list[int]], Awaitable[RequestTrace]]
+
+
 async def run(load: Load) -> LoadResult:
     """Send the load and wait for every answer."""
     waiting = list(reversed(prompts(load)))
     traces: list[RequestTrace] = []
-    async with grpc.aio.insecure_channel(load.target) as channel:
-        stub = pb_grpc.PenstockStub(channel)
+    async with _sender(load) as send:
 
         async def client(index: int) -> None:
             pauses = think_times(load, index)
             await asyncio.sleep(index * load.stagger_s)
             while waiting:
-                traces.append(await _one(stub, load, waiting.pop()))
+                traces.append(await send(waiting.pop()))
                 await asyncio.sleep(next(pauses))
 
         started_s = time.perf_counter()
@@ -106,7 +114,44 @@ async def run(load: Load) -> LoadResult:
     return LoadResult(wall_s=wall_s, requests=tuple(traces))
 
 
-async def _one(stub: pb_grpc.PenstockStub, load: Load, prompt: list[int]) -> RequestTrace:
+def drive(load: Load) -> LoadResult:
+    """Run the load generator in its own process."""
+    command = [sys.executable, "-m", "bench.load"]
+    for name, value in dataclasses.asdict(load).items():
+        command += ["--" + name.replace("_", "-"), str(value)]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result = json.loads(answer.stdout)
+    return LoadResult(
+        wall_s=result["wall_s"],
+        requests=tuple(RequestTrace(**request) for request in result["requests"]),
+    )
+
+
+@asynccontextmanager
+async def _sender(load: Load) -> AsyncIterator[Send]:
+    if load.front == "http":
+        yield partial(_over_http, load)
+        return
+    async with grpc.aio.insecure_channel(load.target) as channel:
+        yield partial(_over_grpc, pb_grpc.PenstockStub(channel), load)
+
+
+async def _over_http(load: Load, prompt: list[int]) -> RequestTrace:
+    body = {
+        "model": load.model,
+        "prompt": prompt,
+        "max_tokens": load.max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    started_s = time.perf_counter()
+    answer = await stream_completion(load.target, body)
+    return _checked(load, answer.num_tokens, (started_s, answer.first_s, answer.ended_s))
+
+
+async def _over_grpc(stub: pb_grpc.PenstockStub, load: Load, prompt: list[int]) -> RequestTrace:
     sampling = pb.SamplingOptions(temperature=0, max_tokens=load.max_tokens, ignore_eos=True)
     request = pb.GenerateRequest(
         model=load.model, token_ids=pb.TokenIds(ids=prompt), sampling=sampling
@@ -118,7 +163,11 @@ async def _one(stub: pb_grpc.PenstockStub, load: Load, prompt: list[int]) -> Req
         if not num_tokens and piece.token_ids:
             first_s = time.perf_counter()
         num_tokens += len(piece.token_ids)
-    ended_s = time.perf_counter()
+    return _checked(load, num_tokens, (started_s, first_s, time.perf_counter()))
+
+
+def _checked(load: Load, num_tokens: int, times_s: tuple[float, float, float]) -> RequestTrace:
+    started_s, first_s, ended_s = times_s
     if num_tokens != load.max_tokens:
         raise RuntimeError(f"asked for {load.max_tokens} tokens, got {num_tokens}")
     return RequestTrace(

@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+# What a benchmark writes is no change of what it measured.
+_CODE = ("--", ":/", ":(top,exclude)bench/results", ":(top,exclude)docs/performance.md")
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "grpcio", "numpy")
 
 
@@ -42,7 +44,7 @@ def describe_commit() -> dict[str, str | bool]:
     described: dict[str, str | bool] = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
     if commit := _output("git", "rev-parse", "HEAD"):
         described["commit"] = commit
-        described["uncommitted_changes"] = bool(_output("git", "status", "--porcelain"))
+        described["uncommitted_changes"] = bool(_output("git", "status", "--porcelain", *_CODE))
     return described
 
 

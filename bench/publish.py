@@ -19,6 +19,7 @@ RESULTS = HERE / "results"
 NOTES = HERE / "notes"
 PAGE = HERE.parent / "docs" / "performance.md"
 
+_VERDICTS = {True: "met", False: "**missed**", None: ""}
 _INTRODUCTION = """# Performance
 
 Generated from `bench/results/*.json` by `python -m bench.publish`; do not edit. `ratio` is how many
@@ -63,7 +64,7 @@ def _section(report: dict[str, Any]) -> str:
 def _row(row: dict[str, Any]) -> str:
     target = ""
     if row["target"] is not None:
-        target = f"{row['target']:g} {'met' if row['met'] else '**missed**'}"
+        target = f"{row['target']:g} {_VERDICTS[row['met']]}".rstrip()
     cells = (
         row["case"],
         row["metric"],

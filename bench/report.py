@@ -109,10 +109,25 @@ def format_table(rows: Sequence[Row]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def not_measured(row: Row, against: str, reason: str, *, target: float | None = None) -> Row:
+    """`row` beside somebody whose number could not be had, and why: nobody drops out in silence."""
+    return dataclasses.replace(row, against=f"{against}: not measured, {reason}", target=target)
+
+
 def write_report(
     name: str, rows: Sequence[Row], *, notes: Sequence[str] = (), folder: Path = RESULTS
 ) -> Path:
     """Print the table and write `folder/name.json`, with machine, commit and date."""
+    print(format_table(rows))
+    for note in notes:
+        print(f"note: {note}")
+    return save_report(name, rows, notes=notes, folder=folder)
+
+
+def save_report(
+    name: str, rows: Sequence[Row], *, notes: Sequence[str] = (), folder: Path = RESULTS
+) -> Path:
+    """Write `folder/name.json` only: a long benchmark does so after each case."""
     report = {
         "name": name,
         "machine": describe_machine(),
@@ -120,13 +135,26 @@ def write_report(
         "notes": list(notes),
         "rows": [{**dataclasses.asdict(row), "met": row.met} for row in rows],
     }
-    print(format_table(rows))
-    for note in notes:
-        print(f"note: {note}")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def kept_rows(name: str, folder: Path = RESULTS) -> list[Row]:
+    """The rows of a report that was written on this machine at this commit; else none."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return []
+    report = json.loads(path.read_text(encoding="utf-8"))
+    now = describe_commit()
+    same = report["machine"] == describe_machine() and all(
+        report.get(key) == now.get(key) for key in ("commit", "uncommitted_changes")
+    )
+    names = {field.name for field in dataclasses.fields(Row)}
+    if not same:
+        return []
+    return [Row(**{key: row[key] for key in row if key in names}) for row in report["rows"]]
 
 
 def _cells(row: Row) -> tuple[str, ...]:

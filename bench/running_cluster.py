@@ -33,6 +33,9 @@ class ClusterSpec:
     tp: int = 1
     threads: int = 1
     max_running_requests: int = 64
+    dtype: str = "float32"
+    max_context: int | str = "auto"
+    max_step_tokens: int = 512
 
 
 class RunningCluster:
@@ -45,6 +48,7 @@ class RunningCluster:
         self._log = Path(self._folder.name) / "up.log"
         grpc_port, http_port, dashboard = _free_ports(3)
         self.target = f"127.0.0.1:{grpc_port}"
+        self.http_target = f"127.0.0.1:{http_port}"
         self._file.write_text(
             f"cluster: {{name: bench}}\n"
             f"dashboard: {{port: {dashboard}}}\n"
@@ -52,9 +56,12 @@ class RunningCluster:
             f"models:\n"
             f"  - name: {spec.model}\n"
             f"    path: {spec.path}\n"
-            f"    dtype: float32\n"
+            f"    dtype: {spec.dtype}\n"
             f"    parallel: {{tp: {spec.tp}}}\n"
-            f"    limits: {{max_running_requests: {spec.max_running_requests}}}\n"
+            f"    limits:\n"
+            f"      max_running_requests: {spec.max_running_requests}\n"
+            f"      max_context: {spec.max_context}\n"
+            f"      max_step_tokens: {spec.max_step_tokens}\n"
             f"    resources: {{threads_per_rank: {spec.threads}}}\n"
         )
         self._env = {**os.environ, "PENSTOCK_STATE_DIR": self._folder.name}

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from bench.machine import describe_commit, describe_machine
-from bench.report import Row, Samples, compared, format_table, measured, write_report
+from bench.report import (
+    Row,
+    Samples,
+    compared,
+    format_table,
+    kept_rows,
+    measured,
+    not_measured,
+    save_report,
+    write_report,
+)
 
 
 def row(ours: float = 200.0) -> Row:
@@ -71,3 +81,16 @@ def test_unknown_facts_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = describe_machine()
     assert "no-such-package" not in machine
     assert "python" in machine
+
+
+def test_rows_are_kept_only_of_this_commit_and_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = compared(row(), "peer", Samples(values=(150.0,)), target=1.2)
+    named = not_measured(row(), "other", "not installed", target=1.2)
+    save_report("x", [full, named], folder=tmp_path)
+    assert kept_rows("x", tmp_path) == [full, named]
+    assert named.met is None
+    assert kept_rows("y", tmp_path) == []
+    monkeypatch.setattr("bench.report.describe_commit", lambda: {"commit": "another"})
+    assert kept_rows("x", tmp_path) == []
