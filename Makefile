@@ -30,7 +30,7 @@ REPORTING := $(shell grep -lw write_report bench/*.py)
 BENCHES := $(or $(NAME),$(filter-out report,$(basename $(notdir $(REPORTING)))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format proto bench lock clean
+.PHONY: help setup ops demo test lint types format proto bench lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ setup: $(STAMP)  ## install every pinned dependency into VENV (nothing to do whe
 $(STAMP): | $(LOCK)
 	@command -v $(PYTHON) >/dev/null || { echo "no such interpreter: $(PYTHON); try make PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) tools/bootstrap.py --venv $(VENV) --lock $(LOCK) --stamp $@
+
+ops: $(STAMP)  ## compile the readers of packed weights (once; needs g++ and the headers of libaio)
+	@$(RUN) -m offload.readers.aio_build
 
 demo: $(STAMP)  ## start a small cluster, stream tokens over gRPC and HTTP, shut it down
 	@$(RUN) examples/demo.py

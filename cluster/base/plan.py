@@ -82,6 +82,8 @@ class OffloadPlan:
     """Places for streamed units, each as large as the largest of them."""
     prefetch_depth: int = 3
     """Units being computed, loaded or waiting at one time; 1 loads and computes in turn."""
+    expert_slots: int = 0
+    """Places for routed experts that are not resident; the most useful ones stay there."""
     precision: str = "native"
     """Number format of streamed linear weights: `native`, or a quantised one."""
     reader: str = "auto"

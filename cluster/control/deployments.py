@@ -12,8 +12,10 @@ from ray import serve
 from ray.serve.api import RunTarget
 
 from cluster.base import names
-from cluster.base.plan import ClusterPlan, ModelPlan, to_json
+from cluster.base.plan import ClusterPlan, EngineKind, ModelPlan, to_json
+from offload.actor import OffloadWorkerActor
 from replicas.leader.actor import LeaderReplica
+from replicas.worker.actor import WorkerActor
 from router.app import GatewayReplica
 
 # Health is judged by step progress inside the leader, which ends itself; Serve's check is the net
@@ -21,6 +23,10 @@ from router.app import GatewayReplica
 _HEALTH_PERIOD_S = 1.0
 _HEALTH_TIMEOUT_S = 10.0
 _DRAIN_S = 5.0
+_WORKERS = {
+    EngineKind.TENSOR_PARALLEL: WorkerActor,
+    EngineKind.OFFLOAD: OffloadWorkerActor,
+}
 
 
 def engine_target(cluster: str, model: ModelPlan, host: str) -> RunTarget:
@@ -45,7 +51,7 @@ def engine_target(cluster: str, model: ModelPlan, host: str) -> RunTarget:
         max_constructor_retry_count=3,
     )
     return RunTarget(
-        target=deployment.bind(to_json(model), cluster, host),
+        target=deployment.bind(to_json(model), cluster, host, _WORKERS[model.engine]),
         name=names.engine_app(cluster, model.name),
         route_prefix=None,
     )

@@ -13,13 +13,20 @@ from replicas.api import GenerationRequest
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.sync_engine import Completion, SyncEngine
-from replicas.worker.assembly import RankSpec, build_runner
+from replicas.worker.assembly import (
+    RankSpec,
+    WeightsFactory,
+    build_runner,
+    resident_weights,
+)
 from replicas.worker.in_process_executor import InProcessExecutor
 
 MAX_CONTEXT = 120
 
 
-def in_process_engine(path: Path, **limits: Any) -> SyncEngine:
+def in_process_engine(
+    path: Path, weights_factory: WeightsFactory = resident_weights, **limits: Any
+) -> SyncEngine:
     """An engine over a checkpoint directory; `limits` are fields of `SchedulerConfig`."""
     config = SchedulerConfig(
         **{
@@ -39,7 +46,8 @@ def in_process_engine(path: Path, **limits: Any) -> SyncEngine:
         num_blocks=config.num_blocks,
         max_context=config.max_context,
     )
-    runner = build_runner(spec, SingleRank(), torch.device("cpu"))
+    device = torch.device("cpu")
+    runner = build_runner(spec, SingleRank(), device, weights_factory=weights_factory)
     eos_token_ids = runner.model.arch.eos_token_ids
     return SyncEngine(Scheduler(config, eos_token_ids), InProcessExecutor(runner))
 

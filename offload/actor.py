@@ -1,0 +1,25 @@
+"""Ray shell of a rank that streams its weights: the same worker, with another source of weights."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from cluster.base.errors import InternalError
+from replicas.worker.actor import WorkerActor
+from replicas.worker.plan import WorkerPlan
+
+
+class OffloadWorkerActor(WorkerActor):
+    """One rank of an offload replica; torch is imported where it runs, as in its base."""
+
+    def worker_options(self, plan: WorkerPlan) -> dict[str, Any]:
+        """The factory of streamed weights.
+
+        Raises:
+            InternalError: the plan is not one of an offload replica.
+        """
+        if plan.offload is None:
+            raise InternalError("An offload worker got a plan without an offload part.")
+        assembly = importlib.import_module("offload.assembly")
+        return {"weights_factory": assembly.streamed_weights(plan.offload)}

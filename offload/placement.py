@@ -1,0 +1,89 @@
+"""Which unit of a store is resident, which streams, and what that takes of the budget. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cluster.base.errors import ConfigError
+from cluster.base.plan import OffloadPlan
+from offload.budget import Budget
+from offload.layout import Store
+
+_ROUTED = re.compile(r"layer\.\d+\.expert\.\d+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Units of a store by what becomes of them, each in the model's order."""
+
+    resident: tuple[str, ...]
+    ring: tuple[str, ...]
+    """Streamed pass after pass."""
+    experts: tuple[str, ...]
+    """Read when a token visits them."""
+    ring_slots: int
+    ring_slot_bytes: int
+    expert_slots: int
+    expert_slot_bytes: int
+    resident_bytes: int
+
+    @property
+    def ring_bytes(self) -> int:
+        """Of all slots of the ring."""
+        return self.ring_slots * self.ring_slot_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of all slots of the expert cache."""
+        return self.expert_slots * self.expert_slot_bytes
+
+
+def place_units(store: Store, plan: OffloadPlan) -> Placement:
+    """Where the plan puts each unit of the store.
+
+    A unit that shares its record with a resident one is resident too. An expert cache has at least
+    two slots, so that one expert is read while another computes.
+
+    Raises:
+        ConfigError: the plan names units that the model does not have.
+    """
+    if unknown := [unit for unit in plan.resident_units if unit not in store.by_name]:
+        raise ConfigError(
+            f"The model has no weight units {', '.join(unknown)}.",
+            "Plan the model again.",
+            param="resident_units",
+        )
+    kept = {store.by_name[unit].record for unit in plan.resident_units}
+    streamed = [unit for unit in store.units if unit.record not in kept]
+    ring = tuple(unit.name for unit in streamed if not _ROUTED.fullmatch(unit.name))
+    experts = tuple(unit.name for unit in streamed if _ROUTED.fullmatch(unit.name))
+    return Placement(
+        resident=tuple(unit.name for unit in store.units if unit.record in kept),
+        ring=ring,
+        experts=experts,
+        ring_slots=min(plan.ring_slots, len(ring)),
+        ring_slot_bytes=_largest(store, ring),
+        expert_slots=min(max(2, plan.expert_slots), len(experts)),
+        expert_slot_bytes=_largest(store, experts),
+        resident_bytes=sum(store.records[number].num_bytes for number in sorted(kept)),
+    )
+
+
+def reserve(budget: Budget, placement: Placement, plan: OffloadPlan, kv_bytes: int) -> None:
+    """Take everything a rank needs from its budget.
+
+    Raises:
+        BudgetError: it does not fit; the error shows the sum.
+    """
+    budget.reserve("workspace", plan.workspace_bytes)
+    budget.reserve("key/value cache", kv_bytes)
+    budget.reserve(f"ring of {placement.ring_slots} slots", placement.ring_bytes)
+    if placement.experts:
+        budget.reserve(f"{placement.expert_slots} expert slots", placement.expert_bytes)
+    budget.reserve("resident weights", placement.resident_bytes)
+
+
+def _largest(store: Store, units: Iterable[str]) -> int:
+    return max((store.record_of(unit).num_bytes for unit in units), default=0)

@@ -1,0 +1,92 @@
+"""The weights of a rank that holds some units and streams the others.
+
+What the engine sees is a `WeightProvider` like any other; how a unit came is nobody's business.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.base.errors import InternalError
+from offload.expert_cache import ExpertCache
+from offload.link import LinkStats
+from offload.ring import Ring
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamStats:
+    """What streaming has cost since the start."""
+
+    reader: str
+    ring: LinkStats
+    experts: LinkStats
+    num_jumps: int
+
+
+class StreamedWeights:
+    """Implements `WeightProvider`.
+
+    Args:
+        resident: tensors of the units that stay.
+        ring: the units that stream in the model's order; None: there are none.
+        experts: the units that are read when a token asks for them; None: there are none.
+        reader: name of what reads.
+        on_close: gives memory and files back; also called when the process ends in order.
+    """
+
+    def __init__(
+        self,
+        resident: Mapping[str, Mapping[str, torch.Tensor]],
+        ring: Ring | None,
+        experts: ExpertCache | None,
+        *,
+        reader: str,
+        on_close: Callable[[], None],
+    ) -> None:
+        self._resident = resident
+        self._ring = ring
+        self._experts = experts
+        self._reader = reader
+        self._finalizer = weakref.finalize(self, on_close)
+
+    def acquire(self, unit: str) -> Mapping[str, torch.Tensor]:
+        """The unit's tensors, valid until `release`; waits for a streamed one.
+
+        Raises:
+            WeightStreamError: it could not be read, or not in time.
+            CorruptWeightsError: what was read is not what was packed.
+        """
+        if (tensors := self._resident.get(unit)) is not None:
+            return tensors
+        return self._home(unit).acquire(unit)
+
+    def release(self, unit: str) -> None:
+        """The unit's memory may be reused; what comes next starts to load."""
+        if unit not in self._resident:
+            self._home(unit).release(unit)
+
+    @property
+    def stats(self) -> StreamStats:
+        """Bytes read and time lost so far."""
+        return StreamStats(
+            reader=self._reader,
+            ring=LinkStats() if self._ring is None else self._ring.stats,
+            experts=LinkStats() if self._experts is None else self._experts.stats,
+            num_jumps=0 if self._ring is None else self._ring.num_jumps,
+        )
+
+    def close(self) -> None:
+        """End the reads under way and give everything back; safe to call twice."""
+        self._finalizer()
+
+    def _home(self, unit: str) -> Ring | ExpertCache:
+        for home in (self._ring, self._experts):
+            if home is not None and unit in home:
+                return home
+        raise InternalError(f"There is no weight unit {unit!r}.")

@@ -1,0 +1,172 @@
+"""Reads with DeepSpeed's asynchronous I/O: as fast as the disk, for the least processor time.
+
+What its C++ does not forgive is kept from it here: it ends the process when a file is shorter than
+a read, when a handle goes while it reads, or when memory cannot be locked, and it takes a failed
+read for a good one (guard words find that). `wait` is per handle, so every slot has its own, and a
+thread of ours waits, because it knows no deadline. Memory has to come from its own allocator, else
+every read is copied; the pages are then made huge, which it does not do and which matters most.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+import os
+import queue
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from cluster.base.errors import InternalError, WeightStreamError
+from offload.host_memory import HUGE_BYTES, collapse_pages, why_not_lock
+from offload.readers.aio_build import find_ops
+from offload.readers.engine import ReaderUnavailableError, ReadTimeoutError
+
+_BLOCK_BYTES = 2**20
+_QUEUE_DEPTH = 32
+_THREADS_PER_HANDLE = 1
+_CLOSE_TIMEOUT_S = 10.0
+_AIO_LIMITS = (Path("/proc/sys/fs/aio-nr"), Path("/proc/sys/fs/aio-max-nr"))
+_log = logging.getLogger(__name__)
+
+
+class AioEngine:
+    """Implements `ReadEngine`.
+
+    Raises:
+        ReaderUnavailableError: it is not built or cannot be loaded, or the system has no more
+            asynchronous I/O to give.
+    """
+
+    name = "aio"
+
+    def __init__(self, path: Path, num_slots: int, cache_dir: Path) -> None:
+        self._path = path
+        _check_limits(num_slots)
+        _check_direct(path)
+        module = _load(cache_dir)
+        self._handles: list[Any] = [
+            module.aio_handle(_BLOCK_BYTES, _QUEUE_DEPTH, False, True, _THREADS_PER_HANDLE)
+            for _ in range(num_slots)
+        ]
+        self._ended = [threading.Event() for _ in range(num_slots)]
+        for event in self._ended:
+            event.set()
+        self._blocks: list[torch.Tensor] = []
+        self._waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        # The thread keeps the handles: if it hangs in one, that one must never be destroyed.
+        self._thread = threading.Thread(
+            target=_wait_for_reads,
+            args=(self._waiting, self._handles, self._ended),
+            name="weights",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """See `ReadEngine`; locked, in huge pages where it spans any.
+
+        Raises:
+            ReaderUnavailableError: so much memory cannot be locked.
+        """
+        asked = num_bytes + HUGE_BYTES
+        if reason := why_not_lock(asked):
+            raise ReaderUnavailableError(reason)
+        block = self._handles[0].new_cpu_locked_tensor(asked, torch.empty(0, dtype=torch.uint8))
+        self._blocks.append(block)
+        start = -block.data_ptr() % HUGE_BYTES
+        memory: torch.Tensor = block[start : start + num_bytes]
+        collapse_pages(memory)
+        return memory
+
+    def submit(self, slot: int, buffer: torch.Tensor, offset: int) -> None:
+        """See `ReadEngine`."""
+        if not self._ended[slot].is_set():
+            raise InternalError(f"Slot {slot} is still being read.")
+        try:
+            size = os.stat(self._path).st_size
+        except OSError as error:
+            raise WeightStreamError(f"{self._path} cannot be read ({error}).") from error
+        if offset + buffer.numel() > size:
+            raise WeightStreamError(f"{self._path} ends at byte {size}, before a record does.")
+        if self._handles[slot].async_pread(buffer, str(self._path), offset) != 0:
+            raise WeightStreamError(f"{self._path} cannot be opened for asynchronous reads.")
+        self._ended[slot].clear()
+        self._waiting.put(slot)
+
+    def wait(self, slot: int, timeout_s: float) -> None:
+        """See `ReadEngine`."""
+        if not self._ended[slot].wait(timeout_s):
+            raise ReadTimeoutError(
+                f"A read of {self._path} has not ended after {timeout_s:g} s.",
+                "Look at the disk, or raise the read timeout.",
+            )
+
+    def close(self) -> None:
+        """See `ReadEngine`."""
+        if not self._handles:
+            return
+        self._waiting.put(None)
+        self._thread.join(_CLOSE_TIMEOUT_S)
+        if self._thread.is_alive():
+            _log.error("a read of %s hangs; its memory stays in use", self._path)
+            return
+        for block in self._blocks:
+            self._handles[0].free_cpu_locked_tensor(block)
+        self._blocks = []
+        self._handles.clear()
+
+
+def _wait_for_reads(
+    waiting: queue.SimpleQueue[int | None], handles: list[Any], ended: list[threading.Event]
+) -> None:
+    """Wait for reads in the order of their submission, until told to stop."""
+    while (slot := waiting.get()) is not None:
+        handles[slot].wait()
+        ended[slot].set()
+
+
+def _load(cache_dir: Path) -> ModuleType:
+    """The module with `aio_handle`; its pinned memory manager comes first, and is global."""
+    modules = find_ops(cache_dir)
+    try:
+        _import("pin_memory_op", modules["pin_memory_op"])
+        ctypes.CDLL(str(modules["pin_memory_op"]), mode=ctypes.RTLD_GLOBAL)
+        return _import("async_io_op", modules["async_io_op"])
+    except (ImportError, OSError) as error:
+        raise ReaderUnavailableError(f"it cannot be loaded ({error})") from error
+
+
+def _import(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ReaderUnavailableError(f"{path} is no module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _check_limits(num_slots: int) -> None:
+    """Two contexts a handle; creating one beyond the system's limit ends the process."""
+    try:
+        used, limit = (int(path.read_text()) for path in _AIO_LIMITS)
+    except (OSError, ValueError):
+        return
+    # The kernel counts requests per processor and doubles them.
+    events = 2 * max(_QUEUE_DEPTH, 4 * (os.cpu_count() or 1))
+    wanted = num_slots * (1 + _THREADS_PER_HANDLE) * events
+    if used + wanted > limit:
+        raise ReaderUnavailableError(
+            f"fs.aio-max-nr is {limit}, {used} are in use and {wanted} more are needed"
+        )
+
+
+def _check_direct(path: Path) -> None:
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError as error:
+        raise ReaderUnavailableError(f"{path} cannot be opened with O_DIRECT ({error})") from error
