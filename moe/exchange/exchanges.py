@@ -6,51 +6,23 @@ switch at the same step; the step header is where they agree.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
 from cluster.base.errors import ConfigError
-from cluster.dist.peer_group import PeerGroup
 from cluster.dist.rank_topology import RankTopology
 from moe.exchange.base import Arrivals, Exchange, Pending
-from moe.exchange.flat import ExpertRanks, OneHopExchange
+from moe.exchange.calibrate import calibrate
+from moe.exchange.flat import OneHopExchange, SlotHomes
 from moe.exchange.hierarchical import Route, TwoHopExchange
 from moe.exchange.hops import CountedHop, Hop
+from moe.exchange.link_costs import LinkCosts
+from moe.exchange.peers import Peers
 from moe.exchange.preposted import SlotHop
+from moe.exchange.schemes import DEFAULT_SLOT_ROWS, Scheme
 from moe.exchange.wire import WireFormat
 from moe.expert_slots import ExpertSlots
-
-DEFAULT_SLOT_ROWS = 64
-
-
-class Scheme(enum.StrEnum):
-    """The ways of moving tokens between ranks."""
-
-    FLAT = "flat"
-    HIERARCHICAL = "hierarchical"
-    PREPOSTED = "preposted"
-
-
-class Peers(Protocol):
-    """The groups a rank belongs to (`cluster.dist.expert_peers.ExpertPeers`)."""
-
-    @property
-    def world(self) -> PeerGroup:
-        """All ranks."""
-        ...
-
-    @property
-    def node(self) -> PeerGroup:
-        """The ranks of this node."""
-        ...
-
-    @property
-    def rail(self) -> PeerGroup:
-        """The ranks of this rail."""
-        ...
 
 
 class Exchanges:
@@ -107,6 +79,10 @@ class Exchanges:
             raise ConfigError(f"There is no exchange {scheme!r}.", f"Use one of {list(Scheme)}.")
         self._scheme = Scheme(scheme)
 
+    def calibrate(self) -> LinkCosts:
+        """Measure the links, about a second; all ranks call it together and get the same."""
+        return calibrate(self.peers, self.topology)
+
     def for_layer(self, layer: int, slots: ExpertSlots) -> LayerExchange:
         """The exchange of one layer, whose experts lie as given.
 
@@ -118,12 +94,12 @@ class Exchanges:
                 f"A placement over {slots.num_ranks} ranks does not fit a group of "
                 f"{self.topology.num_ranks}."
             )
-        where = ExpertRanks(slots, self._rank)
+        where = SlotHomes(slots, self._rank)
         return LayerExchange(
             self, {scheme: self._build(scheme, where, f"layer {layer}") for scheme in Scheme}
         )
 
-    def _build(self, scheme: Scheme, where: ExpertRanks, layer: str) -> Exchange:
+    def _build(self, scheme: Scheme, where: SlotHomes, layer: str) -> Exchange:
         """One scheme; with one level the two-hop schemes are their one-hop selves."""
         two_levels = self.topology.has_two_levels
         hops: Sequence[Hop]

@@ -17,7 +17,7 @@ from moe.expert_slots import ExpertSlots
 from moe.plan import NOWHERE, Pairs, RowPlan
 
 
-class ExpertRanks:
+class SlotHomes:
     """The rank of every slot of a layer, and this rank's share; shared by all schemes.
 
     Args:
@@ -48,7 +48,7 @@ class OneHopExchange:
     """
 
     def __init__(
-        self, *, name: str, hop: Hop, where: ExpertRanks, format: WireFormat, layer: str
+        self, *, name: str, hop: Hop, where: SlotHomes, format: WireFormat, layer: str
     ) -> None:
         self.name = name
         self._hop = hop
@@ -86,7 +86,7 @@ class OneHopPending:
 
     plan: RowPlan
     trip: Trip
-    where: ExpertRanks
+    where: SlotHomes
     format: WireFormat
     what: str
 
@@ -98,7 +98,7 @@ class OneHopPending:
 
 
 def unpack_arrivals(
-    rows: torch.Tensor, where: ExpertRanks, format: WireFormat, ticket: object
+    rows: torch.Tensor, where: SlotHomes, format: WireFormat, ticket: object
 ) -> Arrivals:
     """What a rank computes with, from the rows that reached it."""
     pairs = Pairs.build(format.experts(rows), format.weights(rows), where.first, where.num_local)

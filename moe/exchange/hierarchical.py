@@ -14,7 +14,7 @@ import torch
 
 from cluster.dist.rank_topology import RankTopology
 from moe.exchange.base import Arrivals
-from moe.exchange.flat import ExpertRanks, unpack_arrivals
+from moe.exchange.flat import SlotHomes, unpack_arrivals
 from moe.exchange.hops import Hop, Trip
 from moe.exchange.wire import WireFormat
 from moe.plan import NOWHERE, RowPlan
@@ -75,7 +75,7 @@ class TwoHopExchange:
         name: str,
         hops: tuple[Hop, Hop],
         route: Route,
-        where: ExpertRanks,
+        where: SlotHomes,
         format: WireFormat,
         layer: str,
     ) -> None:

@@ -15,8 +15,9 @@ from cluster.dist.communicator import Communicator
 from cluster.dist.expert_peers import ExpertPeers, join_expert_peers
 from cluster.dist.rank_topology import RankTopology
 from cluster.dist.rendezvous import Rendezvous, pick_port
-from moe.exchange.exchanges import Exchanges, Scheme
+from moe.exchange.exchanges import Exchanges
 from moe.exchange.reference import partial_sums, reference_sums
+from moe.exchange.schemes import Scheme
 from moe.exchange.wire import WireFormat
 from tests.support.routed_rows import DIM, TOP_K, expert, physical, placement, rows_of_rank
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from cluster.dist.rank_topology import RankTopology
-from moe.exchange.exchanges import Exchanges, Scheme
+from moe.exchange.exchanges import Exchanges
 from moe.exchange.reference import partial_sums, reference_pairs, reference_sums
+from moe.exchange.schemes import Scheme
 from moe.exchange.wire import Combine, Dispatch, WireFormat
 from tests.support.routed_rows import (
     DIM,

@@ -1,0 +1,63 @@
+"""Which scheme a step should use: the one that the simulator finds fastest. Pure.
+
+All ranks hold the same costs (`calibrate` sees to that) and the same numbers, so they come to the
+same answer; the step header then only has to carry the name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.dist.rank_topology import RankTopology
+from moe.exchange.link_costs import LinkCosts
+from moe.exchange.schemes import DEFAULT_SLOT_ROWS, Scheme
+from moe.exchange.simulate import Traffic, simulate
+from moe.exchange.wire import WireFormat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A scheme, why, and what each was expected to take."""
+
+    scheme: Scheme
+    reason: str
+    expected_s: dict[Scheme, float]
+
+
+def choose(
+    rows: int,
+    topology: RankTopology,
+    costs: LinkCosts,
+    format: WireFormat,
+    *,
+    slot_rows: int = DEFAULT_SLOT_ROWS,
+    max_nodes: int = 0,
+) -> Choice:
+    """The fastest scheme for a layer.
+
+    Args:
+        rows: the most that any rank has in this step.
+        topology: of the group.
+        costs: the same at all ranks.
+        format: of rows on the wire.
+        slot_rows: rows of a slot of `preposted`.
+        max_nodes: nodes a token may visit (group-limited routing); 0: any number.
+    """
+    traffic = Traffic(
+        rows=rows,
+        top_k=format.top_k,
+        row_bytes=format.row_bytes,
+        answer_bytes=format.partial_bytes,
+        max_nodes=max_nodes,
+    )
+    expected = {
+        scheme: simulate(scheme, topology, traffic, costs, slot_rows)
+        for scheme in Scheme
+        # With one level it is flat under another name.
+        if topology.has_two_levels or scheme is not Scheme.HIERARCHICAL
+    }
+    best = min(expected, key=expected.__getitem__)
+    figures = ", ".join(f"{scheme} {1e3 * time_s:.3g} ms" for scheme, time_s in expected.items())
+    shape = "+".join(str(len(ranks)) for ranks in topology.nodes)
+    reason = f"{best} for {rows} rows a rank on {shape} ranks: {figures} expected per layer"
+    return Choice(scheme=best, reason=reason, expected_s=expected)

@@ -1,0 +1,106 @@
+"""Virtual time against closed forms, the choice it leads to, and costs that all ranks share."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from cluster.dist.rank_topology import RankTopology
+from moe.exchange.calibrate import calibrate
+from moe.exchange.choose import choose
+from moe.exchange.link_costs import LinkCosts
+from moe.exchange.schemes import Scheme
+from moe.exchange.simulate import Traffic, simulate
+from moe.exchange.wire import WireFormat
+from tests.support.thread_peers import Hub, on_threads
+
+GRID = RankTopology.regular(4, 4)
+WIRE = WireFormat(dim=1024, dtype=torch.float32, top_k=8)
+
+
+def traffic(rows: int, max_nodes: int = 0) -> Traffic:
+    return Traffic(rows=rows, top_k=8, row_bytes=4160, answer_bytes=4096, max_nodes=max_nodes)
+
+
+@pytest.mark.parametrize(("scheme", "delays"), [("flat", 6), ("hierarchical", 6), ("preposted", 2)])
+def test_delays_alone(scheme, delays):
+    costs = LinkCosts(node_delay_s=0.02)
+    took = simulate(Scheme(scheme), GRID, traffic(8), costs, 64)
+    assert took == pytest.approx(delays * 0.02)
+
+
+def test_messages_alone():
+    costs = LinkCosts(node_message_s=0.001)
+    flat = simulate(Scheme.FLAT, GRID, traffic(8), costs, 64)
+    two_hops = simulate(Scheme.HIERARCHICAL, GRID, traffic(8), costs, 64)
+    # A node sends 48 messages a hop straight and 12 along the rails, each with a word before it.
+    assert flat == pytest.approx(3 * 2 * 0.048, rel=0.08)
+    assert two_hops == pytest.approx(3 * 2 * 0.012, rel=0.15)
+
+
+def test_bytes_alone():
+    costs = LinkCosts(node_bytes_per_s=1e6)
+    rows = 64
+    for scheme, share, crossings in (
+        (Scheme.FLAT, 1 - (15 / 16) ** 8, 48),
+        (Scheme.HIERARCHICAL, 1 - (3 / 4) ** 8, 12),
+    ):
+        sent = crossings * rows * share * (4160 + 4096)
+        assert simulate(scheme, GRID, traffic(rows), costs, 64) == pytest.approx(
+            sent / 1e6, rel=0.08
+        )
+
+
+def test_limited_routing_saves_bytes_between_nodes():
+    costs = LinkCosts(node_bytes_per_s=1e6)
+    free = simulate(Scheme.HIERARCHICAL, GRID, traffic(64), costs, 64)
+    limited = simulate(Scheme.HIERARCHICAL, GRID, traffic(64, max_nodes=2), costs, 64)
+    assert limited == pytest.approx(free / 1.8, rel=0.1)
+
+
+def test_slots_that_are_too_small_cost_a_second_round():
+    costs = LinkCosts(node_delay_s=0.02)
+    assert simulate(Scheme.PREPOSTED, GRID, traffic(100), costs, 64) == pytest.approx(4 * 0.02)
+
+
+@pytest.mark.parametrize("shape", list(itertools.product((1, 2, 4), (1, 2, 4)))[1:])
+@pytest.mark.parametrize("rows", [0, 1, 64, 1024])
+def test_the_choice_is_the_fastest_and_says_why(shape, rows):
+    topology = RankTopology.regular(*shape)
+    costs = LinkCosts(
+        node_delay_s=1e-4,
+        node_message_s=15e-6,
+        node_bytes_per_s=1e9,
+        local_delay_s=2e-5,
+        local_message_s=2e-5,
+        local_bytes_per_s=2e9,
+        call_s=1e-4,
+    )
+    choice = choose(rows, topology, costs, WIRE)
+    assert choice.expected_s[choice.scheme] == min(choice.expected_s.values())
+    assert str(choice.scheme) in choice.reason
+    assert f"{rows} rows" in choice.reason
+    assert (Scheme.HIERARCHICAL in choice.expected_s) == topology.has_two_levels
+    assert choice == choose(rows, topology, costs, WIRE)
+
+
+def test_where_each_scheme_wins():
+    # Where nothing between nodes costs anything, a second hop is only one more hop.
+    near = LinkCosts(node_delay_s=1e-6, call_s=1e-3)
+    assert choose(1024, GRID, near, WIRE).scheme is Scheme.FLAT
+    far = LinkCosts(node_delay_s=0.02, node_message_s=0.001)
+    assert choose(8, GRID, far, WIRE).scheme is Scheme.PREPOSTED
+    thin = LinkCosts(node_bytes_per_s=60e6, node_delay_s=0.002)
+    assert choose(1024, GRID, thin, WIRE).scheme is not Scheme.FLAT
+
+
+@pytest.mark.parametrize("nodes", ["aa", "ab", "aabb", "aab"])
+def test_all_ranks_are_given_the_same_costs(nodes):
+    topology = RankTopology(tuple(nodes))
+    costs = on_threads(Hub(topology), lambda rank, peers: calibrate(peers, topology))
+    assert len(set(costs)) == 1
+    assert LinkCosts.from_bytes(costs[0].to_bytes()) == costs[0]
+    assert costs[0].row_bytes_per_s > 0
+    assert (costs[0].node_delay_s > 0) == (topology.num_nodes > 1)
