@@ -18,7 +18,7 @@ HEADER = """\
 # Exact versions of all development and runtime dependencies. Made by `make lock`; do not edit.
 # torch carries no build label: the index that pip is configured with decides between CPU and CUDA.
 """
-PLATFORM_ONLY = re.compile(r"^(nvidia-.*|cuda-.*|triton|penstock)$")
+PLATFORM_ONLY = re.compile(r"^(nvidia-.*|cuda-.*|penstock)$")
 
 
 def pins(report: dict[str, list[dict[str, dict[str, str]]]]) -> list[str]:

@@ -25,6 +25,7 @@ VARIABLES: Mapping[str, str] = {
     "CUDA_VISIBLE_DEVICES": "GPUs that may be used, as CUDA reads it; default all",
     "HF_HOME": "cache of downloaded models, read by huggingface_hub",
     "HF_HUB_OFFLINE": "1: never download models, read by huggingface_hub",
+    "TRITON_INTERPRET": "1: Triton's kernels run in its interpreter on the CPU, for tests",
     "NO_COLOR": "any value: no colours on the terminal, read by rich",
 }
 """Name -> meaning of every variable that has an effect."""
@@ -109,3 +110,8 @@ def set_ray_defaults() -> None:
 def ray_token_auth() -> bool:
     """Whether Ray runs with token authentication (it says so in RAY_AUTH_MODE itself)."""
     return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+
+
+def triton_interpreter() -> bool:
+    """Whether Triton was told to interpret its kernels (it reads TRITON_INTERPRET itself)."""
+    return os.environ.get("TRITON_INTERPRET", "") not in ("", "0")

@@ -14,6 +14,7 @@ from replicas.attention.backend import AttentionBackend, AttentionSpec
 from replicas.attention.cpu import CpuAttention
 from replicas.attention.cpu_paged import CpuPagedAttention
 from replicas.attention.torch_ref import TorchReferenceAttention
+from replicas.attention.triton_paged import TritonPagedAttention
 from replicas.kernels.cpu_ops import CpuKernels
 from replicas.kernels.ops import Kernels
 from replicas.kernels.torch_ops import TORCH_KERNELS
@@ -43,6 +44,11 @@ _BACKENDS = (
         name=CpuAttention.name,
         why_not=lambda spec, _: CpuAttention.why_not(spec),
         build=lambda spec, _: CpuAttention(spec),
+    ),
+    _Row(
+        name=TritonPagedAttention.name,
+        why_not=lambda spec, _: TritonPagedAttention.why_not(spec),
+        build=lambda spec, _: TritonPagedAttention(spec),
     ),
     _Row(
         name=TorchReferenceAttention.name,

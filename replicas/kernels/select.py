@@ -13,20 +13,21 @@ from replicas.kernels.cpu_ops import CpuKernels
 from replicas.kernels.loader import CpuLibrary
 from replicas.kernels.ops import Kernels
 from replicas.kernels.torch_ops import TORCH_KERNELS
+from replicas.kernels.triton_ops import TritonKernels
 
-CHOICES = ("auto", "off")
+CHOICES = ("auto", "off", "triton", "fp8")
 _log = logging.getLogger(__name__)
 
 
 def select_kernels(requested: str, dtype: torch.dtype, device: str, cache_dir: Path) -> Kernels:
-    """Compiled kernels where they can serve the model, else torch's.
+    """The fastest kernels that can serve the model, else torch's.
 
     Args:
-        requested: `auto` or `off`.
+        requested: `auto`; `off` (torch's); `triton`; or `fp8` (Triton's, linear weights in fp8).
         cache_dir: where compiled libraries are kept; made when missing.
 
     Raises:
-        ConfigError: `requested` is neither.
+        ConfigError: there is no such choice, or what was asked for by name cannot run here.
     """
     if requested not in CHOICES:
         raise ConfigError(
@@ -37,6 +38,29 @@ def select_kernels(requested: str, dtype: torch.dtype, device: str, cache_dir: P
     if requested == "off":
         _log.info("kernels: torch (switched off)")
         return TORCH_KERNELS
+    if requested in ("triton", "fp8"):
+        return _triton(requested, dtype, device)
+    if device.split(":")[0] == "cpu":
+        return _compiled(dtype, device, cache_dir)
+    if reasons := TritonKernels.why_not(dtype, device):
+        _log.warning("kernels: torch, because of Triton's: %s", "; ".join(reasons))
+        return TORCH_KERNELS
+    return _triton("triton", dtype, device)
+
+
+def _triton(requested: str, dtype: torch.dtype, device: str) -> Kernels:
+    if reasons := TritonKernels.why_not(dtype, device):
+        raise ConfigError(
+            f"Triton's kernels cannot run here: {'; '.join(reasons)}.",
+            "Use kernels auto.",
+            param="kernels",
+        )
+    kernels = TritonKernels(fp8=requested == "fp8")
+    _log.info("kernels: %s", kernels.name)
+    return kernels
+
+
+def _compiled(dtype: torch.dtype, device: str, cache_dir: Path) -> Kernels:
     if reasons := CpuKernels.why_not(dtype, device):
         _log.info("kernels: torch, because of the compiled ones: %s", "; ".join(reasons))
         return TORCH_KERNELS

@@ -48,7 +48,7 @@ def build_model(  # noqa: PLR0913 - where a model is put together
         device: `cpu` or `cuda`.
         block_size: tokens per KV block.
         attention_backend: `auto` or a name of `replicas.attention.select`.
-        kernels: `auto` (compiled ones where they can) or `off` (torch's).
+        kernels: `auto` (the fastest that can) or another choice of `select_kernels`.
         cache_dir: where compiled kernels are kept; None: the user's cache directory.
         adapt_kernels: wraps the chosen kernels, for weights in a form that they do not know.
 

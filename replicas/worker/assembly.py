@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +19,17 @@ from replicas.models.context import torch_dtype
 from replicas.models.decoder import DecoderModel
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.registry import build_model
+from replicas.worker.decode_graphs import GraphedModel, GraphLimits
+from replicas.worker.device import capture_graph
 from replicas.worker.kv_tensors import KvCacheSpec, allocate_kv_caches
 from replicas.worker.model_runner import ModelRunner
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSpec:
-    """What a rank's runner is made from; `kernels` as in `build_model`."""
+    """What a rank's runner is made from; `kernels` and `attention_backend` as in `build_model`."""
 
     model_path: str
     dtype: str
@@ -33,6 +38,9 @@ class RankSpec:
     num_blocks: int
     max_context: int
     kernels: str = "auto"
+    attention_backend: str = "auto"
+    max_graph_rows: int = 256
+    """Largest batch whose decode steps are captured, on a device that has graphs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +100,7 @@ def build_runner(
         device=device.type,
         block_size=spec.block_size,
         kernels=spec.kernels,
+        attention_backend=spec.attention_backend,
         adapt_kernels=adapt_kernels,
     )
     cache = KvCacheSpec(
@@ -114,7 +123,7 @@ def build_runner(
         )
     )
     return ModelRunner(
-        model,
+        _with_graphs(model, weights, spec, device),
         weights,
         allocate_kv_caches(cache, device),
         block_size=spec.block_size,
@@ -122,3 +131,19 @@ def build_runner(
         is_output_rank=communicator.rank == 0,
         clock=time.perf_counter,
     )
+
+
+def _with_graphs(
+    model: DecoderModel, weights: WeightProvider, spec: RankSpec, device: torch.device
+) -> DecoderModel:
+    """The model with its decode steps replayed from graphs, where that can be."""
+    reasons = GraphedModel.why_not(model, weights, device.type)
+    if spec.attention_backend not in ("auto", "triton_paged"):
+        reasons.append(f"attention {spec.attention_backend} launches by the contents of a step")
+    if reasons:
+        _log.info("decode graphs: none, because %s", "; ".join(reasons))
+        return model
+    limits = GraphLimits(
+        max_rows=spec.max_graph_rows, max_context=spec.max_context, block_size=spec.block_size
+    )
+    return GraphedModel(model, limits, device, capture_graph)

@@ -8,7 +8,7 @@ is always the right one.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,6 +72,38 @@ def synchronize(device: torch.device) -> None:
     """Wait until `device` has done everything it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def capture_graph(
+    launch: Callable[[], torch.Tensor],
+) -> Callable[[], torch.Tensor]:
+    """Record what `launch` does on the current CUDA device as a graph.
+
+    Runs it twice before, on a stream of its own: libraries set themselves up at first use, which
+    must not be recorded.
+
+    Returns:
+        A function that launches the graph and returns `launch`'s tensor, filled anew.
+
+    Raises:
+        DeviceOutOfMemoryError: the graph's memory does not fit.
+    """
+    with out_of_memory_as_error("capturing a decode step"):
+        stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                launch()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = launch()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 @contextmanager

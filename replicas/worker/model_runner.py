@@ -23,6 +23,7 @@ from replicas.layers.weights import WeightProvider
 from replicas.models.decoder import DecoderModel
 from replicas.sampling.logprobs import token_logprobs
 from replicas.sampling.sampler import NOT_FINITE, Sampler
+from replicas.worker.decode_graphs import GraphedModel
 from replicas.worker.device import out_of_memory_as_error
 from replicas.worker.input_batch import StepInput, build_step_input
 from replicas.worker.kv_tensors import copy_blocks
@@ -83,6 +84,12 @@ class ModelRunner:
     def num_rows(self) -> int:
         """Live requests on this rank."""
         return len(self._rows)
+
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Do what only helps later steps; to be called after a step has been answered."""
+        if isinstance(self._model, GraphedModel):
+            self._model.settle()
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> StepOutput:

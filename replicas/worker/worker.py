@@ -80,6 +80,7 @@ class Worker:
                 output = self._runner.execute(wire.decode_plan(payload))
                 if self._plan.rank == 0:
                     self._link.send_result(wire.encode(output))
+                self._runner.settle()
         except Exception as error:
             fault = _as_fault(error)
             log.exception("rank %d failed", self._plan.rank)

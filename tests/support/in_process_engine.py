@@ -25,7 +25,12 @@ MAX_CONTEXT = 120
 
 
 def in_process_engine(
-    path: Path, weights_factory: WeightsFactory = resident_weights, **limits: Any
+    path: Path,
+    weights_factory: WeightsFactory = resident_weights,
+    *,
+    kernels: str = "auto",
+    attention: str = "auto",
+    **limits: Any,
 ) -> SyncEngine:
     """An engine over a checkpoint directory; `limits` are fields of `SchedulerConfig`."""
     config = SchedulerConfig(
@@ -45,6 +50,8 @@ def in_process_engine(
         block_size=config.block_size,
         num_blocks=config.num_blocks,
         max_context=config.max_context,
+        kernels=kernels,
+        attention_backend=attention,
     )
     device = torch.device("cpu")
     runner = build_runner(spec, SingleRank(), device, weights_factory=weights_factory)

@@ -8,6 +8,7 @@ import logging
 import pytest
 
 from cluster.base.errors import ConfigError
+from replicas.attention import triton_paged
 from replicas.attention.backend import AttentionSpec
 from replicas.attention.select import BACKEND_NAMES, select_backend
 from replicas.kernels.cpu_ops import CpuKernels
@@ -23,7 +24,10 @@ CPU = AttentionSpec(
 )
 
 
-def test_auto_takes_the_fastest_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_takes_the_fastest_and_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_paged.importlib.util, "find_spec", lambda _: None)
     with caplog.at_level(logging.INFO):
         assert select_backend(CPU).name == "cpu"
         other = select_backend(dataclasses.replace(CPU, device="cuda:0"))
@@ -31,6 +35,7 @@ def test_auto_takes_the_fastest_and_says_so(caplog: pytest.LogCaptureFixture) ->
     assert "attention backend cpu (auto)" in caplog.text
     assert "passed over cpu_paged: there are no compiled kernels" in caplog.text
     assert "cpu: it runs on cpu tensors, not on cuda:0" in caplog.text
+    assert "triton_paged: triton is not installed" in caplog.text
 
 
 def test_compiled_kernels_bring_their_backend(cpu_kernels: CpuKernels) -> None:
@@ -51,7 +56,7 @@ def test_a_name_is_taken_at_its_word(name: str) -> None:
 
 
 def test_unknown_names_list_the_known() -> None:
-    with pytest.raises(ConfigError, match="cpu_paged, cpu, torch_ref"):
+    with pytest.raises(ConfigError, match="cpu_paged, cpu, triton_paged, torch_ref"):
         select_backend(CPU, "magic")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cluster.base.errors import ConfigError
-from replicas.kernels import build, select
+from replicas.kernels import build, select, triton_ops
 from replicas.kernels.build import BuildPlan, KernelsUnavailableError, build_library
 from replicas.kernels.loader import CpuLibrary
 from replicas.kernels.select import select_kernels
@@ -116,11 +116,18 @@ def test_no_compiler_means_torch(
     assert "kernels: torch, because there is no C++ compiler" in caplog.text
 
 
-def test_choices(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_choices(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with caplog.at_level(logging.INFO):
         assert select_kernels("off", torch.float32, "cpu", tmp_path).name == "torch"
+        assert select_kernels("auto", torch.float16, "cpu", tmp_path).name == "torch"
+        monkeypatch.setattr(triton_ops.importlib.util, "find_spec", lambda _: None)
         assert select_kernels("auto", torch.float16, "cuda:0", tmp_path).name == "torch"
     assert "switched off" in caplog.text
-    assert "not on cuda:0; they know float32 and bfloat16, not torch.float16" in caplog.text
+    assert "they know float32 and bfloat16, not torch.float16" in caplog.text
+    assert "kernels: torch, because of Triton's: triton is not installed" in caplog.text
+    with pytest.raises(ConfigError, match="triton is not installed"):
+        select_kernels("fp8", torch.bfloat16, "cuda:0", tmp_path)
     with pytest.raises(ConfigError, match=", ".join(select.CHOICES)):
         select_kernels("fast", torch.float32, "cpu", tmp_path)
