@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from bench.cpu_cases.left_out import LeftOut
 from bench.cpu_cases.offline import NEW_TOKENS, OFFLINE_CASES, PREFILL_TOKENS, offline_rows
 from bench.cpu_cases.online import CLIENTS, OUTPUT_TOKENS, PROMPT_TOKENS, online_rows
 from bench.cpu_cases.ours import Ours, why_not_serve
@@ -76,7 +77,8 @@ def _engines(peers: Sequence[str], threads: int) -> list[Engine]:
         TRANSFORMERS: Transformers(threads),
         TORCH_KERNELS: Ours(threads, kernels="off"),
     }
-    return [Ours(threads), *(known[peer] for peer in dict.fromkeys(peers))]
+    left_out = [LeftOut(known[peer].name) for peer in DEFAULT_PEERS if peer not in peers]
+    return [Ours(threads), *(known[peer] for peer in dict.fromkeys(peers)), *left_out]
 
 
 def _place_in_table(row: Row) -> tuple[int, int]:

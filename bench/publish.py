@@ -53,8 +53,8 @@ def _section(report: dict[str, Any]) -> str:
         "",
         *(f"- {note}" for note in report["notes"]),
         "",
-        "| case | metric | ours | unit | against | theirs | ratio | target | n | ± |",
-        "|---|---|--:|---|---|--:|--:|---|--:|--:|",
+        "| case | metric | ours | unit | against | theirs | ratio | target | n | ± | ± theirs |",
+        "|---|---|--:|---|---|--:|--:|---|--:|--:|--:|",
         *(_row(row) for row in report["rows"]),
         "",
     ]
@@ -76,6 +76,7 @@ def _row(row: dict[str, Any]) -> str:
         target,
         str(row["samples"]),
         f"{row['spread']:.0%}",
+        "" if row.get("theirs_spread") is None else f"{row['theirs_spread']:.0%}",
     )
     return f"| {' | '.join(cells)} |"
 

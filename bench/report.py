@@ -57,6 +57,7 @@ class Row:
     against: str = ""
     """Who or what is compared; empty when the row only records our number."""
     theirs: float | None = None
+    theirs_spread: float | None = None
     ratio: float | None = None
     target: float | None = None
     """The ratio to reach."""
@@ -93,7 +94,12 @@ def compared(
     better, worse = (theirs.median, row.ours) if lower_is_better else (row.ours, theirs.median)
     ratio = better / worse if worse else None
     return dataclasses.replace(
-        row, against=against, theirs=theirs.median, ratio=ratio, target=target
+        row,
+        against=against,
+        theirs=theirs.median,
+        theirs_spread=theirs.spread,
+        ratio=ratio,
+        target=target,
     )
 
 

@@ -19,6 +19,7 @@ from bench.report import Row, Samples, compared, measured
 PREFILL_TOKENS = 512
 PROMPT_TOKENS = 128
 NEW_TOKENS = 128
+WARM_TOKENS = 8
 ROOFLINE_TARGET = 0.9
 
 
@@ -30,11 +31,13 @@ class OfflineCase:
     size: int
     target: float
 
-    def batch(self, seed: int) -> Batch:
-        """The batch with prompts that no other round had."""
+    def batch(self, round_number: int) -> Batch:
+        """The batch of a round, with prompts of its own; the first only warms and is short."""
+        seed = 1000 * self.size + round_number
         if self.size == 0:
             return Batch(size=1, prompt_tokens=PREFILL_TOKENS, new_tokens=1, seed=seed)
-        return Batch(size=self.size, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, seed=seed)
+        new_tokens = NEW_TOKENS if round_number else WARM_TOKENS
+        return Batch(size=self.size, prompt_tokens=PROMPT_TOKENS, new_tokens=new_tokens, seed=seed)
 
 
 OFFLINE_CASES = (
@@ -80,7 +83,7 @@ def offline_rows(
 
 def _runner(case: OfflineCase, probe: MemoryProbe) -> Callable[[Offline, int], Timed]:
     def run(engine: Offline, round_number: int) -> Timed:
-        batch = case.batch(seed=1000 * case.size + round_number)
+        batch = case.batch(round_number)
         before = probe.read()
         times = engine.run(batch)
         return Timed(batch=batch, times=times, read_gb_per_s=max(before, probe.read()))
