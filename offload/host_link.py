@@ -91,6 +91,10 @@ class HostLink:
             self._views[key] = {entry.name: view(self._slots[slot], entry) for entry in entries}
         return self._views[key]
 
+    def record(self, unit: str, slot: int) -> torch.Tensor:
+        """The unit's record in the slot as bytes, after `wait`: what a further stage copies."""
+        return self._slots[slot][: self._store.record_of(unit).num_bytes]
+
     def evict(self, slot: int) -> None:
         """See `Link.evict`."""
         if self._poison and self._reading[slot] is None:

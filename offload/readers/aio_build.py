@@ -2,9 +2,9 @@
 
 Sources are those of the installed deepspeed package; nothing of it is imported. Its own build, just
 in time, takes minutes inside the process that wants to serve, and one that is killed leaves a lock
-on which all later ones wait for ever. Here torch's header is compiled once for all files; the
-result has the versions in its name, appears by rename, and is shared by every environment of the
-same versions.
+on which all later ones wait for ever. Here the files that include torch, which takes a compiler
+twenty seconds each time, are compiled as one; the result has the versions in its name, appears by
+rename, and is shared by every environment of the same versions.
 """
 
 from __future__ import annotations
@@ -19,21 +19,35 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cluster.base.env import default_cache_dir
 from offload.readers.direct import build_direct
 from offload.readers.engine import ReaderUnavailableError
-from replicas.kernels.build import COMPILE_TIMEOUT_S, KernelsUnavailableError, find_compiler
+from replicas.kernels.build import (
+    COMPILE_TIMEOUT_S,
+    KernelsUnavailableError,
+    find_compiler,
+)
 
-MODULES = {"pin_memory_op": ("pin_memory",), "async_io_op": ("aio/common", "aio/py_lib")}
+MODULES = {
+    "pin_memory_op": ("pin_memory",),
+    "async_io_op": ("aio/common", "aio/py_lib"),
+}
 """Extension module -> folders of its sources. The second finds the first's symbols when loaded."""
 # Not optimised: it is the disk that takes the time, and the compiler otherwise.
-_FLAGS = ("-O0", "-std=c++20", "-fPIC", "-fopenmp", "-w", "-DTORCH_API_INCLUDE_EXTENSION_H")
+_FLAGS = (
+    "-O0",
+    "-std=c++20",
+    "-fPIC",
+    "-fopenmp",
+    "-w",
+    "-DTORCH_API_INCLUDE_EXTENSION_H",
+)
 _TORCH_LIBRARIES = ("-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python")
-_HEADER = "#include <torch/extension.h>\n"
+_TORCH_HEADER = "torch/extension.h"
 
 
 def ops_directory(cache_dir: Path) -> Path:
@@ -83,12 +97,12 @@ def build_ops(cache_dir: Path) -> dict[str, Path]:
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as name:
         folder = Path(name)
-        includes = [sources / "aio/py_lib", sources / "aio/common", sources / "pin_memory"]
-        includes += [torch_root / "include", torch_root / "include/torch/csrc/api/include"]
+        includes = [*_copy_sources(sources, folder), torch_root / "include"]
+        includes.append(torch_root / "include/torch/csrc/api/include")
         includes.append(Path(sysconfig.get_paths()["include"]))
         command = [compiler, *_FLAGS, *(f"-I{path}" for path in includes)]
         _check_libaio(compiler, folder)
-        _compile_all(command, sources, folder)
+        _compile_all(command, folder)
         _link(compiler, folder, torch_root / "lib")
         finished = folder / "finished"
         finished.mkdir(mode=0o700)
@@ -99,26 +113,41 @@ def build_ops(cache_dir: Path) -> dict[str, Path]:
     return find_ops(cache_dir)
 
 
-def _compile_all(command: Sequence[str], sources: Path, folder: Path) -> None:
-    """Every source file on its own, behind one header that was compiled once."""
-    header = folder / "torch_header.h"
-    header.write_text(_HEADER)
-    _run([*command, "-x", "c++-header", str(header), "-o", f"{header}.gch"])
-    jobs = [
-        [
-            *[*command, f"-DTORCH_EXTENSION_NAME={module}", "-include", str(header)],
-            *["-c", str(source), "-o", str(folder / f"{module}.{source.stem}.o")],
+def _copy_sources(sources: Path, folder: Path) -> list[Path]:
+    """Copies whose headers may be included twice, as they are when files become one."""
+    copies = []
+    for part in ("aio/common", "aio/py_lib", "pin_memory"):
+        copy = folder / part
+        copy.mkdir(parents=True)
+        for file in (sources / part).iterdir():
+            if file.suffix in (".cpp", ".h"):
+                once = "#pragma once\n" if file.suffix == ".h" else ""
+                (copy / file.name).write_text(once + file.read_text())
+        copies.append(copy)
+    return copies
+
+
+def _compile_all(command: Sequence[str], folder: Path) -> None:
+    """The modules side by side."""
+    with ThreadPoolExecutor(max_workers=len(MODULES)) as pool:
+        jobs = [
+            pool.submit(_compile, [*command, f"-DTORCH_EXTENSION_NAME={module}"], folder, module)
+            for module in MODULES
         ]
-        for module, folders in MODULES.items()
-        for source in _source_files(sources, folders)
-    ]
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        list(pool.map(_run, jobs))
+        for job in jobs:
+            job.result()
 
 
-def _source_files(root: Path, folders: Sequence[str]) -> Iterator[Path]:
-    for folder in folders:
-        yield from sorted((root / folder).glob("*.cpp"))
+def _compile(command: Sequence[str], folder: Path, module: str) -> None:
+    for part in MODULES[module]:
+        files = sorted((folder / part).glob("*.cpp"))
+        if any(_TORCH_HEADER in path.read_text() for path in (folder / part).glob("*.h")):
+            together = folder / f"{module}.cpp"
+            together.write_text("".join(f'#include "{file}"\n' for file in files))
+            files = [together]
+        for file in files:
+            output = folder / f"{module}.{file.stem}.o"
+            _run([*command, "-c", str(file), "-o", str(output)])
 
 
 def _link(compiler: str, folder: Path, torch_libraries: Path) -> None:
@@ -126,7 +155,17 @@ def _link(compiler: str, folder: Path, torch_libraries: Path) -> None:
         objects = [str(path) for path in sorted(folder.glob(f"{module}.*.o"))]
         library = [f"-L{torch_libraries}", *_TORCH_LIBRARIES]
         extra = ["-laio", "-fopenmp"] if module == "async_io_op" else []
-        _run([compiler, "-shared", *objects, "-o", str(folder / f"{module}.so"), *library, *extra])
+        _run(
+            [
+                compiler,
+                "-shared",
+                *objects,
+                "-o",
+                str(folder / f"{module}.so"),
+                *library,
+                *extra,
+            ]
+        )
 
 
 def _check_libaio(compiler: str, folder: Path) -> None:
@@ -150,7 +189,11 @@ def _package(name: str) -> Path:
 def _run(command: Sequence[str]) -> None:
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_TIMEOUT_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ReaderUnavailableError(f"{command[0]} does not come to an end ({error})") from error

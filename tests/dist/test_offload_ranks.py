@@ -1,0 +1,128 @@
+"""Two ranks that stream their shards, over the step link, give the tokens of transformers."""
+
+import multiprocessing
+from pathlib import Path
+
+import torch
+import transformers
+
+from cluster.base.plan import OffloadPlan
+from cluster.dist.rendezvous import pick_port
+from offload.actor import OffloadWorkerActor
+from replicas.api import GenerationRequest, SamplingParams
+from replicas.engine.scheduler import Scheduler
+from replicas.engine.scheduler_config import SchedulerConfig
+from replicas.engine.sync_engine import SyncEngine
+from replicas.worker.leader_link import LinkListener
+from replicas.worker.link_executor import LinkExecutor
+from replicas.worker.plan import WorkerPlan
+from replicas.worker.worker import Worker
+
+MODEL = Path(__file__).parents[2] / "examples" / "models" / "demo-dense"
+SIZE, NUM_TOKENS = 2, 20
+MODEL_BYTES = 2 * 5_775_872  # in fp32
+CONFIG = SchedulerConfig(
+    max_running_requests=8,
+    max_step_tokens=64,
+    max_context=128,
+    block_size=16,
+    num_blocks=16,
+    prefix_caching=False,
+)
+
+
+def run_worker(plan: WorkerPlan) -> None:
+    # As the Ray actor makes its worker, without Ray.
+    options = OffloadWorkerActor.worker_options(None, plan)
+    Worker(plan, lambda phase, fraction: None, **options).run()
+
+
+def worker_plan(rank: int, port: int, listener: LinkListener, offload: OffloadPlan) -> WorkerPlan:
+    return WorkerPlan(
+        rank=rank,
+        tp_size=SIZE,
+        epoch="e",
+        model_path=str(MODEL),
+        device="cpu",
+        dtype="float32",
+        kv_dtype="float32",
+        block_size=CONFIG.block_size,
+        num_blocks=CONFIG.num_blocks,
+        max_context=CONFIG.max_context,
+        num_threads=1,
+        collective_timeout_s=20.0,
+        store_host="127.0.0.1",
+        store_port=port,
+        link_path=listener.address.path,
+        link_host=listener.address.host,
+        link_port=listener.address.port,
+        link_secret=listener.secret,
+        offload=offload,
+    )
+
+
+def test_two_ranks_in_half_of_their_weights(tmp_path: Path) -> None:
+    kv_bytes = 4 * 2 * CONFIG.num_blocks * CONFIG.block_size * 2 * 32 * 4
+    offload = OffloadPlan(
+        disk_path=str(tmp_path),
+        device_bytes=MODEL_BYTES // SIZE // 2 + kv_bytes,
+        host_bytes=0,
+        workspace_bytes=0,
+        ring_slots=2,
+        prefetch_depth=2,
+    )
+    context = multiprocessing.get_context("spawn")
+    listener = LinkListener(size=SIZE, epoch="e", secret="s")
+    port = pick_port("127.0.0.1")
+    processes = [
+        context.Process(
+            target=run_worker, args=(worker_plan(rank, port, listener, offload),), daemon=True
+        )
+        for rank in range(SIZE)
+    ]
+    for process in processes:
+        process.start()
+    executor = LinkExecutor(listener.accept_all(timeout_s=120))
+    listener.close()
+    try:
+        tokens = generate(SyncEngine(Scheduler(CONFIG), executor, step_timeout_s=20.0))
+    finally:
+        executor.close()
+        for process in processes:
+            process.join(20)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(list(tmp_path.glob("*of2.weights"))) == SIZE
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    for name, prompt in prompts().items():
+        expected = oracle.generate(
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=NUM_TOKENS,
+            min_new_tokens=NUM_TOKENS,
+        )
+        assert tokens[name] == expected[0, len(prompt) :].tolist()
+
+
+def prompts() -> dict[str, list[int]]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    texts = ("def ", "import os\n" * 20, "class A:\n")
+    return {str(index): tokenizer(text)["input_ids"] for index, text in enumerate(texts)}
+
+
+def generate(engine: SyncEngine) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {}
+    for name, prompt in prompts().items():
+        tokens[name] = []
+        engine.add(
+            GenerationRequest(
+                request_id=name,
+                prompt_token_ids=tuple(prompt),
+                params=SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True),
+            )
+        )
+    for delta in engine.run():
+        tokens[delta.request_id] += delta.token_ids
+    return tokens
