@@ -48,6 +48,8 @@ class Budgets:
     """Part of `device_bytes` that the computation of a step takes."""
     host_bytes: int
     """Host memory for streamed weights and staging; 0 on a CPU replica: it has one memory."""
+    kv_bytes: int | None = None
+    """Size of the KV cache; None: what the weights leave."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +211,10 @@ def _candidates(
     model: ModelShape, rates: Rates, budgets: Budgets, demand: Demand, placement: Placement
 ) -> Iterator[Candidate]:
     weights = placement.weight_bytes(model)
-    kv_bytes = budgets.device_bytes - budgets.workspace_bytes - weights
+    left = budgets.device_bytes - budgets.workspace_bytes - weights
+    kv_bytes = left if budgets.kv_bytes is None else budgets.kv_bytes
+    if kv_bytes > left:
+        return
     held = kv_bytes // model.kv_bytes_per_token
     if held < demand.max_context:
         return

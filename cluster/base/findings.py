@@ -120,6 +120,11 @@ def cross_findings(data: Mapping[str, Any], directory: Path) -> Iterator[Finding
             hint = "every model needs a name of its own"
             yield Finding(loc=("models", index, "name"), message=message, hint=hint)
         yield from _source_findings(model, index, directory)
+        engine = model.get("engine", "auto")
+        if "offload" in model and engine not in ("auto", "offload"):
+            message = f"`offload` has no effect with `engine: {shown(engine)[1:-1]}`"
+            hint = "delete it, or set `engine: offload`"
+            yield Finding(loc=("models", index, "offload"), message=message, hint=hint)
 
 
 def _port_findings(data: Mapping[str, Any]) -> Iterator[Finding]:

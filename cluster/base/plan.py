@@ -95,6 +95,40 @@ class OffloadPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedPoint:
+    """One batch that an offload replica could run, and what is predicted of it."""
+
+    rows: int
+    """Requests that decode together."""
+    tokens_per_s: float
+    tpot_s: float
+    resident_layers: int
+    precision: str
+    bound: str
+    """What the time is spent on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedPlan:
+    """What is predicted of an offload replica, from the measured speeds of its machine."""
+
+    chosen: SpeedPoint
+    ttft_s: float
+    """An idle replica's first token after `prompt_tokens`."""
+    prompt_tokens: int
+    context_tokens: int
+    """Mean tokens of a request that the prediction is for."""
+    disk_bytes: int
+    """Read from disk in every step."""
+    host_bytes: int
+    """Copied from host memory in every step."""
+    rates: dict[str, float]
+    """Measured bytes per second: disk, link, memory."""
+    frontier: tuple[SpeedPoint, ...]
+    """What nothing else beats in both tokens/s and time per token, fastest token first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
     """One served model: what every one of its replicas is built from."""
 
@@ -126,6 +160,8 @@ class ModelPlan:
     nodes: tuple[str, ...] = ()
     """Host foreseen for each replica; Ray has the last word."""
     offload: OffloadPlan | None = None
+    """Only with `engine` offload."""
+    speed: SpeedPlan | None = None
     """Only with `engine` offload."""
 
 

@@ -20,7 +20,7 @@ Auto = Literal["auto"]
 _PORT = Whole(1, 65535)
 _REPO = r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*"
 _REVISION = r"[A-Za-z0-9][A-Za-z0-9._/-]*"
-_LATER_ENGINE = "not available in this version, which serves tensor_parallel replicas only"
+_LATER_ENGINE = "not available in this version, which serves tensor_parallel and offload replicas"
 
 
 class Section(BaseModel):
@@ -154,9 +154,10 @@ class EngineLimitsSpec(Section):
     max_running_requests: Annotated[int, Whole(1, 4096)] = Field(
         default=64, description="Requests that one step may advance."
     )
-    max_step_tokens: Annotated[int, Whole(1, 131_072)] = Field(
-        default=512,
-        description="Tokens that one step may compute; longer prompts are computed in pieces.",
+    max_step_tokens: Annotated[int | Auto, Whole(1, 131_072, auto=True)] = Field(
+        default="auto",
+        description="Tokens that one step may compute; longer prompts are computed in pieces. "
+        "auto: 512; of an offload replica as many as the transfer of the weights hides.",
     )
     max_waiting_requests: Annotated[int, Whole(1, 65_536)] = Field(
         default=256, description="Requests that may wait in a replica; more are refused (429)."
@@ -183,6 +184,52 @@ class ResourcesSpec(Section):
     )
 
 
+class OffloadSpec(Section):
+    """How an offload replica holds and streams its weights; sizes are per rank.
+
+    The process itself (about 400 MiB on the CPU) is not part of any budget here.
+    """
+
+    device_memory: Annotated[int | Auto, Size(64 * KIB, 16 * TIB, auto=True)] = Field(
+        default="auto",
+        description="Memory of the device (on the CPU: of the machine) for resident weights, the "
+        "ring, the cache and the computation together. auto: what the device or node leaves.",
+    )
+    host_memory: Annotated[int | Auto, Size(64 * KIB, 16 * TIB, auto=True)] = Field(
+        default="auto",
+        description="Host memory beside a GPU for weights and for what is on its way from the "
+        "disk. auto: what the node leaves. An error on the CPU, which has one memory.",
+    )
+    disk_path: Annotated[str | Auto, Text("a directory", r".+", 4096)] = Field(
+        default="auto",
+        description="Directory for the packed weights, relative to this file; on a fast local "
+        "disk. auto: `weights` in the cache directory.",
+    )
+    precision: Annotated[
+        Literal["native", "int8", "int4", "auto"], Choice(("native", "int8", "int4", "auto"))
+    ] = Field(
+        default="native",
+        description="Format of the layers' linear weights. native: the model's dtype, answers "
+        "unchanged. int8, int4: half and a quarter of the bytes, other answers. auto: the fastest.",
+    )
+    ring_slots: Annotated[int | Auto, Whole(1, 16, auto=True)] = Field(
+        default="auto",
+        description="Weight units that are loading, waiting or computing at one time; 1 loads "
+        "and computes in turn. auto: 2 to 4, the fastest.",
+    )
+    resident: Annotated[int | Auto, Whole(0, 10_000, auto=True)] = Field(
+        default="auto",
+        description="Layers that stay on the device. auto: what serves the objective best.",
+    )
+    objective: Annotated[Literal["throughput", "latency"], Choice(("throughput", "latency"))] = (
+        Field(
+            default="throughput",
+            description="throughput: most tokens per second of all running requests together. "
+            "latency: least time per token of a request that runs alone.",
+        )
+    )
+
+
 class ModelSpec(Section):
     """One served model and its replicas."""
 
@@ -203,12 +250,14 @@ class ModelSpec(Section):
         default=None, description="Branch, tag or commit of `repo`. Default: its main one."
     )
     engine: Annotated[
-        Literal["auto", "tensor_parallel"],
-        Choice(
-            ("auto", "tensor_parallel"),
-            (("expert_parallel", _LATER_ENGINE), ("offload", _LATER_ENGINE)),
-        ),
-    ] = Field(default="auto", description="Kind of engine replica. auto: tensor_parallel.")
+        Literal["auto", "tensor_parallel", "offload"],
+        Choice(("auto", "tensor_parallel", "offload"), (("expert_parallel", _LATER_ENGINE),)),
+    ] = Field(
+        default="auto",
+        description="Kind of engine replica. offload: weights are streamed from disk or host "
+        "memory, for models larger than the device. auto: tensor_parallel when the model fits, "
+        "else offload.",
+    )
     replicas: Annotated[int, Whole(1, 256)] = Field(
         default=1, description="Independent copies of the model."
     )
@@ -228,6 +277,11 @@ class ModelSpec(Section):
         "cpu float32 when that fits comfortably, else the checkpoint's own.",
     )
     kv_cache: KvCacheSpec = Field(default=KvCacheSpec(), description="The key/value cache.")
+    offload: OffloadSpec | None = Field(
+        default=None,
+        description="How weights are streamed. With `engine: auto`, `device_memory` is also the "
+        "size above which the model is streamed.",
+    )
     limits: EngineLimitsSpec = Field(
         default=EngineLimitsSpec(), description="Limits of the scheduler."
     )

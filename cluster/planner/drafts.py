@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from cluster.base.spec import ModelSpec
 from cluster.planner.decisions import Decision, DeviceChoice
 from cluster.planner.kv_sizing import KvDemand
 from cluster.planner.memory import StepShape, Workspace, workspace
 from cluster.planner.sources import ModelSource
+from cluster.planner.streaming_choice import Streaming
 from replicas.models.memory import kv_bytes_per_token, weight_bytes_per_rank
+
+DEFAULT_STEP_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,8 @@ class Draft:
     weights_bytes: int
     space: Workspace
     kv: KvDemand
+    streaming: Streaming | None = None
+    """Set when the weights are streamed; `weights_bytes` is then what stays on the device."""
 
     @property
     def fixed_bytes(self) -> int:
@@ -40,7 +46,7 @@ class Draft:
     def parts(self) -> dict[str, int]:
         """The fixed bytes of one rank by name, for reasons and errors."""
         parts = {
-            "weights": self.weights_bytes,
+            "resident weights and ring" if self.streaming else "weights": self.weights_bytes,
             "workspace": self.space.total_bytes - self.space.process_bytes,
             "process": self.space.process_bytes,
         }
@@ -50,7 +56,13 @@ class Draft:
 def draft_model(source: ModelSource, device: DeviceChoice, dtype: Decision[str]) -> Draft:
     """The draft of a model as its entry asks for it."""
     spec = source.spec
-    return _draft(source, device, dtype, spec.parallel.tp, spec.limits.max_step_tokens)
+    return _draft(source, device, dtype, spec.parallel.tp, step_tokens(spec))
+
+
+def step_tokens(spec: ModelSpec) -> int:
+    """Tokens of a step where nothing but the user decides."""
+    wanted = spec.limits.max_step_tokens
+    return DEFAULT_STEP_TOKENS if isinstance(wanted, str) else wanted
 
 
 def redraft(

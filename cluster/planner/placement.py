@@ -6,15 +6,24 @@ Fills the `NodeLoad`s it is given, models in the order of the file, replica by r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from cluster.base.errors import ConfigError
+from cluster.base.quantities import size_text
 from cluster.dist.topology import Topology
 from cluster.planner.decisions import DeviceChoice, choose_dtype
 from cluster.planner.drafts import Draft, draft_model
-from cluster.planner.memory import FRONT_PROCESS_BYTES, gpu_budget_bytes
+from cluster.planner.memory import (
+    CPU_KV_SHARE,
+    CUDA_CONTEXT_BYTES,
+    FRONT_PROCESS_BYTES,
+    RANK_PROCESS_BYTES,
+    gpu_budget_bytes,
+)
 from cluster.planner.packing import NodeLoad, least_loaded
 from cluster.planner.refusal import device_full, node_full
 from cluster.planner.sources import ModelSource
+from cluster.planner.streaming import Room, Streamer, least_draft
 from replicas.models.memory import weight_bytes_per_rank
 
 
@@ -51,6 +60,89 @@ def draft_all(
     return drafts
 
 
+def place_all(
+    drafts: Sequence[Draft], loads: Sequence[NodeLoad], topology: Topology, streamer: Streamer
+) -> list[Placed]:
+    """Decide which models are streamed and find a node for every replica.
+
+    Streamed models come last: an automatic budget takes what the others leave.
+
+    Raises:
+        ConfigError: a model fits neither whole nor streamed.
+    """
+    placed: dict[int, Placed] = {}
+    streamed: dict[int, ConfigError | None] = {}
+    for index, draft in enumerate(drafts):
+        engine = draft.source.spec.engine
+        refusal = None if engine == "tensor_parallel" else _why_not_whole(draft, loads, topology)
+        if engine == "offload" or refusal is not None:
+            streamed[index] = refusal
+        else:
+            placed[index] = place(draft, loads, topology)
+    for num_done, (index, refusal) in enumerate(streamed.items()):
+        room = _room(drafts[index], loads, topology, len(streamed) - num_done)
+        draft = _stream(drafts[index], room, streamer, refusal)
+        placed[index] = place(draft, loads, topology)
+    return [placed[index] for index in range(len(drafts))]
+
+
+def _why_not_whole(
+    draft: Draft, loads: Sequence[NodeLoad], topology: Topology
+) -> ConfigError | None:
+    """Why the model cannot be held whole, with a cache that serves somebody; None if it can."""
+    least = least_draft(draft)
+    asked = draft.source.spec.offload
+    if asked is not None and isinstance(asked.device_memory, int):
+        need = least.fixed_bytes - draft.space.process_bytes
+        if need > asked.device_memory:
+            have = size_text(asked.device_memory)
+            return ConfigError(f"each rank needs {size_text(need)} and device_memory is {have}")
+    try:
+        place(least, [replace(load, cpu_models=[*load.cpu_models]) for load in loads], topology)
+    except ConfigError as error:
+        return error
+    return None
+
+
+def _stream(draft: Draft, room: Room, streamer: Streamer, refusal: ConfigError | None) -> Draft:
+    chosen = draft.source.spec.engine == "offload"
+    need = size_text(draft.weights_bytes + draft.space.total_bytes)
+    why = "" if chosen else f"{need} per rank and a cache do not fit"
+    try:
+        return streamer.stream(draft, room, why=why, fits=refusal is None)
+    except ConfigError as error:
+        if chosen or refusal is None or not refusal.remedy:
+            raise
+        raise ConfigError(
+            f"{refusal.cause} Streaming the weights fails too: {error.cause}",
+            f"{refusal.remedy} For streaming: {error.remedy}",
+            param=refusal.param,
+        ) from error
+
+
+def _room(draft: Draft, loads: Sequence[NodeLoad], topology: Topology, num_models: int) -> Room:
+    """What a rank of a streamed model may use; `num_models` of them share what is left."""
+    spec, tp = draft.source.spec, draft.tp_size
+    replicas = -(-spec.replicas // len(loads))
+    if draft.on_gpu:
+        replicas = max(draft.device.nodes.count(node) for node in draft.device.nodes)
+    ranks = replicas * tp
+    free = max(load.free_bytes for load in loads) - num_models * replicas * FRONT_PROCESS_BYTES
+    host = free // num_models // ranks - RANK_PROCESS_BYTES
+    device = host
+    if draft.on_gpu:
+        budgets = [gpu_budget_bytes(topology.nodes[node]) for node in draft.device.nodes]
+        device = min(budgets) - CUDA_CONTEXT_BYTES
+    threads = spec.resources.threads_per_rank
+    cores = min(load.cores for load in loads)
+    return Room(
+        device_bytes=device,
+        host_bytes=host if draft.on_gpu else 0,
+        auto_share=CPU_KV_SHARE,
+        num_threads=max(1, cores // ranks) if isinstance(threads, str) else threads,
+    )
+
+
 def place(draft: Draft, loads: Sequence[NodeLoad], topology: Topology) -> Placed:
     """Find a node for every replica and book it there.
 
@@ -68,6 +160,8 @@ def _place_on_gpus(draft: Draft, loads: Sequence[NodeLoad], topology: Topology) 
         if draft.fixed_bytes > budget:
             raise device_full(draft, budget, len(node.devices))
         loads[index].add_replica(draft.source.index, draft.tp_size, None)
+        if draft.streaming is not None:
+            loads[index].free_bytes -= draft.tp_size * draft.streaming.budgets.host_bytes
     return draft.device.nodes
 
 

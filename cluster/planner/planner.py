@@ -6,6 +6,7 @@ left for the caches. Pure but for reading checkpoints; equal inputs give equal p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,12 @@ from cluster.planner.drafts import Draft
 from cluster.planner.front import is_loopback, plan_gateway
 from cluster.planner.hub import Hub
 from cluster.planner.packing import NodeLoad, empty_loads
-from cluster.planner.placement import Placed, draft_all, place
+from cluster.planner.placement import Placed, draft_all, place_all
 from cluster.planner.sources import open_source
+from cluster.planner.streaming import RatesSource, Streamer, probed_rates
+
+_TIMEOUT_STEPS = 10
+"""A step that takes so many times the prediction hangs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +52,14 @@ def make_plan(
     *,
     directory: Path | None = None,
     hub: Hub | None = None,
+    rates: RatesSource = probed_rates,
 ) -> ClusterPlan:
     """Decide everything that the cluster file left open.
 
     Args:
         directory: what relative paths of the spec are relative to; default: the working directory.
         hub: where repositories come from; default: the local cache, then a download.
+        rates: speeds of the machine, asked for only when a model's weights are streamed.
 
     Raises:
         ConfigError: a checkpoint is missing or unsupported, or the cluster does not fit.
@@ -64,7 +71,8 @@ def make_plan(
     ]
     loads = empty_loads(topology, spec.gateway.replicas)
     drafts = draft_all(sources, choose_devices(spec.models, topology), loads)
-    placed = [place(draft, loads, topology) for draft in drafts]
+    streamer = Streamer(rates=rates, directory=directory or Path())
+    placed = place_all(drafts, loads, topology, streamer)
     compute = _share_cores(placed, loads)
     caches = size_caches(placed, loads, topology)
     models = tuple(
@@ -121,14 +129,14 @@ def _threads(model: Placed, loads: Sequence[NodeLoad]) -> Decision[int]:
 
 def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topology) -> ModelPlan:
     draft, source = model.draft, model.draft.source
-    spec, arch = source.spec, source.arch
+    spec, arch, streaming = source.spec, source.arch, draft.streaming
     kv_bytes = cache.size.num_blocks.value * draft.kv.block_bytes
     return ModelPlan(
         name=spec.name,
         path=str(source.checkpoint.directory),
         source=source.written,
         family=arch.family,
-        engine=EngineKind.TENSOR_PARALLEL,
+        engine=EngineKind.OFFLOAD if streaming else EngineKind.TENSOR_PARALLEL,
         replicas=spec.replicas,
         tp_size=draft.tp_size,
         device=draft.device.device,
@@ -150,7 +158,7 @@ def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topolog
             max_step_tokens=draft.max_step_tokens,
             max_context=cache.size.max_context.value,
             max_waiting_requests=spec.limits.max_waiting_requests,
-            step_timeout_s=spec.limits.step_timeout,
+            step_timeout_s=_step_timeout_s(draft),
         ),
         memory=MemoryPlan(
             weights_bytes=draft.weights_bytes,
@@ -161,14 +169,28 @@ def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topolog
         reasons=_reasons(draft, compute, cache),
         leader_cpus=compute.leader_cpus,
         nodes=tuple(topology.nodes[node].host for node in model.nodes),
+        offload=streaming.offload_plan() if streaming else None,
+        speed=streaming.speed_plan() if streaming else None,
     )
+
+
+def _step_timeout_s(draft: Draft) -> float:
+    """The user's, or more where even the predicted step would come near it."""
+    asked = draft.source.spec.limits.step_timeout
+    if draft.streaming is None:
+        return asked
+    found = draft.streaming.found
+    return max(asked, math.ceil(_TIMEOUT_STEPS * max(found.best.tpot_s, found.ttft_s)))
 
 
 def _reasons(draft: Draft, compute: Compute, cache: Cache) -> dict[str, str]:
     spec = draft.source.spec
     engine = "the model is dense: every rank takes part in every token"
+    if draft.streaming is not None:
+        engine = draft.streaming.reason()
     reasons = {
-        "engine": engine if spec.engine == "auto" else "",
+        "engine": engine if spec.engine == "auto" or draft.streaming else "",
+        **_step_reasons(draft),
         "device": draft.device.reason,
         "dtype": draft.dtype.reason,
         "num_threads": compute.threads.reason,
@@ -177,6 +199,21 @@ def _reasons(draft: Draft, compute: Compute, cache: Cache) -> dict[str, str]:
         "scheduler.max_context": cache.size.max_context.reason,
     }
     return {key: reason for key, reason in reasons.items() if reason}
+
+
+def _step_reasons(draft: Draft) -> dict[str, str]:
+    """Why a streamed model's steps have their size and deadline."""
+    if draft.streaming is None:
+        return {}
+    spec = draft.source.spec
+    size = "the largest step that the transfer of the weights hides, or that memory allows"
+    deadline = f"{_TIMEOUT_STEPS} times the predicted longest step"
+    return {
+        "scheduler.max_step_tokens": size if spec.limits.max_step_tokens == "auto" else "",
+        "scheduler.step_timeout_s": (
+            deadline if _step_timeout_s(draft) > spec.limits.step_timeout else ""
+        ),
+    }
 
 
 def _warnings(
@@ -200,5 +237,22 @@ def _warnings(
                 f"{model.name}: max_running_requests {wanted} is lowered to "
                 f"{model.scheduler.max_running_requests}: a step has only that many tokens."
             )
+        yield from _streaming_warnings(model, where.draft)
         if not model.eos_token_ids:
             yield f"{model.name}: the checkpoint names no end-of-text token; outputs end at length."
+
+
+def _streaming_warnings(model: ModelPlan, draft: Draft) -> Iterator[str]:
+    streaming, spec = draft.streaming, draft.source.spec
+    if streaming is None:
+        if spec.offload is not None:
+            yield f"{model.name}: the model fits, so the `offload` section has no effect."
+        return
+    if streaming.fits:
+        yield (
+            f"{model.name}: engine offload is asked for although the model fits; predicted "
+            f"{streaming.found.best.tokens_per_s:.3g} tokens/s, and "
+            f"{streaming.resident_tokens_per_s:.3g} with engine: tensor_parallel."
+        )
+    elif streaming.why:
+        yield f"{model.name}: served by an offload replica: {streaming.reason()}."

@@ -110,8 +110,11 @@ WRONG = (
         "later engine", MODEL + "    engine: expert_parallel\n", 4, "models[0].engine",
         '"expert_parallel" is not available', "tensor_parallel",
     ),
-    _bad("offload", MODEL + "    engine: offload\n", 4, "models[0].engine", "not available"),
-    _bad("unknown engine", MODEL + "    engine: magic\n", 4, "models[0].engine", "auto or"),
+    _bad(
+        "offload without effect", MODEL + "    engine: tensor_parallel\n    offload: {}\n", 5,
+        "models[0].offload", "has no effect with `engine: tensor_parallel`",
+    ),
+    _bad("unknown engine", MODEL + "    engine: magic\n", 4, "models[0].engine", "tensor_parallel, offload"),
     _bad("unknown dtype", MODEL + "    dtype: int8\n", 4, "models[0].dtype", "bfloat16"),
     _bad("unknown device", MODEL + "    device: tpu\n", 4, "models[0].device", "cpu, cuda"),
     _bad(

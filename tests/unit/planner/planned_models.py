@@ -13,6 +13,8 @@ from cluster.base.plan import ClusterPlan
 from cluster.base.spec import ClusterSpec
 from cluster.dist.topology import Device, Node, Topology
 from cluster.planner.planner import make_plan
+from offload.cost_model import GemmPoint, Rates
+from offload.machine_rates import RatesRequest
 
 GIB = 2**30
 
@@ -34,8 +36,22 @@ GPU_BOX = Topology(nodes=(node(64, 512, (80,) * 8),))
 
 def plan_model(tmp_path: Path, topology: Topology, config: Any = TINY, **model: Any) -> ClusterPlan:
     write_checkpoint(tmp_path / "ckpt", config)
-    spec = ClusterSpec.model_validate({"models": [{"name": "m", "path": "ckpt", **model}]})
-    return make_plan(spec, topology, directory=tmp_path)
+    entry = {"name": "m", "path": "ckpt", "engine": "tensor_parallel", **model}
+    spec = ClusterSpec.model_validate({"models": [entry]})
+    return make_plan(spec, topology, directory=tmp_path, rates=rates_for_tests)
+
+
+def rates_for_tests(request: RatesRequest) -> Rates:
+    """A machine whose disk gives 3 GB/s, whatever is asked for."""
+    return Rates(
+        disk_bytes_per_s=3e9,
+        link_bytes_per_s=20e9,
+        memory_bytes_per_s=40e9,
+        gemm=(GemmPoint(tokens=1, flops_per_s=20e9), GemmPoint(tokens=64, flops_per_s=500e9)),
+        int8_weights_per_s=7e9,
+        int4_weights_per_s=10e9,
+        host_memory_bytes_per_s=40e9,
+    )
 
 
 def refused(tmp_path: Path, topology: Topology, config: Any = TINY, **model: Any) -> ConfigError:

@@ -9,6 +9,7 @@ import pytest
 from fake_checkpoints import LLAMA_3_8B, TINY, write_checkpoint
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from planned_models import rates_for_tests
 
 from cluster.base.errors import ConfigError
 from cluster.base.plan import ClusterPlan, ModelPlan
@@ -48,7 +49,7 @@ def _model(name: str) -> st.SearchStrategy[dict[str, Any]]:
                 {
                     "max_context": auto | st.integers(1, 600),
                     "max_running_requests": st.integers(1, 200),
-                    "max_step_tokens": st.integers(1, 4096),
+                    "max_step_tokens": auto | st.integers(1, 4096),
                 }
             ),
             "resources": st.fixed_dictionaries({"cpus_per_rank": auto | auto | st.floats(0.01, 2)}),
@@ -102,7 +103,7 @@ def _plan_or_refusal(
     spec: ClusterSpec, topology: Topology, directory: Path
 ) -> ClusterPlan | ConfigError:
     try:
-        return make_plan(spec, topology, directory=directory)
+        return make_plan(spec, topology, directory=directory, rates=rates_for_tests)
     except ConfigError as error:
         return error
 

@@ -1,0 +1,129 @@
+"""What was decided for a model whose weights are streamed, and its slices of the plan. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cluster.base.plan import OffloadPlan, SpeedPlan, SpeedPoint
+from offload.cost_model import PassLoad, Placement, Rates, pass_time
+from offload.model_shape import ModelShape
+from offload.policy_search import Budgets, Candidate, Demand, Found
+
+MAX_POINTS = 16
+"""Points of the frontier that a plan carries."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streaming:
+    """The chosen placement, and everything that it was chosen from."""
+
+    why: str
+    """Why the model is streamed at all; empty when the user said so."""
+    fits: bool
+    """Whether the model would fit without streaming."""
+    disk_path: str
+    model: ModelShape
+    rates: Rates
+    budgets: Budgets
+    demand: Demand
+    found: Found
+
+    @property
+    def placement(self) -> Placement:
+        """Where the weights are."""
+        return self.found.best.placement
+
+    def offload_plan(self) -> OffloadPlan:
+        """The rank's slice."""
+        placement, model = self.placement, self.model
+        first_disk = placement.resident_layers + placement.host_layers
+        resident = list(_unit_names(model, 0, placement.resident_layers))
+        if placement.fixed_resident:
+            resident += [unit.name for unit in model.fixed_units]
+        return OffloadPlan(
+            disk_path=self.disk_path,
+            device_bytes=self.budgets.device_bytes,
+            host_bytes=self.budgets.host_bytes,
+            workspace_bytes=self.budgets.workspace_bytes,
+            resident_units=tuple(resident),
+            host_units=tuple(_unit_names(model, placement.resident_layers, first_disk)),
+            ring_slots=placement.ring_slots,
+            prefetch_depth=placement.ring_slots,
+            precision=placement.precision.value,
+        )
+
+    def speed_plan(self) -> SpeedPlan:
+        """What is predicted."""
+        disk_bytes, host_bytes = self.placement.streamed_bytes(self.model)
+        return SpeedPlan(
+            chosen=_point(self.found.best),
+            ttft_s=self.found.ttft_s,
+            prompt_tokens=self.demand.prompt_tokens,
+            context_tokens=self.demand.context_tokens,
+            disk_bytes=disk_bytes,
+            host_bytes=host_bytes,
+            rates={
+                "disk": self.rates.disk_bytes_per_s,
+                "link": self.rates.link_bytes_per_s,
+                "memory": self.rates.memory_bytes_per_s,
+            },
+            frontier=tuple(_point(candidate) for candidate in _thinned(self.found.frontier)),
+        )
+
+    @property
+    def resident_tokens_per_s(self) -> float:
+        """What the same batch would give with all weights on the device."""
+        everything = Placement(
+            resident_layers=len(self.model.layers),
+            host_layers=0,
+            precision=self.placement.precision,
+            ring_slots=0,
+        )
+        rows = self.found.best.rows
+        load = PassLoad(rows=rows, context_tokens=self.demand.context_tokens)
+        return rows / pass_time(self.model, everything, self.rates, load).total_s
+
+    def reason(self) -> str:
+        """Where the weights are and how fast that is, in a sentence."""
+        placement, layers = self.placement, len(self.model.layers)
+        on_disk = layers - placement.resident_layers - placement.host_layers
+        homes = {
+            "on the device": placement.resident_layers,
+            "in host memory": placement.host_layers,
+            "on disk": on_disk,
+        }
+        where = ", ".join(f"{count} {home}" for home, count in homes.items() if count)
+        best = self.found.best
+        speed = (
+            f"predicted {best.tokens_per_s:.3g} tokens/s with {best.rows} requests, "
+            f"bound by {best.bound.value}"
+        )
+        start = f"{self.why}; " if self.why else ""
+        return f"{start}of {layers} layers {where}; {speed}"
+
+
+def _unit_names(model: ModelShape, start: int, stop: int) -> Iterator[str]:
+    for layer in model.layers[start:stop]:
+        for unit in layer.units:
+            yield unit.name
+
+
+def _point(candidate: Candidate) -> SpeedPoint:
+    return SpeedPoint(
+        rows=candidate.rows,
+        tokens_per_s=candidate.tokens_per_s,
+        tpot_s=candidate.tpot_s,
+        resident_layers=candidate.placement.resident_layers,
+        precision=candidate.placement.precision.value,
+        bound=candidate.bound.value,
+    )
+
+
+def _thinned(frontier: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+    """At most `MAX_POINTS`, both ends among them."""
+    last = len(frontier) - 1
+    if last < MAX_POINTS:
+        return frontier
+    kept = {round(step * last / (MAX_POINTS - 1)) for step in range(MAX_POINTS)}
+    return tuple(frontier[index] for index in sorted(kept))
