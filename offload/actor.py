@@ -14,7 +14,7 @@ class OffloadWorkerActor(WorkerActor):
     """One rank of an offload replica; torch is imported where it runs, as in its base."""
 
     def worker_options(self, plan: WorkerPlan) -> dict[str, Any]:
-        """The factory of streamed weights.
+        """The factory of streamed weights, and the kernels that know them.
 
         Raises:
             InternalError: the plan is not one of an offload replica.
@@ -22,4 +22,7 @@ class OffloadWorkerActor(WorkerActor):
         if plan.offload is None:
             raise InternalError("An offload worker got a plan without an offload part.")
         assembly = importlib.import_module("offload.assembly")
-        return {"weights_factory": assembly.streamed_weights(plan.offload)}
+        return {
+            "weights_factory": assembly.streamed_weights(plan.offload),
+            "adapt_kernels": assembly.kernel_adapter(plan.offload),
+        }

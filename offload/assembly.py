@@ -11,20 +11,23 @@ from pathlib import Path
 import torch
 
 from cluster.base.env import default_cache_dir
-from cluster.base.errors import ConfigError
+from cluster.base.errors import ConfigError, InternalError
 from cluster.base.plan import OffloadPlan
 from cluster.base.quantities import size_text
 from offload.budget import Budget
 from offload.expert_cache import ExpertCache
 from offload.host_link import VERIFY, HostLink
 from offload.layout import Store
-from offload.pack import NativePacker, StoreRequest, ensure_store
+from offload.pack import NativePacker, Packer, StoreRequest, ensure_store
 from offload.placement import Placement, place_units, reserve
+from offload.precision import Precision
 from offload.provider import StreamedWeights
+from offload.quant_kernels import QuantKernels, QuantPacker
 from offload.readers.choose import choose_reader, openers
 from offload.readers.engine import ReadEngine, ReaderUnavailableError
 from offload.ring import Ring
 from offload.schedule import build_schedule
+from replicas.kernels.ops import Kernels
 from replicas.layers.weights import WeightProvider
 from replicas.models.context import torch_dtype
 from replicas.worker.assembly import WeightsFactory, WeightsRequest
@@ -57,13 +60,12 @@ def streamed_weights(plan: OffloadPlan, runtime: Runtime | None = None) -> Weigh
 
     def make(request: WeightsRequest) -> WeightProvider:
         _check(plan, request)
-        packer = NativePacker(request.model.kernels, torch_dtype(request.spec.dtype))
         store = ensure_store(
             StoreRequest(
                 model_path=request.spec.model_path,
                 units=request.model.units,
                 dtype=request.spec.dtype,
-                packer=packer,
+                packer=make_packer(request.model.kernels, torch_dtype(request.spec.dtype)),
                 disk_path=plan.disk_path,
                 rank=request.rank,
                 size=request.size,
@@ -75,6 +77,30 @@ def streamed_weights(plan: OffloadPlan, runtime: Runtime | None = None) -> Weigh
         return open_weights(store, placement, plan, runtime)
 
     return make
+
+
+def make_packer(kernels: Kernels, dtype: torch.dtype) -> Packer:
+    """What lays weights out for `kernels`."""
+    if isinstance(kernels, QuantKernels):
+        return QuantPacker(kernels, dtype)
+    return NativePacker(kernels, dtype)
+
+
+def kernel_adapter(plan: OffloadPlan) -> Callable[[Kernels], Kernels] | None:
+    """What a model's kernels must be wrapped in to compute with this plan's weights.
+
+    Raises:
+        ConfigError: the precision is not known.
+    """
+    if plan.precision not in list(Precision):
+        known = ", ".join(Precision)
+        raise ConfigError(
+            f"precision {plan.precision!r} is not known.", f"Use {known}.", param="precision"
+        )
+    precision = Precision(plan.precision)
+    if precision is Precision.NATIVE:
+        return None
+    return lambda base: QuantKernels(base, precision, default_cache_dir() / "kernels")
 
 
 def open_weights(
@@ -180,8 +206,9 @@ def _check(plan: OffloadPlan, request: WeightsRequest) -> None:
         raise ConfigError(
             f"verify {plan.verify!r} is not known.", f"Use {' or '.join(VERIFY)}.", param="verify"
         )
-    if plan.precision != "native":
-        raise ConfigError(f"precision {plan.precision!r} is not known.", param="precision")
+    adapted = isinstance(request.model.kernels, QuantKernels)
+    if adapted != (kernel_adapter(plan) is not None):
+        raise InternalError(f"The model's kernels do not know {plan.precision} weights.")
     if request.device.type != "cpu":
         raise ConfigError(f"Weights cannot be streamed to {request.device.type}.", param="device")
 

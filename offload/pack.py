@@ -44,8 +44,8 @@ class Packer(Protocol):
     layout: str
     """Changes with the bytes that `pack` makes of the same tensor."""
 
-    def pack(self, weight_OI: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """The tensors that stand for a linear weight, by what is added to its name.
+    def pack(self, unit: str, weight_OI: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """The tensors that stand for a linear weight of `unit`, by what is added to its name.
 
         One on the meta device has no bytes and tells dtype and shape.
         """
@@ -57,18 +57,25 @@ class NativePacker:
 
     def __init__(self, kernels: Kernels, dtype: torch.dtype) -> None:
         self._kernels = kernels
-        digest = hashlib.sha256(kernels.name.encode())
-        for rows, width in _PROBE_SHAPES:
-            probe = torch.arange(rows * width).remainder(251).view(rows, width).to(dtype)
-            for suffix, tensor in self.pack(probe).items():
-                digest.update(f"{suffix} {tuple(tensor.shape)} ".encode())
-                if not tensor.is_meta:
-                    digest.update(_bytes_of(tensor))
-        self.layout = digest.hexdigest()[:16]
+        self.layout = layout_digest(kernels.name, lambda probe: kernels.pack("", probe), dtype)
 
-    def pack(self, weight_OI: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    def pack(self, unit: str, weight_OI: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """See `Packer`."""
         return self._kernels.pack("", weight_OI)
+
+
+def layout_digest(
+    name: str, pack: Callable[[torch.Tensor], Mapping[str, torch.Tensor]], dtype: torch.dtype
+) -> str:
+    """Changes with the bytes that `pack` makes of a few weights in `dtype`."""
+    digest = hashlib.sha256(name.encode())
+    for rows, width in _PROBE_SHAPES:
+        probe = torch.arange(rows * width).remainder(251).view(rows, width).to(dtype)
+        for suffix, tensor in pack(probe).items():
+            digest.update(f"{suffix} {tuple(tensor.shape)} ".encode())
+            if not tensor.is_meta:
+                digest.update(_bytes_of(tensor))
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,16 +206,16 @@ class _Packing:
         self._writer.begin()
         packed = {}
         for spec in unit.tensors:
-            packed[_identity(spec)] = list(self._write(spec))
+            packed[_identity(spec)] = list(self._write(unit.name, spec))
         record = self._writer.finish()
         self._done.append((record, packed))
         return _stored(unit, record, packed)
 
-    def _write(self, spec: TensorSpec) -> Iterator[PackedTensor]:
+    def _write(self, unit: str, spec: TensorSpec) -> Iterator[PackedTensor]:
         local = self._load(spec)
         laid_out: Mapping[str, torch.Tensor] = {"": local}
         if _identity(spec) in self._linear:
-            laid_out = self._packer.pack(local)
+            laid_out = self._packer.pack(unit, local)
         for suffix, tensor in laid_out.items():
             yield PackedTensor(
                 name=suffix,

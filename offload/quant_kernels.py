@@ -18,6 +18,7 @@ import torch
 
 from cluster.base.errors import InternalError
 from offload.dequant_library import DequantLibrary
+from offload.pack import layout_digest
 from offload.precision import Precision
 from offload.quant import (
     ROWS,
@@ -184,6 +185,20 @@ class QuantKernels:
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
         """See `Kernels.silu_mul`."""
         return self.base.silu_mul(gate_up_TF)
+
+
+class QuantPacker:
+    """A `Packer`: codes for the layers' linear weights; embedding and head stay native."""
+
+    def __init__(self, kernels: QuantKernels, dtype: torch.dtype) -> None:
+        self._kernels = kernels
+        self.layout = layout_digest(kernels.name, lambda probe: kernels.quantise("", probe), dtype)
+
+    def pack(self, unit: str, weight_OI: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """See `Packer`."""
+        if unit.startswith("layer."):
+            return self._kernels.quantise("", weight_OI)
+        return self._kernels.pack("", weight_OI)
 
 
 def _packed_rows(base: Kernels, cache_dir: Path) -> PackedRows | None:

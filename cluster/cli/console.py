@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 
 from cluster.base.errors import PenstockError, UserError
 from cluster.base.problems import ClusterFileError
-from cluster.planner.explain import Table
+from cluster.planner.table import Table
 
 EXIT_INTERNAL = 1
 EXIT_USER = 2

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from cluster.base.plan import ClusterPlan, ModelPlan
 from cluster.base.quantities import duration_text, size_text
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """One table; every row has one cell per column."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+from cluster.planner.explain_streaming import frontier_tables, streaming_tables
+from cluster.planner.table import Table
 
 
 def explain(plan: ClusterPlan) -> tuple[Table, ...]:
     """What will run: models, memory of each rank by part, foreseen places, the front."""
-    return (_models(plan), _memory(plan), _places(plan), _front(plan))
+    return (_models(plan), _memory(plan), *streaming_tables(plan), _places(plan), _front(plan))
 
 
 def explain_reasons(plan: ClusterPlan) -> tuple[Table, ...]:
-    """Why: every decision that was not the user's, then the limits in force."""
+    """Why: every decision that was not the user's, batches to choose from, limits in force."""
     reasons = tuple(row for model in plan.models for row in _reasons(model))
     return (
         Table(title="Decisions", columns=("MODEL", "SETTING", "VALUE", "WHY"), rows=reasons),
+        *frontier_tables(plan),
         _limits(plan),
     )
 

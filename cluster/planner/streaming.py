@@ -70,6 +70,12 @@ class Streamer:
             ConfigError: its budgets do not fit the machine, or cannot hold what streaming needs.
         """
         asked = draft.source.spec.offload or OffloadSpec()
+        if draft.on_gpu:
+            raise ConfigError(
+                "Weights are streamed to the CPU only in this version.",
+                "Set device: cpu.",
+                param=draft.source.param("engine"),
+            )
         draft = _own_dtype(draft)
         disk = self._disk_path(asked)
         budgets = _budgets(draft, asked, room)

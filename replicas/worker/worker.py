@@ -17,6 +17,7 @@ from cluster.base.errors import InternalError, PenstockError
 from cluster.dist.communicator import Communicator, SingleRank
 from cluster.dist.rendezvous import Rendezvous
 from cluster.dist.torch_communicator import TorchCommunicator
+from replicas.kernels.ops import Kernels
 from replicas.worker import device as devices
 from replicas.worker import wire
 from replicas.worker.assembly import RankSpec, WeightsFactory, build_runner, resident_weights
@@ -38,6 +39,7 @@ class Worker:
         plan: this rank's slice of the model plan.
         on_progress: told (phase, fraction done) while the constructor works.
         weights_factory: where this rank's weights come from.
+        adapt_kernels: as in `build_model`.
 
     Raises:
         PenstockError: what kept this rank from starting.
@@ -48,8 +50,10 @@ class Worker:
         plan: WorkerPlan,
         on_progress: OnProgress,
         weights_factory: WeightsFactory = resident_weights,
+        adapt_kernels: Callable[[Kernels], Kernels] | None = None,
     ) -> None:
         self._plan = plan
+        self._adapt_kernels = adapt_kernels
         self._weights_factory = weights_factory
         self.startup_s: dict[str, float] = {}
         started_s = time.monotonic()
@@ -111,6 +115,7 @@ class Worker:
             device,
             lambda done, total: on_progress("loading weights", done / max(1, total)),
             self._weights_factory,
+            self._adapt_kernels,
         )
 
 

@@ -114,7 +114,7 @@ WRONG = (
         "offload without effect", MODEL + "    engine: tensor_parallel\n    offload: {}\n", 5,
         "models[0].offload", "has no effect with `engine: tensor_parallel`",
     ),
-    _bad("unknown engine", MODEL + "    engine: magic\n", 4, "models[0].engine", "tensor_parallel, offload"),
+    _bad("unknown engine", MODEL + "    engine: magic\n", 4, "models[0].engine", "auto, tensor"),
     _bad("unknown dtype", MODEL + "    dtype: int8\n", 4, "models[0].dtype", "bfloat16"),
     _bad("unknown device", MODEL + "    device: tpu\n", 4, "models[0].device", "cpu, cuda"),
     _bad(

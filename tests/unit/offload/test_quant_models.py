@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from cluster.base.env import default_cache_dir
+from cluster.base.plan import OffloadPlan
 from cluster.dist.communicator import SingleRank
+from offload.assembly import kernel_adapter, streamed_weights
 from offload.precision import Precision
 from offload.quant import dequantise, quantise
 from offload.quant_kernels import QuantKernels
@@ -18,22 +18,14 @@ from replicas.api import GenerationRequest, SamplingParams
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.sync_engine import SyncEngine
-from replicas.kernels.ops import Kernels
 from replicas.layers.weights import ResidentWeights, WeightProvider
 from replicas.models.checkpoint import load_weights
-from replicas.worker.assembly import RankSpec, WeightsRequest, build_runner
+from replicas.worker.assembly import RankSpec, WeightsFactory, WeightsRequest, build_runner
 from replicas.worker.in_process_executor import InProcessExecutor
 from tests.support.tiny_models import prompt_tokens, write_checkpoint
 
-CACHE = default_cache_dir() / "kernels"
-Store = Callable[[QuantKernels, str, torch.Tensor], dict[str, torch.Tensor]]
 
-
-def as_codes(kernels: QuantKernels, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    return kernels.quantise(name, weight)
-
-
-def as_values(
+def dequantised(
     kernels: QuantKernels, name: str, weight: torch.Tensor, precision: Precision
 ) -> dict[str, torch.Tensor]:
     layout = kernels.layout(weight.dtype)
@@ -42,8 +34,8 @@ def as_values(
     return kernels.pack(name, dequantise(quantise(weight, precision, layout), weight.dtype))
 
 
-def weights(request: WeightsRequest, store: Store) -> WeightProvider:
-    """All units in memory, linear weights of the layers as `store` makes them."""
+def resident_values(request: WeightsRequest, precision: Precision) -> WeightProvider:
+    """All units in memory, linear weights of the layers as their codes say."""
     model, kernels = request.model, request.model.kernels
     assert isinstance(kernels, QuantKernels)
     resident = load_weights(
@@ -53,13 +45,28 @@ def weights(request: WeightsRequest, store: Store) -> WeightProvider:
     for unit in model.units:
         tensors = dict(resident.acquire(unit.name))
         for spec in unit.tensors:
-            if spec.is_linear and unit.name.startswith("layer."):
-                tensors |= store(kernels, spec.name, tensors.pop(spec.name))
+            if spec.name == "lm_head" and "lm_head" in tensors:
+                tensors |= kernels.pack("lm_head", tensors["lm_head"])
+            elif spec.is_linear and unit.name.startswith("layer."):
+                tensors |= dequantised(kernels, spec.name, tensors.pop(spec.name), precision)
         units[unit.name] = tensors
     return ResidentWeights(units)
 
 
-def tokens(path: Path, dtype: str, precision: Precision, store: Store) -> list[list[int]]:
+def streamed_plan(disk: Path, precision: Precision) -> OffloadPlan:
+    return OffloadPlan(
+        disk_path=str(disk),
+        device_bytes=64 << 20,
+        host_bytes=0,
+        workspace_bytes=0,
+        resident_units=("layer.1", "head"),
+        precision=precision.value,
+    )
+
+
+def tokens(
+    path: Path, dtype: str, precision: Precision, factory: WeightsFactory
+) -> list[list[int]]:
     config = SchedulerConfig(
         max_running_requests=4, max_step_tokens=32, max_context=64, block_size=4, num_blocks=64
     )
@@ -72,15 +79,12 @@ def tokens(path: Path, dtype: str, precision: Precision, store: Store) -> list[l
         max_context=config.max_context,
     )
 
-    def adapt(base: Kernels) -> Kernels:
-        return QuantKernels(base, precision, CACHE)
-
     runner = build_runner(
         spec,
         SingleRank(),
         torch.device("cpu"),
-        weights_factory=partial(weights, store=store),
-        adapt_kernels=adapt,
+        weights_factory=factory,
+        adapt_kernels=kernel_adapter(streamed_plan(path, precision)),
     )
     engine = SyncEngine(Scheduler(config, ()), InProcessExecutor(runner))
     requests = [
@@ -111,7 +115,8 @@ def test_streamed_codes_equal_resident_values(
     tmp_path: Path, name: str, dtype: str, precision: Precision
 ) -> None:
     path = write_checkpoint(name, tmp_path)
-    codes = tokens(path, dtype, precision, as_codes)
-    values = tokens(path, dtype, precision, partial(as_values, precision=precision))
+    plan = streamed_plan(tmp_path / "disk", precision)
+    codes = tokens(path, dtype, precision, streamed_weights(plan))
+    values = tokens(path, dtype, precision, partial(resident_values, precision=precision))
     assert codes == values
     assert len({tuple(row) for row in codes}) > 1

@@ -1,0 +1,94 @@
+"""Streamed models as tables: where their weights are, how fast that is, and what else could be."""
+
+from __future__ import annotations
+
+from cluster.base.plan import ClusterPlan, ModelPlan, OffloadPlan, SpeedPlan
+from cluster.base.quantities import size_text
+from cluster.planner.table import Table
+
+
+def streaming_tables(plan: ClusterPlan) -> tuple[Table, ...]:
+    """Tiers and predicted speed; nothing when no model is streamed."""
+    streamed = [
+        (model, model.offload, model.speed)
+        for model in plan.models
+        if model.offload and model.speed
+    ]
+    if not streamed:
+        return ()
+    return (
+        Table(
+            title="Where the weights of streamed models are",
+            columns=("MODEL", "ON DEVICE", "RING", "HOST EACH STEP", "DISK EACH STEP", "FORMAT"),
+            rows=tuple(_homes(*entry) for entry in streamed),
+        ),
+        Table(
+            title="Predicted speed of streamed models",
+            columns=(
+                "MODEL",
+                "REQUESTS",
+                "TOKENS/S",
+                "PER TOKEN",
+                "FIRST TOKEN",
+                "BOUND BY",
+                "SPEEDS",
+            ),
+            rows=tuple(_speed(model, speed) for model, _, speed in streamed),
+        ),
+    )
+
+
+def frontier_tables(plan: ClusterPlan) -> tuple[Table, ...]:
+    """For each streamed model the choices that nothing beats in both throughput and latency."""
+    return tuple(
+        Table(
+            title=f"Batch against speed: {model.name}",
+            columns=("REQUESTS", "TOKENS/S", "PER TOKEN", "RESIDENT LAYERS", "FORMAT", "BOUND BY"),
+            rows=tuple(
+                (
+                    str(point.rows) + (" *" if point == model.speed.chosen else ""),
+                    f"{point.tokens_per_s:.3g}",
+                    seconds_text(point.tpot_s),
+                    str(point.resident_layers),
+                    point.precision,
+                    point.bound,
+                )
+                for point in model.speed.frontier
+            ),
+        )
+        for model in plan.models
+        if model.speed is not None
+    )
+
+
+def seconds_text(seconds: float) -> str:
+    """Three digits, in the unit that suits."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _homes(model: ModelPlan, offload: OffloadPlan, speed: SpeedPlan) -> tuple[str, ...]:
+    layers = sum(name.count(".") == 1 for name in offload.resident_units)
+    others = [name for name in offload.resident_units if "." not in name]
+    resident = ", ".join([f"{layers} layers", *others])
+    return (
+        model.name,
+        f"{resident} and ring: {size_text(model.memory.weights_bytes)}",
+        f"{offload.ring_slots} slots",
+        size_text(speed.host_bytes),
+        size_text(speed.disk_bytes),
+        offload.precision,
+    )
+
+
+def _speed(model: ModelPlan, speed: SpeedPlan) -> tuple[str, ...]:
+    chosen = speed.chosen
+    rates = ", ".join(f"{name} {rate / 1e9:.3g} GB/s" for name, rate in speed.rates.items())
+    return (
+        model.name,
+        f"{chosen.rows} of {speed.context_tokens} tokens",
+        f"{chosen.tokens_per_s:.3g}",
+        seconds_text(chosen.tpot_s),
+        f"{seconds_text(speed.ttft_s)} after {speed.prompt_tokens} tokens",
+        chosen.bound,
+        rates,
+    )
