@@ -35,6 +35,9 @@ COMMANDS: Mapping[str, LazyCommand] = {
         target="cluster.cli.validate:validate", help="Check a cluster file; starts nothing."
     ),
     "plan": LazyCommand(target="cluster.cli.plan:plan", help="Show what would run where, and why."),
+    "pack": LazyCommand(
+        target="cluster.cli.pack:pack", help="Write the packed weights of streamed models."
+    ),
     "up": LazyCommand(target="cluster.cli.up:up", help="Run a cluster until Ctrl-C."),
     "status": LazyCommand(
         target="cluster.cli.status:status", help="Show replicas, ranks, load and memory."

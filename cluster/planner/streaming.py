@@ -7,7 +7,7 @@ ring, a cache of fixed size), so placement and packing treat it as any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -286,44 +286,46 @@ def _streamed(draft: Draft, streaming: Streaming, kv_asked: int | str) -> Draft:
 
 def _too_small(trial: _Trial, choices: Choices) -> ConfigError:
     """The least that could work, part by part, and what would make it less."""
-    draft, model = trial.draft, trial.model
-    budgets = trial.with_step(trial.sizes()[-1])
-    precision = min(choices.precisions, key=model.layer_bytes)
-    resident = choices.resident_layers or 0
-    streamed = [layer.largest_record_bytes(precision) for layer in model.layers[resident:]]
-    slot = max(streamed + [unit.native_bytes for unit in model.fixed_units])
-    kept = sum(layer.record_bytes(precision) for layer in model.layers[:resident])
-    cache = budgets.kv_bytes or trial.demand.max_context * model.kv_bytes_per_token
-    parts = {
-        f"ring of {min(choices.ring_slots)} x {size_text(slot)}": min(choices.ring_slots) * slot,
-        f"cache of one request of {trial.demand.max_context} tokens": cache,
-        "workspace": budgets.workspace_bytes,
-    }
-    if kept:
-        parts = {f"{resident} resident layers": kept, **parts}
-    need, have = sum(parts.values()), budgets.device_bytes
-    remedies = [f"raise offload.device_memory to {size_text(need)}", *_smaller(draft, precision)]
+    draft = trial.draft
+    precision = min(choices.precisions, key=trial.model.layer_bytes)
+    parts = _least_parts(trial, choices, precision)
+    need, have = sum(parts.values()), trial.budgets.device_bytes
+    key = "offload.device_memory" if draft.source.spec.offload else "engine"
+    remedies = [f"raise offload.device_memory to {size_text(need)}"]
+    least = sum(_least_parts(trial, choices, Precision.INT4).values())
+    if precision is not Precision.INT4 and least <= have:
+        remedies.append("set offload.precision to int4")
+    if draft.kv.fixed_bytes:
+        remedies.append("lower kv_cache.memory")
+    elif isinstance(draft.kv.max_context, int):
+        remedies.append("lower limits.max_context")
     return ConfigError(
         f"Too little device memory to stream the weights: asked {sum_text(parts)}; have "
         f"{size_text(have)} for each rank.",
         _sentence(remedies),
-        param=draft.source.param(
-            "offload.device_memory" if draft.source.spec.offload else "engine"
-        ),
+        param=draft.source.param(key),
     )
 
 
-def _smaller(draft: Draft, precision: Precision) -> Iterator[str]:
-    if isinstance(draft.kv.max_context, int) or draft.kv.fixed_bytes:
-        key = "kv_cache.memory" if draft.kv.fixed_bytes else "limits.max_context"
-        yield f"lower {key}"
-    if precision is not Precision.INT4:
-        yield "set offload.precision to int4"
-    if isinstance(draft.source.spec.limits.max_step_tokens, int):
-        yield "lower limits.max_step_tokens"
-    yield "use more ranks (parallel.tp)"
+def _least_parts(trial: _Trial, choices: Choices, precision: Precision) -> dict[str, int]:
+    """What the smallest placement takes, by part."""
+    model, budgets = trial.model, trial.with_step(trial.sizes()[-1])
+    resident, slots = choices.resident_layers or 0, min(choices.ring_slots)
+    streamed = [layer.largest_record_bytes(precision) for layer in model.layers[resident:]]
+    slot = max(streamed + [unit.native_bytes for unit in model.fixed_units])
+    context = trial.demand.max_context
+    parts = {
+        f"{resident} resident layers": sum(
+            layer.record_bytes(precision) for layer in model.layers[:resident]
+        ),
+        f"ring of {slots} x {size_text(slot)}": slots * slot,
+        f"cache of one request of {context} tokens": budgets.kv_bytes
+        or context * model.kv_bytes_per_token,
+        "workspace": budgets.workspace_bytes,
+    }
+    return {name: size for name, size in parts.items() if size}
 
 
 def _sentence(remedies: list[str]) -> str:
-    text = ", or ".join(remedies[:3])
+    text = ", or ".join(remedies)
     return f"{text[0].upper()}{text[1:]}."
