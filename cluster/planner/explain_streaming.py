@@ -69,7 +69,7 @@ def seconds_text(seconds: float) -> str:
 def _homes(model: ModelPlan, offload: OffloadPlan, speed: SpeedPlan) -> tuple[str, ...]:
     layers = sum(name.count(".") == 1 for name in offload.resident_units)
     others = [name for name in offload.resident_units if "." not in name]
-    resident = ", ".join([f"{layers} layers", *others])
+    resident = ", ".join([f"{layers} layers"] * (layers > 0) + others) or "no layer"
     return (
         model.name,
         f"{resident} and ring: {size_text(model.memory.weights_bytes)}",

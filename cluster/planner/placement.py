@@ -106,8 +106,11 @@ def _why_not_whole(
 
 def _stream(draft: Draft, room: Room, streamer: Streamer, refusal: ConfigError | None) -> Draft:
     chosen = draft.source.spec.engine == "offload"
-    need = size_text(draft.weights_bytes + draft.space.total_bytes)
-    why = "" if chosen else f"{need} per rank and a cache do not fit"
+    why = ""
+    if not chosen and refusal is not None:
+        weights = f"{size_text(draft.weights_bytes)} of weights per rank"
+        # Without a remedy it is the user's own bound; else the machine's, told at length.
+        why = f"{weights} do not fit the machine" if refusal.remedy else refusal.cause
     try:
         return streamer.stream(draft, room, why=why, fits=refusal is None)
     except ConfigError as error:

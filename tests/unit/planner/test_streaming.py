@@ -31,7 +31,7 @@ def test_auto_streams_a_model_that_does_not_fit_and_says_so(tmp_path: Path) -> N
     (model,) = plan.models
     assert model.engine is EngineKind.OFFLOAD
     assert model.dtype == "bfloat16"
-    assert "do not fit" in model.reasons["engine"]
+    assert "do not fit the machine" in model.reasons["engine"]
     assert "on disk" in model.reasons["engine"]
     assert any("offload replica" in warning for warning in plan.warnings)
     assert model.offload is not None
