@@ -85,6 +85,11 @@ class ModelRunner:
         """Live requests on this rank."""
         return len(self._rows)
 
+    @property
+    def replays_decodes(self) -> bool:
+        """Whether decode steps of some size are replayed from a captured graph."""
+        return isinstance(self._model, GraphedModel) and self._model.num_captured > 0
+
     @torch.inference_mode()
     def settle(self) -> None:
         """Do what only helps later steps; to be called after a step has been answered."""
