@@ -31,7 +31,8 @@ from offload.quant import (
 )
 from replicas.kernels.build import KernelsUnavailableError
 from replicas.kernels.cpu_ops import CpuKernels
-from replicas.kernels.ops import HeadShape, HeadTensors, Kernels
+from replicas.kernels.ops import HeadShape, HeadTensors, Kernels, MlpNames
+from replicas.kernels.torch_ops import silu_mlp_in_steps
 
 PANEL_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
@@ -185,6 +186,12 @@ class QuantKernels:
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
         """See `Kernels.silu_mul`."""
         return self.base.silu_mul(gate_up_TF)
+
+    def silu_mlp(
+        self, input_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor], names: MlpNames
+    ) -> torch.Tensor:
+        """See `Kernels.silu_mlp`; step by step, as the weights may be quantised."""
+        return silu_mlp_in_steps(self, input_TD, tensors, names)
 
 
 class QuantPacker:

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
+
+    from replicas.kernels.ops import HeadShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,27 @@ class AttentionMetadata:
     """int64; slot = block id * block_size + offset of each query token."""
 
 
+class AttentionBlock(Protocol):
+    """A layer's attention from its normed input to its output projection, in one call."""
+
+    def forward(
+        self,
+        hidden_TD: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
+        tensors: Mapping[str, torch.Tensor],
+        kv_2NBGP: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor | None:
+        """What the layer's separate calls give, bit for bit.
+
+        Reads `qkv` (weight, bias), `attention_out.weight`, `q_norm` and `k_norm` of the unit.
+
+        Returns:
+            (T, D), or None when the weights do not lie as this needs them: nothing was done.
+        """
+        ...
+
+
 class AttentionBackend(Protocol):
     """One implementation of paged causal attention."""
 
@@ -56,6 +81,16 @@ class AttentionBackend(Protocol):
     @staticmethod
     def why_not(spec: AttentionSpec) -> list[str]:
         """All reasons why this backend cannot run `spec`; empty when it can."""
+        ...
+
+    def block(
+        self, heads: HeadShape, sliding_window: int | None, *, with_bias: bool
+    ) -> AttentionBlock | None:
+        """A layer's attention in one call, where this backend has that; None where not.
+
+        Args:
+            with_bias: add the output projection's bias; not for a part of a sum over ranks.
+        """
         ...
 
     def forward(

@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from replicas.attention.backend import AttentionMetadata, AttentionSpec
+from replicas.attention.backend import AttentionBlock, AttentionMetadata, AttentionSpec
 from replicas.attention.paging import gather_context, write_slots
+from replicas.kernels.ops import HeadShape
 
 
 class CpuAttention:
@@ -36,6 +37,12 @@ class CpuAttention:
                 f"{spec.num_heads} heads do not share {spec.num_kv_heads} kv heads evenly"
             )
         return reasons
+
+    def block(
+        self, heads: HeadShape, sliding_window: int | None, *, with_bias: bool
+    ) -> AttentionBlock | None:
+        """See `AttentionBackend.block`: there is none."""
+        return None
 
     def forward(
         self,

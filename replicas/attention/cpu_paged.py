@@ -12,8 +12,16 @@ from ctypes import addressof
 import torch
 
 from cluster.base.errors import InternalError
-from replicas.attention.backend import AttentionMetadata, AttentionSpec
-from replicas.kernels.loader import AttentionShape, CpuLibrary
+from replicas.attention.backend import AttentionBlock, AttentionMetadata, AttentionSpec
+from replicas.attention.cpu_block import (
+    BlockSetting,
+    CpuAttentionBlock,
+    StepArguments,
+    StepMemory,
+    attention_shape,
+)
+from replicas.kernels.loader import CpuLibrary
+from replicas.kernels.ops import HeadShape
 
 _MAX_GROUP = 48
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,7 +35,9 @@ class CpuPagedAttention:
     def __init__(self, spec: AttentionSpec, library: CpuLibrary) -> None:
         self._spec = spec
         self._dtype = _DTYPES[spec.dtype]
+        self._library = library
         self._calls = library.calls(self._dtype)
+        self._steps = StepMemory()
 
     @staticmethod
     def why_not(spec: AttentionSpec) -> list[str]:
@@ -47,6 +57,17 @@ class CpuPagedAttention:
             reasons.append(f"bfloat16 heads of {spec.head_dim} do not come in pairs")
         return reasons
 
+    def block(
+        self, heads: HeadShape, sliding_window: int | None, *, with_bias: bool
+    ) -> AttentionBlock | None:
+        """See `AttentionBackend.block`."""
+        return CpuAttentionBlock(
+            self._spec,
+            self._library,
+            self._steps,
+            BlockSetting(heads=heads, sliding_window=sliding_window, with_bias=with_bias),
+        )
+
     def forward(
         self,
         query_THP: torch.Tensor,
@@ -60,44 +81,18 @@ class CpuPagedAttention:
         self._check(query_THP, key_TGP, value_TGP, kv_2NBGP)
         query_THP = _rows(query_THP)
         self._write(_rows(key_TGP), _rows(value_TGP), kv_2NBGP, metadata)
-        shape = self._shape(query_THP, kv_2NBGP, metadata, sliding_window)
-        query_start_R1 = metadata.query_start_R1.to(torch.int64)
-        seq_lens_R = metadata.seq_lens_R.to(torch.int64)
-        tables_RN = metadata.block_tables_RN
+        shape = attention_shape(self._spec, kv_2NBGP, metadata, sliding_window, query_THP.stride(0))
+        step = StepArguments(metadata)
         output_THP = torch.empty(query_THP.shape, dtype=self._dtype)
         self._calls.attention(
             addressof(shape),
+            addressof(step.shape),
             query_THP.data_ptr(),
             kv_2NBGP.data_ptr(),
-            tables_RN.data_ptr(),
-            query_start_R1.data_ptr(),
-            seq_lens_R.data_ptr(),
-            tables_RN.shape[0],
             output_THP.data_ptr(),
             torch.get_num_threads(),
         )
         return output_THP
-
-    def _shape(
-        self,
-        query_THP: torch.Tensor,
-        kv_2NBGP: torch.Tensor,
-        metadata: AttentionMetadata,
-        sliding_window: int | None,
-    ) -> AttentionShape:
-        spec = self._spec
-        return AttentionShape(
-            spec.num_heads,
-            spec.num_kv_heads,
-            spec.head_dim,
-            kv_2NBGP.shape[2],
-            metadata.block_tables_RN.stride(0),
-            sliding_window or 0,
-            query_THP.stride(0),
-            spec.num_kv_heads * spec.head_dim,
-            kv_2NBGP.stride(0),
-            spec.scale,
-        )
 
     def _write(
         self,

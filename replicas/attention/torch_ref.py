@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from replicas.attention.backend import AttentionMetadata, AttentionSpec
+from replicas.attention.backend import AttentionBlock, AttentionMetadata, AttentionSpec
 from replicas.attention.paging import gather_context, write_slots
+from replicas.kernels.ops import HeadShape
 
 
 class TorchReferenceAttention:
@@ -25,6 +26,12 @@ class TorchReferenceAttention:
         if spec.num_heads % spec.num_kv_heads:
             return [f"{spec.num_heads} heads do not share {spec.num_kv_heads} kv heads evenly"]
         return []
+
+    def block(
+        self, heads: HeadShape, sliding_window: int | None, *, with_bias: bool
+    ) -> AttentionBlock | None:
+        """See `AttentionBackend.block`: there is none."""
+        return None
 
     def forward(
         self,

@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,8 @@ class BuildPlan:
     march: str = "native"
     sources: Path = SOURCES
     lock_timeout_s: float = LOCK_TIMEOUT_S
+    without_tiles: bool = False
+    """Leave matrix tiles (AMX) alone on processors that have them."""
 
     def flags(self) -> list[str]:
         """Compiler flags; the OpenMP runtime is torch's own where torch has one.
@@ -51,7 +54,8 @@ class BuildPlan:
         Two runtimes in a process would be two thread pools that fight for the cores.
         """
         linked = [] if hasattr(ctypes.CDLL(None), "GOMP_parallel") else ["-fopenmp"]
-        return [*FLAGS, f"-march={self.march}", *[f"-link:{flag}" for flag in linked]]
+        less = ["-mno-amx-tile"] if self.without_tiles else []
+        return [*FLAGS, f"-march={self.march}", *less, *[f"-link:{flag}" for flag in linked]]
 
     def key(self) -> str:
         """Changes with everything that the machine code depends on."""
@@ -120,10 +124,13 @@ def _compile(plan: BuildPlan, cache_dir: Path, key: str) -> Path:
     compiled = [flag for flag in flags if not flag.startswith("-link:")]
     units = [path for path in _source_files(plan.sources) if path.suffix == ".cpp"]
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix="build-") as folder:
-        objects = []
-        for unit in units:
-            objects.append(str(Path(folder, f"{unit.stem}.o")))
-            _run([plan.compiler, *compiled, "-c", str(unit), "-o", objects[-1]])
+        objects = [str(Path(folder, f"{unit.stem}.o")) for unit in units]
+        commands = [
+            [plan.compiler, *compiled, "-c", str(unit), "-o", target]
+            for unit, target in zip(units, objects, strict=True)
+        ]
+        with ThreadPoolExecutor() as compilers:
+            list(compilers.map(_run, commands))
         library = Path(folder, "library.so")
         _run([plan.compiler, "-shared", *objects, *linked, "-o", str(library)])
         target = cache_dir / f"{key}-{_digest(library)}.so"

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 
 import torch
 
-from replicas.kernels.loader import DTYPES, CpuLibrary
-from replicas.kernels.ops import HeadShape, HeadTensors
-from replicas.kernels.torch_ops import TORCH_KERNELS, split_heads
+from replicas.kernels.loader import DTYPES, CpuLibrary, PackedLinear
+from replicas.kernels.ops import HeadShape, HeadTensors, MlpNames
+from replicas.kernels.torch_ops import TORCH_KERNELS, silu_mlp_in_steps, split_heads
 
-_PACKED = ".packed"
+PACKED = ".packed"
+"""Suffix of the tensor with a packed weight's bytes."""
 
 
 class CpuKernels:
@@ -40,7 +41,7 @@ class CpuKernels:
         """The weight in the library's block layout; the caller should drop the original."""
         return {
             name: torch.empty(weight_OI.shape, dtype=weight_OI.dtype, device="meta"),
-            name + _PACKED: self.library.pack(weight_OI.contiguous()),
+            name + PACKED: self.library.pack(weight_OI.contiguous()),
         }
 
     def linear(
@@ -53,7 +54,7 @@ class CpuKernels:
         wide: bool = False,
     ) -> torch.Tensor:
         """See `Kernels.linear`; fp32 sums, rounded once."""
-        packed = tensors.get(name + _PACKED)
+        packed = tensors.get(name + PACKED)
         if packed is None:
             return TORCH_KERNELS.linear(input_TI, tensors, name, bias_O, wide=wide)
         shape = tensors[name].shape
@@ -63,7 +64,7 @@ class CpuKernels:
         self, ids_T: torch.Tensor, tensors: Mapping[str, torch.Tensor], name: str
     ) -> torch.Tensor:
         """See `Kernels.embedding`; a table that is also the head lies packed."""
-        packed = tensors.get(name + _PACKED)
+        packed = tensors.get(name + PACKED)
         if packed is None:
             return TORCH_KERNELS.embedding(ids_T, tensors, name)
         return self.library.embed(ids_T, packed, tensors[name].shape)
@@ -110,3 +111,19 @@ class CpuKernels:
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
         """See `Kernels.silu_mul`."""
         return self.library.silu_mul(gate_up_TF.contiguous())
+
+    def silu_mlp(
+        self, input_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor], names: MlpNames
+    ) -> torch.Tensor:
+        """See `Kernels.silu_mlp`; one call when both weights are packed."""
+        up, down = tensors.get(names.up + PACKED), tensors.get(names.down + PACKED)
+        if up is None or down is None:
+            return silu_mlp_in_steps(self, input_TD, tensors, names)
+        bias_D = None if names.down_bias is None else tensors.get(names.down_bias)
+        return self.library.gated_mlp(
+            input_TD.contiguous(),
+            PackedLinear(
+                packed=up, shape=tensors[names.up].shape, bias_O=tensors.get(names.up_bias)
+            ),
+            PackedLinear(packed=down, shape=tensors[names.down].shape, bias_O=bias_D),
+        )

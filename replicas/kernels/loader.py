@@ -16,19 +16,22 @@ import torch
 
 from cluster.base.errors import InternalError
 from replicas.kernels.build import KernelsUnavailableError
+from replicas.kernels.memory import HugePages, ScratchMemory
 
-_ABI = 1
+_ABI = 2
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _SIGNATURES = {
     "pack": [_P, _L, _L, _P, _I],
-    "linear": [_P, _L, _P, _P, _P, _L, _L, _L, _I],
+    "linear": [_P, _P, _P, _P, _L, _L, _L, _P, _I],
+    "gated_mlp": [_P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _P, _I],
     "embed": [_P, _P, _P, _L, _L, _I],
     "rms_norm": [_P, _P, _P, _P, _P, _L, _L, _F, _I],
     "prepare_heads": [_P, _P, _P, _P, _P, _L, _L, _L, _L, _F, _I],
     "silu_mul": [_P, _P, _L, _L, _I],
     "write_slots": [_P, _P, _L, _P, _L, _P, _L, _L, _I],
-    "attention": [_P, _P, _P, _P, _P, _P, _L, _P, _I],
+    "attention": [_P, _P, _P, _P, _P, _I],
+    "attention_block": [_P, _P, _P, _P, _P, _P, _I],
 }
 DTYPES = tuple(_SUFFIX)
 _Call = Callable[..., None]
@@ -51,18 +54,65 @@ class AttentionShape(ctypes.Structure):
     )
 
 
+class StepShape(ctypes.Structure):
+    """The C side's `Step`: the requests of a step; addresses as integers."""
+
+    _fields_ = (
+        ("tables", _P),
+        ("query_start", _P),
+        ("seq_lens", _P),
+        ("slots", _P),
+        ("cos", _P),
+        ("sin", _P),
+        ("requests", _L),
+        ("rows", _L),
+    )
+
+
+class BlockShape(ctypes.Structure):
+    """The C side's `Block`: one layer's attention, its packed weights and what surrounds them."""
+
+    _fields_ = (
+        ("shape", AttentionShape),
+        ("qkv", _P),
+        ("qkv_bias", _P),
+        ("out", _P),
+        ("out_bias", _P),
+        ("query_norm", _P),
+        ("key_norm", _P),
+        ("width", _L),
+        ("out_width", _L),
+        ("head_eps", _F),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedLinear:
+    """A packed weight (O, I) with its bias."""
+
+    packed: torch.Tensor
+    shape: torch.Size
+    bias_O: torch.Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calls:
     """The functions for one dtype, as C declares them."""
 
     pack: _Call
     linear: _Call
+    gated_mlp: _Call
     embed: _Call
     rms_norm: _Call
     prepare_heads: _Call
     silu_mul: _Call
     write_slots: _Call
     attention: _Call
+    attention_block: _Call
+
+
+class TilesRefusedError(KernelsUnavailableError):
+    """The processor has matrix tiles (AMX) and the system keeps them; build without."""
 
 
 class CpuLibrary:
@@ -77,11 +127,15 @@ class CpuLibrary:
             library = ctypes.CDLL(str(path))
             if library.pk_abi() != _ABI:
                 raise KernelsUnavailableError(f"{path} has another interface")
+            if not library.pk_start():
+                raise TilesRefusedError("the system does not grant matrix tiles")
             self._calls = {dtype: _calls(library, suffix) for dtype, suffix in _SUFFIX.items()}
             self._linear_wide: _Call = _function(library, "linear", "bf16_f32")
             library.pk_isa.restype = ctypes.c_char_p
             self.isa: str = library.pk_isa().decode()
             self.width: int = library.pk_block_width()
+            self._pages = HugePages()
+            self.scratch = ScratchMemory()
         except (OSError, AttributeError) as error:
             raise KernelsUnavailableError(f"{path} cannot be loaded ({error})") from error
 
@@ -95,7 +149,7 @@ class CpuLibrary:
         out, width = weight_OI.shape
         per_word = 4 // weight_OI.itemsize
         shape = (-(-out // self.width), -(-width // per_word), self.width, per_word)
-        packed = torch.empty(shape, dtype=weight_OI.dtype)
+        packed = self._pages.zeros(shape, weight_OI.dtype)
         self._calls[weight_OI.dtype].pack(
             weight_OI.data_ptr(), out, width, packed.data_ptr(), torch.get_num_threads()
         )
@@ -125,13 +179,46 @@ class CpuLibrary:
         call = self._calls[dtype].linear if narrow else self._linear_wide
         call(
             input_TI.data_ptr(),
-            width,
             packed.data_ptr(),
             None if bias_O is None else bias_O.data_ptr(),
             output_TO.data_ptr(),
             num_rows,
             out_features,
             width,
+            self.scratch.at_least(scratch_bytes(num_rows, width)),
+            torch.get_num_threads(),
+        )
+        return output_TO
+
+    def gated_mlp(
+        self,
+        input_TI: torch.Tensor,
+        up: PackedLinear,
+        down: PackedLinear,
+    ) -> torch.Tensor:
+        """down(silu(gate) * up) with gate and up fused in one weight, (T, O)."""
+        _check(input_TI, dim=2)
+        num_rows, width = input_TI.shape
+        out_features, ffn = down.shape
+        fits = up.shape == (2 * ffn, width)
+        if not fits or not up.packed.dtype == down.packed.dtype == input_TI.dtype:
+            raise InternalError(
+                f"MLP weights {tuple(up.shape)} and {tuple(down.shape)} do not fit {width} inputs "
+                f"of {input_TI.dtype}."
+            )
+        output_TO = torch.empty((num_rows, out_features), dtype=input_TI.dtype)
+        self._calls[input_TI.dtype].gated_mlp(
+            input_TI.data_ptr(),
+            up.packed.data_ptr(),
+            None if up.bias_O is None else up.bias_O.data_ptr(),
+            down.packed.data_ptr(),
+            None if down.bias_O is None else down.bias_O.data_ptr(),
+            output_TO.data_ptr(),
+            num_rows,
+            ffn,
+            width,
+            out_features,
+            self.scratch.at_least(scratch_bytes(num_rows, width, 2 * ffn, ffn)),
             torch.get_num_threads(),
         )
         return output_TO
@@ -195,6 +282,12 @@ class CpuLibrary:
             torch.get_num_threads(),
         )
         return output_TF
+
+
+def scratch_bytes(num_rows: int, *widths: int) -> int:
+    """Room for `num_rows` rows of each width, in tiles (whole ones, at most fp32) and aligned."""
+    rows = -(-num_rows // 32) * 32
+    return 4 * rows * sum(-(-width // 32) * 32 for width in widths) + 4096
 
 
 def _calls(library: ctypes.CDLL, suffix: str) -> Calls:

@@ -34,6 +34,17 @@ class HeadTensors:
     """(T, 1, P) each."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpNames:
+    """A gated MLP's tensors in its unit; gate and up are one weight."""
+
+    up: str
+    up_bias: str
+    down: str
+    down_bias: str | None
+    """None: the bias is not to be added, because this is one rank's part of a sum."""
+
+
 class Kernels(Protocol):
     """Elementary operations on packed rows (T, ...)."""
 
@@ -86,4 +97,10 @@ class Kernels(Protocol):
 
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
         """silu(first half of a row) * second half, (T, F / 2)."""
+        ...
+
+    def silu_mlp(
+        self, input_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor], names: MlpNames
+    ) -> torch.Tensor:
+        """down(silu(gate(x)) * up(x)), (T, D); the same bits as the three calls one by one."""
         ...

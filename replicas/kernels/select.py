@@ -10,7 +10,7 @@ import torch
 from cluster.base.errors import ConfigError
 from replicas.kernels.build import BuildPlan, KernelsUnavailableError, build_library, find_compiler
 from replicas.kernels.cpu_ops import CpuKernels
-from replicas.kernels.loader import CpuLibrary
+from replicas.kernels.loader import CpuLibrary, TilesRefusedError
 from replicas.kernels.ops import Kernels
 from replicas.kernels.torch_ops import TORCH_KERNELS
 from replicas.kernels.triton_ops import TritonKernels
@@ -65,9 +65,20 @@ def _compiled(dtype: torch.dtype, device: str, cache_dir: Path) -> Kernels:
         _log.info("kernels: torch, because of the compiled ones: %s", "; ".join(reasons))
         return TORCH_KERNELS
     try:
-        library = CpuLibrary(build_library(BuildPlan(compiler=find_compiler()), cache_dir))
+        library = _library(cache_dir)
     except KernelsUnavailableError as error:
         _log.warning("kernels: torch, because %s", error)
         return TORCH_KERNELS
     _log.info("kernels: compiled, %s", library.isa)
     return CpuKernels(library)
+
+
+def _library(cache_dir: Path) -> CpuLibrary:
+    """For all that this processor can, or without matrix tiles where the system keeps those."""
+    compiler = find_compiler()
+    try:
+        return CpuLibrary(build_library(BuildPlan(compiler=compiler), cache_dir))
+    except TilesRefusedError as error:
+        _log.info("kernels: %s", error)
+        plan = BuildPlan(compiler=compiler, without_tiles=True)
+        return CpuLibrary(build_library(plan, cache_dir))

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from cluster.base.errors import InternalError
-from replicas.kernels.ops import HeadShape, HeadTensors
+from replicas.kernels.ops import HeadShape, HeadTensors, Kernels, MlpNames
 
 
 class TorchKernels:
@@ -70,6 +70,24 @@ class TorchKernels:
         """See `Kernels.silu_mul`."""
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
         return functional.silu(gate_TF) * up_TF
+
+    def silu_mlp(
+        self, input_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor], names: MlpNames
+    ) -> torch.Tensor:
+        """See `Kernels.silu_mlp`."""
+        return silu_mlp_in_steps(self, input_TD, tensors, names)
+
+
+def silu_mlp_in_steps(
+    kernels: Kernels,
+    input_TD: torch.Tensor,
+    tensors: Mapping[str, torch.Tensor],
+    names: MlpNames,
+) -> torch.Tensor:
+    """What `Kernels.silu_mlp` means, for sets that have nothing faster."""
+    gate_up_TF = kernels.linear(input_TD, tensors, names.up, tensors.get(names.up_bias))
+    bias_D = None if names.down_bias is None else tensors.get(names.down_bias)
+    return kernels.linear(kernels.silu_mul(gate_up_TF), tensors, names.down, bias_D)
 
 
 def rotate(heads_THP: torch.Tensor, cos_T1P: torch.Tensor, sin_T1P: torch.Tensor) -> torch.Tensor:

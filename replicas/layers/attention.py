@@ -60,6 +60,11 @@ class SelfAttention:
         )
         self._qkv = ColumnLinear("qkv", kernels)
         self._out = RowLinear("attention_out", communicator, kernels)
+        # A factor on the queries stands between projection and attention: step by step then.
+        self._is_whole = communicator.size == 1
+        self._block = None
+        if self._query_factor == 1.0:
+            self._block = backend.block(self._heads, sliding_window, with_bias=self._is_whole)
 
     def forward(
         self,
@@ -69,6 +74,12 @@ class SelfAttention:
         kv_2NBGP: torch.Tensor,
     ) -> torch.Tensor:
         """Attention output, (T, D), the same on every rank; writes this step's keys and values."""
+        if self._block is not None:
+            output_TD = self._block.forward(
+                hidden_TD, context.cos_sin, tensors, kv_2NBGP, context.attention
+            )
+            if output_TD is not None:
+                return output_TD if self._is_whole else self._out.complete(output_TD, tensors)
         query_THP, key_TGP, value_TGP = self._kernels.prepare_heads(
             self._qkv.forward(hidden_TD, tensors),
             self._heads,

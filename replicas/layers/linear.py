@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from cluster.dist.communicator import Communicator
-from replicas.kernels.ops import Kernels
+from replicas.kernels.ops import Kernels, MlpNames
 from replicas.kernels.torch_ops import TORCH_KERNELS
 
 
@@ -42,10 +42,15 @@ class RowLinear:
 
     def forward(self, input_TF: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The whole output, (T, D), the same on every rank."""
-        bias = tensors.get(self._bias)
         if self._communicator.size == 1:
-            return self._kernels.linear(input_TF, tensors, self._weight, bias)
-        partial_TD = self._kernels.linear(input_TF, tensors, self._weight)
+            return self._kernels.linear(input_TF, tensors, self._weight, tensors.get(self._bias))
+        return self.complete(self._kernels.linear(input_TF, tensors, self._weight), tensors)
+
+    def complete(
+        self, partial_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The whole output of what the ranks computed without the bias."""
+        bias = tensors.get(self._bias)
         output_TD = self._communicator.all_reduce(partial_TD)
         # The bias belongs to the sum, so it is added after it, once.
         return output_TD if bias is None else output_TD + bias
@@ -64,12 +69,20 @@ class GatedMlp:
         self._activation = activation
         self._up = ColumnLinear("up", kernels)
         self._down = RowLinear("down", communicator, kernels)
+        self._is_whole = communicator.size == 1
+        self._names = MlpNames(
+            up="up.weight",
+            up_bias="up.bias",
+            down="down.weight",
+            down_bias="down.bias" if self._is_whole else None,
+        )
 
     def forward(self, hidden_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """MLP output, (T, D)."""
-        gate_up_TF = self._up.forward(hidden_TD, tensors)
         if self._activation is functional.silu:
-            return self._down.forward(self._kernels.silu_mul(gate_up_TF), tensors)
+            output_TD = self._kernels.silu_mlp(hidden_TD, tensors, self._names)
+            return output_TD if self._is_whole else self._down.complete(output_TD, tensors)
+        gate_up_TF = self._up.forward(hidden_TD, tensors)
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
         return self._down.forward(self._activation(gate_TF) * up_TF, tensors)
 

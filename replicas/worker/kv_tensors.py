@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from replicas.kernels.memory import HugePages
 from replicas.worker.device import out_of_memory_as_error
 
 
@@ -47,6 +48,9 @@ def allocate_kv_caches(spec: KvCacheSpec, device: torch.device) -> list[torch.Te
         DeviceOutOfMemoryError: the device cannot hold it.
     """
     with out_of_memory_as_error(f"allocating {spec.num_blocks} KV cache blocks"):
+        if device.type == "cpu":
+            pages = HugePages()
+            return [pages.zeros(spec.shape, spec.dtype) for _ in range(spec.num_layers)]
         return [
             torch.zeros(spec.shape, dtype=spec.dtype, device=device) for _ in range(spec.num_layers)
         ]

@@ -1,265 +1,66 @@
-// Paged causal attention straight from the blocks, for decode and prefill alike.
-//
-// One task is (request, kv head, a few query tokens): their heads are the rows of small products
-// against kWidth context tokens at a time, which begin at multiples of kWidth from position 0. The
-// softmax runs online over these pieces in fp32. Nothing of this depends on how many tokens or
-// requests a step has, so neither batch nor chunk nor thread count changes a bit of a row.
+// Paged causal attention straight from the blocks, for decode and prefill alike: alone, and as the
+// whole block of a layer from its normed input to its output projection in one parallel region.
 
-#include <algorithm>
-#include <limits>
 #include <vector>
 
-#include "tile.h"
+#include "attend_amx.h"
+#include "matrix.h"
+#include "rows.h"
 
 namespace penstock {
 namespace {
 
-struct Shape {
-  long heads, kv_heads, dim, block_size, table_stride, window;  // window 0: all
-  long query_stride, kv_stride, cache_values;  // elements; values begin `cache_values` after keys
-  float scale;
+// The requests of a step.
+struct Step {
+  const int32_t* tables;
+  const int64_t *query_start, *seq_lens, *slots;
+  const void *cos, *sin;
+  long requests, rows;
 };
-
-constexpr long kMaxRows = 48;
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// Memory of one thread.
-template <typename S>
-struct Scratch {
-  explicit Scratch(long dim)
-      : rows(kMaxRows * dim), keys(words_of<S>(dim) * kPack<S> * kWidth), scores(kMaxRows * kWidth),
-        sums(kMaxRows * dim), highest(kMaxRows), total(kMaxRows) {}
-  std::vector<S> rows;
-  std::vector<S> keys;
-  std::vector<float> scores, sums, highest, total;
-  long slots[kWidth];
-};
-
-#if defined(__AVX512F__)
-// 16 x 16 words: to[i * kWidth + j] = rows[j][i].
-inline void transpose_square(const __m512i* rows, uint32_t* to) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512i even = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-    const __m512i odd = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-    const __m512i even_high = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-    const __m512i odd_high = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-    _mm512_storeu_si512(to + i * kWidth, _mm512_shuffle_i32x4(even, even_high, 0x88));
-    _mm512_storeu_si512(to + (4 + i) * kWidth, _mm512_shuffle_i32x4(odd, odd_high, 0x88));
-    _mm512_storeu_si512(to + (8 + i) * kWidth, _mm512_shuffle_i32x4(even, even_high, 0xdd));
-    _mm512_storeu_si512(to + (12 + i) * kWidth, _mm512_shuffle_i32x4(odd, odd_high, 0xdd));
-  }
-}
-#endif
-
-// Column-wise copy of `count` keys: the layout of a weight block.
-template <typename S>
-void transpose_keys(const S* cache, const long* slots, long count, long stride, long dim, S* keys) {
-  const long words = words_of<S>(dim);
-  uint32_t* to = reinterpret_cast<uint32_t*>(keys);
-  for (long first = 0; first < kWidth; first += kLanes) {
-    long done = 0;
-#if defined(__AVX512F__)
-    for (; done + 16 <= words; done += 16) {
-      __m512i rows[16];
-      for (long lane = 0; lane < 16; ++lane)
-        rows[lane] = first + lane < count
-                         ? _mm512_loadu_si512(reinterpret_cast<const char*>(
-                                                  cache + slots[first + lane] * stride) +
-                                              4 * done)
-                         : _mm512_setzero_si512();
-      transpose_square(rows, to + done * kWidth + first);
-    }
-#endif
-    for (long lane = 0; lane < kLanes; ++lane) {
-      const long token = first + lane;
-      if (token >= count) {
-        for (long word = done; word < words; ++word) to[word * kWidth + token] = 0;
-        continue;
-      }
-      const char* from = reinterpret_cast<const char*>(cache + slots[token] * stride);
-      for (long word = done; word < words; ++word)
-        to[word * kWidth + token] = load_as<uint32_t>(from + 4 * word);
-    }
-  }
-}
-
-// Turns the scores of one row into weights and rescales what was summed before.
-inline void softmax_step(float* scores, long begin, long end, float scale, float* highest,
-                         float* total, float* sums, long dim) {
-  const Vec lowest = splat(kMinusInfinity);
-  Vec maximum = lowest;
-  IntVec lane{};
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  for (int v = 0; v < kVectors; ++v) {
-    const IntVec column = lane + v * kLanes;
-    const IntVec visible =
-        (column >= static_cast<int32_t>(begin)) & (column < static_cast<int32_t>(end));
-    const Vec score = select(visible, load(scores + v * kLanes) * scale, lowest);
-    maximum = select(score > maximum, score, maximum);
-    store(score, scores + v * kLanes);
-  }
-  float top = *highest;
-  for (int i = 0; i < kLanes; ++i) top = maximum[i] > top ? maximum[i] : top;
-  // All scores -inf or NaN: subtract nothing, so that the row becomes NaN as torch's does.
-  const float base = top == kMinusInfinity ? 0.0f : top;
-  Vec added{};
-  for (int v = 0; v < kVectors; ++v) {
-    const Vec weight = exp_vec(load(scores + v * kLanes) - base);
-    added += weight;
-    store(weight, scores + v * kLanes);
-  }
-  const float keep = *highest == kMinusInfinity ? 0.0f : std::exp(*highest - base);
-  *total = *total * keep + sum_lanes(added);
-  *highest = top;
-  if (keep == 1.0f) return;
-  for (long i = 0; i < dim; ++i) sums[i] *= keep;
-}
-
-// sums[row] += weights[row] . values, `kRows` rows and kParts vectors of the head at a time.
-template <typename S, int kRows, int kParts>
-inline void add_values(const float* weights, const S* cache, const long* slots, long begin,
-                       long end, long stride, long dim, float* sums) {
-  Vec chain[kRows][kParts];
-  for (int row = 0; row < kRows; ++row)
-    for (int part = 0; part < kParts; ++part)
-      chain[row][part] = load(sums + row * dim + part * kLanes);
-  for (long token = begin; token < end; ++token) {
-    const S* value = cache + slots[token] * stride;
-    Vec parts[kParts];
-    for (int part = 0; part < kParts; ++part) parts[part] = load(value + part * kLanes);
-    for (int row = 0; row < kRows; ++row)
-      for (int part = 0; part < kParts; ++part)
-        chain[row][part] += parts[part] * weights[row * kWidth + token];
-  }
-  for (int row = 0; row < kRows; ++row)
-    for (int part = 0; part < kParts; ++part)
-      store(chain[row][part], sums + row * dim + part * kLanes);
-}
-
-template <typename S, int kParts>
-inline void add_rows(long rows, const float* weights, const S* cache, const long* slots,
-                     long begin, long end, long stride, long dim, float* sums) {
-  switch (rows) {
-    case 4: return add_values<S, 4, kParts>(weights, cache, slots, begin, end, stride, dim, sums);
-    case 3: return add_values<S, 3, kParts>(weights, cache, slots, begin, end, stride, dim, sums);
-    case 2: return add_values<S, 2, kParts>(weights, cache, slots, begin, end, stride, dim, sums);
-    case 1: return add_values<S, 1, kParts>(weights, cache, slots, begin, end, stride, dim, sums);
-  }
-}
-
-// begin/end: tokens that at least one row sees; a weight of zero adds exactly nothing.
-template <typename S>
-void mix_values(const float* weights, const S* cache, const long* slots, long begin, long end,
-                long stride, long dim, long rows, float* sums) {
-  for (long row = 0; row < rows;) {
-    const long step = std::min(4L, rows - row);
-    const float* w = weights + row * kWidth;
-    float* s = sums + row * dim;
-    long i = 0;
-    for (; i + 4 * kLanes <= dim; i += 4 * kLanes)
-      add_rows<S, 4>(step, w, cache + i, slots, begin, end, stride, dim, s + i);
-    for (; i + kLanes <= dim; i += kLanes)
-      add_rows<S, 1>(step, w, cache + i, slots, begin, end, stride, dim, s + i);
-    for (; i < dim; ++i)
-      for (long r = 0; r < step; ++r)
-        for (long token = begin; token < end; ++token)
-          // Spelled out: a compiler that vectorises the sum would fuse some of its terms only.
-          s[r * dim + i] = std::fma(w[r * kWidth + token],
-                                    to_float(cache[slots[token] * stride + i]), s[r * dim + i]);
-    row += step;
-  }
-}
-
-// Query tokens first..first+count of one request, all heads of kv head g.
-template <typename S>
-void attend(const Shape& shape, const S* query, const S* cache, const int32_t* table, S* output,
-            long g, long count, long position, Scratch<S>& scratch) {
-  const long dim = shape.dim, group = shape.heads / shape.kv_heads, rows = count * group;
-  for (long row = 0; row < rows; ++row)
-    std::memcpy(scratch.rows.data() + row * dim,
-                query + row / group * shape.query_stride + (g * group + row % group) * dim,
-                dim * sizeof(S));
-  std::fill_n(scratch.sums.begin(), rows * dim, 0.0f);
-  std::fill_n(scratch.highest.begin(), rows, kMinusInfinity);
-  std::fill_n(scratch.total.begin(), rows, 0.0f);
-  const S *keys = cache + g * dim, *values = keys + shape.cache_values;
-  const long stop = position + count;  // one past the last position any row sees
-  const long start = shape.window ? std::max(0L, position - shape.window + 1) : 0;
-  for (long base = start / kWidth * kWidth; base < stop; base += kWidth) {
-    const long seen = std::min<long>(kWidth, stop - base), skip = std::max(0L, start - base);
-    // Blocks before the window may be gone: tokens there stand for the first one inside.
-    long block = std::max(base, start) / shape.block_size;
-    long offset = std::max(base, start) % shape.block_size;
-    for (long token = 0; token < seen; ++token) {
-      scratch.slots[token] = static_cast<long>(table[block]) * shape.block_size + offset;
-      if (token < skip || ++offset < shape.block_size) continue;
-      offset = 0;
-      ++block;
-    }
-    transpose_keys(keys, scratch.slots, seen, shape.kv_stride, dim, scratch.keys.data());
-    std::fill_n(scratch.scores.begin(), rows * kWidth, 0.0f);
-    tiles(scratch.rows.data(), dim, scratch.keys.data(), dim, rows, scratch.scores.data());
-    for (long row = 0; row < rows; ++row) {
-      const long own = position + row / group;
-      const long from = shape.window ? std::max(0L, own - shape.window + 1 - base) : 0;
-      float* scores = scratch.scores.data() + row * kWidth;
-      if (own < base || from >= kWidth) {
-        std::fill_n(scores, kWidth, 0.0f);
-        continue;
-      }
-      softmax_step(scores, from, std::min<long>(kWidth, own - base + 1), shape.scale,
-                   &scratch.highest[row], &scratch.total[row], scratch.sums.data() + row * dim,
-                   dim);
-    }
-    mix_values(scratch.scores.data(), values, scratch.slots, skip, seen, shape.kv_stride, dim, rows,
-               scratch.sums.data());
-  }
-  for (long row = 0; row < rows; ++row) {
-    S* to = output + row / group * shape.heads * dim + (g * group + row % group) * dim;
-    for (long i = 0; i < dim; ++i)
-      from_float(scratch.sums[row * dim + i] / scratch.total[row], to + i);
-  }
-}
 
 struct Task {
   long request, g, first, count;
 };
 
-template <typename S>
-void attention(const Shape& shape, const S* query, const S* cache, const int32_t* tables,
-               const int64_t* query_start, const int64_t* seq_lens, long requests, S* output,
-               int threads) {
-  const long group = shape.heads / shape.kv_heads;
-  const long per_task = std::max(1L, 32 / group);
+std::vector<Task> tasks_of(const Shape& shape, const Step& step) {
+  const long per_task = std::max(1L, 32 / (shape.heads / shape.kv_heads));
   std::vector<Task> tasks;
-  for (long r = 0; r < requests; ++r)
-    for (long g = 0; g < shape.kv_heads; ++g)
-      for (long first = query_start[r]; first < query_start[r + 1]; first += per_task)
-        tasks.push_back({r, g, first, std::min(per_task, query_start[r + 1] - first)});
-#pragma omp parallel num_threads(threads)
-  {
-    Scratch<S> scratch(shape.dim);
-#pragma omp for schedule(dynamic, 1)
-    for (size_t index = 0; index < tasks.size(); ++index) {
-      const Task& task = tasks[index];
-      const long behind = query_start[task.request + 1] - task.first;
-      attend(shape, query + task.first * shape.query_stride, cache,
-             tables + task.request * shape.table_stride,
-             output + task.first * shape.heads * shape.dim, task.g, task.count,
-             seq_lens[task.request] - behind, scratch);
-    }
-  }
+  for (long r = 0; r < step.requests; ++r)
+    for (long first = step.query_start[r]; first < step.query_start[r + 1]; first += per_task)
+      for (long g = 0; g < shape.kv_heads; ++g)
+        tasks.push_back({r, g, first, std::min(per_task, step.query_start[r + 1] - first)});
+  return tasks;
+}
+
+template <typename S>
+void run_task(const Shape& shape, const Step& step, const Task& task, const S* query,
+              const S* cache, S* output) {
+  const long behind = step.query_start[task.request + 1] - task.first;
+  const S* queries = query + task.first * shape.query_stride;
+  const int32_t* table = step.tables + task.request * shape.table_stride;
+  S* to = output + task.first * shape.heads * shape.dim;
+  const long position = step.seq_lens[task.request] - behind;
+#if defined(PENSTOCK_AMX)
+  if constexpr (sizeof(S) == 2)
+    if (suits_tiles(shape))
+      return attend_tiles(shape, queries, cache, table, to, task.g, task.count, position);
+#endif
+  Scratchpad<S> scratch(shape.dim);
+  attend(shape, queries, cache, table, to, task.g, task.count, position, scratch);
+}
+
+template <typename S>
+void attention(const Shape& shape, const Step& step, const S* query, const S* cache, S* output,
+               int threads) {
+  const std::vector<Task> tasks = tasks_of(shape, step);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (size_t index = 0; index < tasks.size(); ++index)
+    run_task(shape, step, tasks[index], query, cache, output);
+}
+
+template <typename S>
+inline void write_head(const S* from, S* cache, long slot, long width) {
+  std::memcpy(static_cast<void*>(cache + slot * width), from, width * sizeof(S));
 }
 
 template <typename S>
@@ -267,9 +68,76 @@ void write_slots(const S* key, const S* value, long stride, S* cache, long cache
                  const int64_t* slots, long rows, long width, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > 32768)
   for (long row = 0; row < rows; ++row) {
-    S* to = cache + slots[row] * width;
-    std::memcpy(static_cast<void*>(to), key + row * stride, width * sizeof(S));
-    std::memcpy(static_cast<void*>(to + cache_values), value + row * stride, width * sizeof(S));
+    write_head(key + row * stride, cache, slots[row], width);
+    write_head(value + row * stride, cache + cache_values, slots[row], width);
+  }
+}
+
+// What one layer's attention block is made of.
+template <typename S>
+struct Block {
+  Shape shape;
+  const S *qkv, *qkv_bias, *out, *out_bias, *query_norm, *key_norm;
+  long width, out_width;  // of the input and the output
+  float head_eps;
+};
+
+// Head by head, so that a single row is shared out too.
+template <typename S>
+void prepare_and_write(const Block<S>& block, const Step& step, S* qkv, S* cache, Part part) {
+  const Shape& shape = block.shape;
+  const Heads<S> with{shape.heads,      shape.kv_heads,
+                      shape.dim,        block.query_norm,
+                      block.key_norm,   static_cast<const S*>(step.cos),
+                      static_cast<const S*>(step.sin), block.head_eps};
+  const long heads = shape.heads + 2 * shape.kv_heads, dim = shape.dim;
+  const Range own = share(step.rows * heads, part);
+  for (long unit = own.begin; unit < own.end; ++unit) {
+    const long row = unit / heads, h = unit % heads, kv = h - shape.heads;
+    prepare_head(with, qkv, row, h);
+    if (kv < 0) continue;
+    const bool is_value = kv >= shape.kv_heads;
+    S* to = cache + (is_value ? shape.cache_values + (kv - shape.kv_heads) * dim : kv * dim);
+    std::memcpy(static_cast<void*>(to + step.slots[row] * shape.kv_stride), qkv + unit * dim,
+                dim * sizeof(S));
+  }
+}
+
+template <typename S>
+void attention_block(const Block<S>& block, const Step& step, const S* x, S* cache, S* y,
+                     void* memory, int threads) {
+  Workspace workspace(memory);
+  const Shape& shape = block.shape;
+  const long rows = step.rows, inner = shape.heads * shape.dim;
+  const long fused = inner + 2 * shape.kv_heads * shape.dim;
+  const bool alias = can_alias<S>(rows, block.width), alias_out = can_alias<S>(rows, inner);
+  const Rows<S> input{
+      alias ? const_cast<S*>(x) : workspace.take<S>(Rows<S>::values(rows, block.width)), rows,
+      block.width};
+  S* qkv = workspace.take<S>(rows * fused);
+  S* attended = workspace.take<S>(rows * inner);
+  const Rows<S> output{alias_out ? attended : workspace.take<S>(Rows<S>::values(rows, inner)), rows,
+                       inner};
+  const std::vector<Task> tasks = tasks_of(shape, step);
+#pragma omp parallel num_threads(threads)
+  {
+    const Part part = own_part();
+    if (!alias) {
+      arrange(x, block.width, input, part);
+#pragma omp barrier
+    }
+    multiply(input, Matrix<S>{block.qkv, block.qkv_bias, fused, block.width}, qkv, part);
+#pragma omp barrier
+    prepare_and_write(block, step, qkv, cache, part);
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1)
+    for (size_t index = 0; index < tasks.size(); ++index)
+      run_task(shape, step, tasks[index], qkv, cache, attended);
+    if (!alias_out) {
+      arrange(attended, inner, output, part);
+#pragma omp barrier
+    }
+    multiply(output, Matrix<S>{block.out, block.out_bias, block.out_width, inner}, y, part);
   }
 }
 
@@ -277,34 +145,28 @@ void write_slots(const S* key, const S* value, long stride, S* cache, long cache
 }  // namespace penstock
 
 using penstock::Bf16;
+using penstock::Block;
 using penstock::Shape;
+using penstock::Step;
+
+#define PK_ATTENTION(suffix, S)                                                                    \
+  void pk_write_slots_##suffix(const S* key, const S* value, long stride, S* cache,                \
+                               long cache_values, const int64_t* slots, long rows, long width,     \
+                               int threads) {                                                      \
+    penstock::write_slots(key, value, stride, cache, cache_values, slots, rows, width, threads);   \
+  }                                                                                                \
+  void pk_attention_##suffix(const Shape* shape, const Step* step, const S* query, const S* cache, \
+                             S* output, int threads) {                                             \
+    penstock::attention(*shape, *step, query, cache, output, threads);                             \
+  }                                                                                                \
+  void pk_attention_block_##suffix(const Block<S>* block, const Step* step, const S* x, S* cache,  \
+                                   S* y, void* workspace, int threads) {                           \
+    penstock::attention_block(*block, *step, x, cache, y, workspace, threads);                     \
+  }
 
 extern "C" {
 
-void pk_write_slots_bf16(const Bf16* key, const Bf16* value, long stride, Bf16* cache,
-                         long cache_values, const int64_t* slots, long rows, long width,
-                         int threads) {
-  penstock::write_slots(key, value, stride, cache, cache_values, slots, rows, width, threads);
-}
-
-void pk_write_slots_f32(const float* key, const float* value, long stride, float* cache,
-                        long cache_values, const int64_t* slots, long rows, long width,
-                        int threads) {
-  penstock::write_slots(key, value, stride, cache, cache_values, slots, rows, width, threads);
-}
-
-void pk_attention_bf16(const Shape* shape, const Bf16* query, const Bf16* cache,
-                       const int32_t* tables, const int64_t* query_start, const int64_t* seq_lens,
-                       long requests, Bf16* output, int threads) {
-  penstock::attention(*shape, query, cache, tables, query_start, seq_lens, requests, output,
-                      threads);
-}
-
-void pk_attention_f32(const Shape* shape, const float* query, const float* cache,
-                      const int32_t* tables, const int64_t* query_start, const int64_t* seq_lens,
-                      long requests, float* output, int threads) {
-  penstock::attention(*shape, query, cache, tables, query_start, seq_lens, requests, output,
-                      threads);
-}
+PK_ATTENTION(bf16, Bf16)
+PK_ATTENTION(f32, float)
 
 }  // extern "C"

@@ -1,76 +1,84 @@
-// y = x W^T + bias with W packed into blocks (see tile.h), and rows of W read back for embeddings.
-// Threads share out blocks of output features, never k: a result does not depend on their number.
+// Packing, linears and gated MLPs, and rows of a packed table read back for embeddings.
 
-#include <algorithm>
-
-#include "tile.h"
+#include "matrix.h"
+#include "rows.h"
 
 namespace penstock {
 namespace {
 
-constexpr long kRowChunk = 96;     // sums of a chunk: 24 KiB on AVX-512
-constexpr long kDepthChunk = 1024;  // even; a bf16 block of this depth is 128 KiB
-
 template <typename S>
-void pack(const S* weight, long n, long k, S* packed, int threads) {
-  const long words = words_of<S>(k), block_size = words * kPack<S> * kWidth;
+void pack(const S* weight, const Matrix<S>& to, S* packed, int threads) {
+  const long k = to.k;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (long first = 0; first < n; first += kWidth) {
-    S* block = packed + first / kWidth * block_size;
-    std::memset(static_cast<void*>(block), 0, block_size * sizeof(S));
-    for (long column = 0; column < std::min<long>(kWidth, n - first); ++column) {
-      const S* row = weight + (first + column) * k;
+  for (long b = 0; b < to.blocks(); ++b) {
+    S* block = packed + b * to.block_values();
+    std::memset(static_cast<void*>(block), 0, to.block_values() * sizeof(S));
+    for (long column = 0; column < std::min<long>(kLanes, to.n - b * kLanes); ++column) {
+      const S* row = weight + (b * kLanes + column) * k;
       for (long i = 0; i < k; ++i)
-        block[(i / kPack<S> * kWidth + column) * kPack<S> + i % kPack<S>] = row[i];
+        block[(i / kPack<S> * kLanes + column) * kPack<S> + i % kPack<S>] = row[i];
     }
   }
 }
 
 template <typename S, typename Y>
-void write_rows(const float* sums, const S* bias, long rows, long columns, Y* y, long stride) {
-  for (long row = 0; row < rows; ++row, sums += kWidth, y += stride) {
-    if (columns == kWidth && bias == nullptr) {
-      for (int v = 0; v < kVectors; ++v) store(load(sums + v * kLanes), y + v * kLanes);
-      continue;
+void linear(const S* x, const Matrix<S>& w, Y* y, long rows, S* workspace, int threads) {
+  const bool alias = can_alias<S>(rows, w.k);
+  const Rows<S> input{alias ? const_cast<S*>(x) : workspace, rows, w.k};
+#pragma omp parallel num_threads(threads)
+  {
+    const Part part = own_part();
+    if (!alias) {
+      arrange(x, w.k, input, part);
+#pragma omp barrier
     }
-    for (long column = 0; column < columns; ++column)
-      from_float(sums[column] + (bias ? to_float(bias[column]) : 0.0f), y + column);
+    multiply(input, w, y, part);
   }
 }
 
-template <typename S, typename Y>
-void one_block(const S* x, long stride, const S* block, const S* bias, Y* y, long rows, long n,
-               long k, long columns) {
-  alignas(64) float sums[kRowChunk * kWidth];
-  for (long first = 0; first < rows; first += kRowChunk) {
-    const long count = std::min(kRowChunk, rows - first);
-    std::memset(sums, 0, count * kWidth * sizeof(float));
-    for (long depth = 0; depth < k; depth += kDepthChunk)
-      tiles(x + first * stride + depth, stride, block + depth * kWidth,
-            std::min(kDepthChunk, k - depth), count, sums);
-    write_rows(sums, bias, count, columns, y + first * n, n);
+// down(silu(gate) * up) with gate and up fused; one parallel region.
+template <typename S>
+void gated_mlp(const S* x, const Matrix<S>& up, const Matrix<S>& down, S* y, long rows,
+               void* memory, int threads) {
+  Workspace workspace(memory);
+  const bool alias = can_alias<S>(rows, up.k);
+  const Rows<S> input{alias ? const_cast<S*>(x) : workspace.take<S>(Rows<S>::values(rows, up.k)),
+                      rows, up.k};
+  S* both = workspace.take<S>(rows * up.n);
+  const Rows<S> gated{workspace.take<S>(Rows<S>::values(rows, down.k)), rows, down.k};
+#pragma omp parallel num_threads(threads)
+  {
+    const Part part = own_part();
+    if (!alias) {
+      arrange(x, up.k, input, part);
+#pragma omp barrier
+    }
+    multiply(input, up, both, part);
+#pragma omp barrier
+    const long lines = gated.lines(), dim = down.k;
+    const Range own = share(Rows<S>::padded(rows) * lines, part);
+    for (long unit = own.begin; unit < own.end; ++unit) {
+      const long row = unit / lines, index = unit % lines, at = index * gated.kLine;
+      const long count = row < rows ? std::min(gated.kLine, dim - at) : 0;
+      S* line = gated.line(row, index);
+      const S* gate = both + row * up.n + at;
+      if (count) gate_values(gate, gate + dim, line, count);
+      if (count < gated.kLine && Rows<S>::kTiled)
+        std::memset(static_cast<void*>(line + count), 0, (gated.kLine - count) * sizeof(S));
+    }
+#pragma omp barrier
+    multiply(gated, down, y, part);
   }
-}
-
-template <typename S, typename Y>
-void linear(const S* x, long stride, const S* packed, const S* bias, Y* y, long rows, long n,
-            long k, int threads) {
-  const long block_size = words_of<S>(k) * kPack<S> * kWidth;
-  const long blocks = (n + kWidth - 1) / kWidth;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (long b = 0; b < blocks; ++b)
-    one_block(x, stride, packed + b * block_size, bias ? bias + b * kWidth : nullptr,
-              y + b * kWidth, rows, n, k, std::min<long>(kWidth, n - b * kWidth));
 }
 
 template <typename S>
-void embed(const int64_t* ids, const S* packed, S* y, long rows, long k, int threads) {
-  const long block_size = words_of<S>(k) * kPack<S> * kWidth;
+void embed(const int64_t* ids, const Matrix<S>& table, S* y, long rows, int threads) {
+  const long k = table.k;
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows > 4)
   for (long row = 0; row < rows; ++row) {
-    const S* block = packed + ids[row] / kWidth * block_size + ids[row] % kWidth * kPack<S>;
+    const S* column = table.block(ids[row] / kLanes) + ids[row] % kLanes * kPack<S>;
     for (long i = 0; i < k; ++i)
-      y[row * k + i] = block[i / kPack<S> * kWidth * kPack<S> + i % kPack<S>];
+      y[row * k + i] = column[i / kPack<S> * kLanes * kPack<S> + i % kPack<S>];
   }
 }
 
@@ -78,15 +86,44 @@ void embed(const int64_t* ids, const S* packed, S* y, long rows, long k, int thr
 }  // namespace penstock
 
 using penstock::Bf16;
+using penstock::Matrix;
+
+#define PK_LINEAR(name, S, Y)                                                                      \
+  void name(const S* x, const S* packed, const S* bias, Y* y, long rows, long n, long k,           \
+            S* workspace, int threads) {                                                           \
+    penstock::linear(x, Matrix<S>{packed, bias, n, k}, y, rows, workspace, threads);               \
+  }
+
+#define PK_MATRIX(suffix, S)                                                                       \
+  void pk_pack_##suffix(const S* weight, long n, long k, S* packed, int threads) {                 \
+    penstock::pack(weight, Matrix<S>{packed, nullptr, n, k}, packed, threads);                     \
+  }                                                                                                \
+  void pk_embed_##suffix(const int64_t* ids, const S* packed, S* y, long rows, long k,             \
+                         int threads) {                                                            \
+    penstock::embed(ids, Matrix<S>{packed, nullptr, 0, k}, y, rows, threads);                      \
+  }                                                                                                \
+  void pk_gated_mlp_##suffix(const S* x, const S* up, const S* up_bias, const S* down,             \
+                             const S* down_bias, S* y, long rows, long ffn, long in, long out,     \
+                             void* workspace, int threads) {                                       \
+    penstock::gated_mlp(x, Matrix<S>{up, up_bias, 2 * ffn, in},                                    \
+                        Matrix<S>{down, down_bias, out, ffn}, y, rows, workspace, threads);        \
+  }                                                                                                \
+  long pk_rows_values_##suffix(long rows, long k) { return penstock::Rows<S>::values(rows, k); }   \
+  PK_LINEAR(pk_linear_##suffix, S, S)
 
 extern "C" {
 
-int pk_abi() { return 1; }
+int pk_abi() { return 2; }
 
-int pk_block_width() { return penstock::kWidth; }
+// False: the system keeps the matrix tiles, that this library was built for, to itself.
+int pk_start() { return penstock::ask_for_tiles(); }
+
+int pk_block_width() { return penstock::kLanes; }
 
 const char* pk_isa() {
-#if defined(__AVX512BF16__)
+#if defined(PENSTOCK_AMX)
+  return "amx_bf16";
+#elif defined(__AVX512BF16__)
   return "avx512_bf16";
 #elif defined(__AVX512F__)
   return "avx512";
@@ -97,37 +134,8 @@ const char* pk_isa() {
 #endif
 }
 
-void pk_pack_bf16(const Bf16* weight, long n, long k, Bf16* packed, int threads) {
-  penstock::pack(weight, n, k, packed, threads);
-}
-
-void pk_pack_f32(const float* weight, long n, long k, float* packed, int threads) {
-  penstock::pack(weight, n, k, packed, threads);
-}
-
-void pk_linear_bf16(const Bf16* x, long stride, const Bf16* packed, const Bf16* bias, Bf16* y,
-                    long rows, long n, long k, int threads) {
-  penstock::linear(x, stride, packed, bias, y, rows, n, k, threads);
-}
-
-void pk_linear_bf16_f32(const Bf16* x, long stride, const Bf16* packed, const Bf16* bias, float* y,
-                        long rows, long n, long k, int threads) {
-  penstock::linear(x, stride, packed, bias, y, rows, n, k, threads);
-}
-
-void pk_linear_f32(const float* x, long stride, const float* packed, const float* bias, float* y,
-                   long rows, long n, long k, int threads) {
-  penstock::linear(x, stride, packed, bias, y, rows, n, k, threads);
-}
-
-void pk_embed_bf16(const int64_t* ids, const Bf16* packed, Bf16* y, long rows, long k,
-                   int threads) {
-  penstock::embed(ids, packed, y, rows, k, threads);
-}
-
-void pk_embed_f32(const int64_t* ids, const float* packed, float* y, long rows, long k,
-                  int threads) {
-  penstock::embed(ids, packed, y, rows, k, threads);
-}
+PK_MATRIX(bf16, Bf16)
+PK_MATRIX(f32, float)
+PK_LINEAR(pk_linear_bf16_f32, Bf16, float)
 
 }  // extern "C"

@@ -1,10 +1,11 @@
-// The inner product every matrix kernel is made of: a few rows against one block of kWidth columns.
+// The inner product every matrix kernel is made of: a few rows against kWidth columns.
 //
 // A block stores its columns side by side, so that lanes are columns and each (row, column) sum is
 // ONE chain of fused multiply-adds in the order of k. That chain is what makes a row's bits
 // independent of how many rows share the tile, of the tile's height and of the thread that runs it.
 //
-// Block layout: fp32 [k][kWidth]; bf16 [k / 2][kWidth][2], an odd k padded with zero.
+// Block layout: fp32 [k][kLanes]; bf16 [k / 2][kLanes][2], an odd k padded with zero. A product takes
+// kVectors blocks at once, `step` elements apart.
 #pragma once
 
 #include "vec.h"
@@ -50,17 +51,18 @@ inline uint32_t tail_word(const Bf16* x, long k) { return x[k - 1].bits; }
 
 // sums[row][0..kWidth) += x[row][0..k) . block; `sums` is kept in registers in between.
 template <typename S, int kRows>
-inline void tile(const S* x, long row_stride, const S* block, long k, float* sums) {
+inline void tile(const S* x, long row_stride, const S* block, long step, long k, float* sums) {
   Vec chain[kRows][kVectors];
   for (int row = 0; row < kRows; ++row)
     for (int v = 0; v < kVectors; ++v) chain[row][v] = load(sums + row * kWidth + v * kLanes);
   const char* bytes = reinterpret_cast<const char*>(block);
   const long whole = k / kPack<S>;
-  for (long word = 0; word < words_of<S>(k); ++word, bytes += 4 * kWidth) {
+  const long apart = step * static_cast<long>(sizeof(S));
+  for (long word = 0; word < words_of<S>(k); ++word, bytes += 4 * kLanes) {
     WordVec weights[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      weights[v] = load_as<WordVec>(bytes + v * sizeof(WordVec));
-      if (kRows <= 2) __builtin_prefetch(bytes + v * sizeof(WordVec) + 4096);
+      weights[v] = load_as<WordVec>(bytes + v * apart);
+      if (kRows <= 2) __builtin_prefetch(bytes + v * apart + 2048);
     }
     for (int row = 0; row < kRows; ++row) {
       const S* start = x + row * row_stride;
@@ -74,18 +76,19 @@ inline void tile(const S* x, long row_stride, const S* block, long k, float* sum
 
 // Any number of rows, cut into tiles.
 template <typename S>
-inline void tiles(const S* x, long row_stride, const S* block, long k, long rows, float* sums) {
+inline void tiles(const S* x, long row_stride, const S* block, long step, long k, long rows,
+                  float* sums) {
   long row = 0;
   for (; row + kTileRows <= rows; row += kTileRows)
-    tile<S, kTileRows>(x + row * row_stride, row_stride, block, k, sums + row * kWidth);
+    tile<S, kTileRows>(x + row * row_stride, row_stride, block, step, k, sums + row * kWidth);
   x += row * row_stride;
   sums += row * kWidth;
   switch (rows - row) {
-    case 5: return tile<S, 5>(x, row_stride, block, k, sums);
-    case 4: return tile<S, 4>(x, row_stride, block, k, sums);
-    case 3: return tile<S, 3>(x, row_stride, block, k, sums);
-    case 2: return tile<S, 2>(x, row_stride, block, k, sums);
-    case 1: return tile<S, 1>(x, row_stride, block, k, sums);
+    case 5: return tile<S, 5>(x, row_stride, block, step, k, sums);
+    case 4: return tile<S, 4>(x, row_stride, block, step, k, sums);
+    case 3: return tile<S, 3>(x, row_stride, block, step, k, sums);
+    case 2: return tile<S, 2>(x, row_stride, block, step, k, sums);
+    case 1: return tile<S, 1>(x, row_stride, block, step, k, sums);
   }
 }
 

@@ -25,7 +25,7 @@ constexpr int kLanes = 4;
 constexpr int kVectors = 2;
 constexpr int kTileRows = 5;
 #endif
-constexpr int kWidth = kLanes * kVectors;  // output features (or context tokens) of one block
+constexpr int kWidth = kLanes * kVectors;  // output features of one product
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));

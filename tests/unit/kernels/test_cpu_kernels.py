@@ -16,8 +16,8 @@ from cluster.base.errors import InternalError
 from replicas.kernels.build import BuildPlan, build_library, find_compiler
 from replicas.kernels.cpu_ops import CpuKernels
 from replicas.kernels.loader import CpuLibrary
-from replicas.kernels.ops import HeadShape, HeadTensors
-from replicas.kernels.torch_ops import TORCH_KERNELS
+from replicas.kernels.ops import HeadShape, HeadTensors, MlpNames
+from replicas.kernels.torch_ops import TORCH_KERNELS, silu_mlp_in_steps
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
@@ -192,6 +192,62 @@ def test_heads(
         near = {"atol": 2 * TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
         torch.testing.assert_close(mine, theirs, **near)
     assert torch.equal(ours[2], expected[2])
+
+
+MLP = MlpNames(up="up", up_bias="up_bias", down="down", down_bias="down_bias")
+
+
+@each_dtype
+@pytest.mark.parametrize(("dim", "ffn"), [(64, 96), (50, 70), (96, 33)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_mlp_in_one_call_is_the_steps(
+    cpu_kernels: CpuKernels, dtype: torch.dtype, dim: int, ffn: int, with_bias: bool
+) -> None:
+    hidden = noise(150, dim, dtype=dtype)
+    tensors = cpu_kernels.pack("up", noise(2 * ffn, dim, dtype=dtype, seed=1))
+    tensors |= cpu_kernels.pack("down", noise(dim, ffn, dtype=dtype, seed=2))
+    if with_bias:
+        tensors |= {"up_bias": noise(2 * ffn, dtype=dtype, seed=3)}
+        tensors |= {"down_bias": noise(dim, dtype=dtype, seed=4)}
+    for size in (1, 2, 15, 16, 17, 33, 64, 65, 150):
+        for count in (1, 2, 3):
+            with threads(count):
+                whole = cpu_kernels.silu_mlp(hidden[:size], tensors, MLP)
+                steps = silu_mlp_in_steps(cpu_kernels, hidden[:size], tensors, MLP)
+            assert torch.equal(whole, steps), (size, count)
+    first = cpu_kernels.silu_mlp(hidden[:1], tensors, MLP)
+    assert torch.equal(cpu_kernels.silu_mlp(hidden, tensors, MLP)[:1], first)
+    no_bias = MlpNames(up="up", up_bias="up_bias", down="down", down_bias=None)
+    part = cpu_kernels.silu_mlp(hidden, tensors, no_bias)
+    assert torch.equal(part, silu_mlp_in_steps(cpu_kernels, hidden, tensors, no_bias))
+
+
+def test_mlp_refuses_weights_that_do_not_fit(cpu_kernels: CpuKernels) -> None:
+    tensors = cpu_kernels.pack("up", torch.ones(12, 4)) | cpu_kernels.pack("down", torch.ones(4, 5))
+    with pytest.raises(InternalError, match="do not fit 4 inputs"):
+        cpu_kernels.silu_mlp(torch.ones(1, 4), tensors, MLP)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (40, 31), (70, 64), (129, 100), (33, 2100)])
+def test_without_matrix_tiles(
+    cpu_kernels: CpuKernels,
+    tmp_path_factory: pytest.TempPathFactory,
+    shape: tuple[int, int],
+) -> None:
+    """The other bf16 path of the same machine: as near to the exact answer, rows as independent."""
+    cache = tmp_path_factory.getbasetemp() / "without-tiles"
+    plan = BuildPlan(compiler=find_compiler(), without_tiles=platform.machine() == "x86_64")
+    other = CpuKernels(CpuLibrary(build_library(plan, cache)))
+    assert other.library.isa != "amx_bf16"
+    hidden = noise(37, shape[1], dtype=torch.bfloat16)
+    weight = noise(*shape, dtype=torch.bfloat16, seed=1)
+    for kernels in (other, cpu_kernels):
+        tensors = kernels.pack("w", weight)
+        ours = kernels.linear(hidden, tensors, "w", wide=True)
+        assert_near(ours, exact_linear(hidden, weight, None), torch.float32)
+        for row in (0, 17, 36):
+            alone = kernels.linear(hidden[row : row + 1], tensors, "w", wide=True)
+            assert torch.equal(alone, ours[row : row + 1])
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets of x86-64")

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.base.env import default_cache_dir
 from cluster.base.errors import ConfigError
 from replicas.kernels import build, select, triton_ops
 from replicas.kernels.build import BuildPlan, KernelsUnavailableError, build_library
-from replicas.kernels.loader import CpuLibrary
+from replicas.kernels.loader import CpuLibrary, TilesRefusedError
 from replicas.kernels.select import select_kernels
 
 SMALL = 'extern "C" int pk_abi() { return 7; }\n'
@@ -131,3 +132,27 @@ def test_choices(
         select_kernels("fp8", torch.bfloat16, "cuda:0", tmp_path)
     with pytest.raises(ConfigError, match=", ".join(select.CHOICES)):
         select_kernels("fast", torch.float32, "cpu", tmp_path)
+
+
+@needs_compiler
+def test_tiles_that_the_system_keeps_are_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plans: list[BuildPlan] = []
+
+    def library(path: Path) -> CpuLibrary:
+        if not plans[-1].without_tiles:
+            raise TilesRefusedError("the system does not grant matrix tiles")
+        return CpuLibrary(path)
+
+    def build_noted(plan: BuildPlan, cache_dir: Path) -> Path:
+        plans.append(plan)
+        return build_library(BuildPlan(compiler=plan.compiler, march="native"), cache_dir)
+
+    monkeypatch.setattr(select, "CpuLibrary", library)
+    monkeypatch.setattr(select, "build_library", build_noted)
+    with caplog.at_level(logging.INFO):
+        chosen = select_kernels("auto", torch.float32, "cpu", default_cache_dir() / "kernels")
+    assert chosen.name == "cpu"
+    assert [plan.without_tiles for plan in plans] == [False, True]
+    assert "does not grant matrix tiles" in caplog.text

@@ -1,0 +1,158 @@
+// Matrix tiles of processors with AMX. One instruction adds 32 products to each of 16 x 16 sums: the
+// even ones and the odd ones in the order of k, each chain from zero, then both to the sum. That
+// depends on neither the rows of a tile nor the thread, so as long as every product of a machine goes
+// this way, a row's bits are its own, as with the chains of tile.h (whose bits these are not).
+//
+// Tiles 0-3 hold sums, 4 and 5 rows of x, 6 and 7 weights.
+#pragma once
+
+#include "team.h"
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__linux__)
+#define PENSTOCK_AMX 1
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace penstock {
+
+constexpr bool kHasTiles = true;
+constexpr long kTileBytes = 1024, kTileDepth = 32, kTileSide = 16;
+
+// The kernel grants a process its tile registers when asked.
+inline bool ask_for_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+// From here to the end of the block this thread computes with tiles; `rows` of x in each.
+class Tiles {
+ public:
+  explicit Tiles(long rows) {
+    alignas(64) struct {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int tile = 0; tile < 8; ++tile) {
+      config.row_bytes[tile] = 64;
+      config.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : kTileSide);
+    }
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+};
+
+// Weights of one column block, whole tiles and what is left of an uneven depth, padded with zeros.
+struct Column {
+  const char* whole;
+  const char* rest;
+};
+
+template <int kBlocks, bool kLast>
+inline void step_1xn(const char* x, const char* const* w) {
+  _tile_loadd(4, x, 64);
+  if (!kLast)
+    for (int b = 0; b < kBlocks; ++b)
+      for (int line = 0; line < 16; ++line)
+        _mm_prefetch(w[b] + 2 * kTileBytes + 64 * line, _MM_HINT_T0);
+  _tile_loadd(6, w[0], 64);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (kBlocks > 1) {
+    _tile_loadd(7, w[1], 64);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  if constexpr (kBlocks > 2) {
+    _tile_loadd(6, w[2], 64);
+    _tile_dpbf16ps(2, 4, 6);
+  }
+  if constexpr (kBlocks > 3) {
+    _tile_loadd(7, w[3], 64);
+    _tile_dpbf16ps(3, 4, 7);
+  }
+}
+
+// Up to 16 rows against kBlocks columns, the whole depth: each weight is read once, in kBlocks
+// streams. `x_step`: bytes from one depth tile of x to the next. sums: [row][64].
+template <int kBlocks>
+inline void multiply_1xn(const char* x, long x_step, const Column* columns, long depth_tiles,
+                         float* sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const char* w[kBlocks];
+  for (int b = 0; b < kBlocks; ++b) w[b] = columns[b].whole;
+  for (long t = 0; t < depth_tiles; ++t, x += x_step) {
+    step_1xn<kBlocks, false>(x, w);
+    for (int b = 0; b < kBlocks; ++b) w[b] += kTileBytes;
+  }
+  if (columns[0].rest != nullptr) {
+    for (int b = 0; b < kBlocks; ++b) w[b] = columns[b].rest;
+    step_1xn<kBlocks, true>(x, w);
+  }
+  constexpr long kStride = 4 * 4 * kTileSide;
+  _tile_stored(0, sums, kStride);
+  if constexpr (kBlocks > 1) _tile_stored(1, sums + 16, kStride);
+  if constexpr (kBlocks > 2) _tile_stored(2, sums + 32, kStride);
+  if constexpr (kBlocks > 3) _tile_stored(3, sums + 48, kStride);
+}
+
+inline void step_2x2(const char* x0, const char* x1, const char* w0, const char* w1) {
+  _tile_loadd(4, x0, 64);
+  _tile_loadd(6, w0, 64);
+  _tile_loadd(7, w1, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_loadd(5, x1, 64);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+// 32 rows against two columns for `depth_tiles` of the depth; kFetch: weights come from memory.
+template <bool kFetch>
+inline void multiply_2x2(const char* x0, const char* x1, const Column* columns, long depth_tiles,
+                         bool first, bool with_rest, float* sums, long stride) {
+  const long bytes = 4 * stride;
+  float* lower = sums + kTileSide * stride;
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, bytes);
+    _tile_loadd(1, sums + 16, bytes);
+    _tile_loadd(2, lower, bytes);
+    _tile_loadd(3, lower + 16, bytes);
+  }
+  const char *w0 = columns[0].whole, *w1 = columns[1].whole;
+  for (long t = 0; t < depth_tiles; ++t) {
+    if (kFetch)
+      for (int line = 0; line < 16; ++line) {
+        _mm_prefetch(w0 + 2 * kTileBytes + 64 * line, _MM_HINT_T0);
+        _mm_prefetch(w1 + 2 * kTileBytes + 64 * line, _MM_HINT_T0);
+      }
+    step_2x2(x0, x1, w0, w1);
+    x0 += kTileBytes, x1 += kTileBytes, w0 += kTileBytes, w1 += kTileBytes;
+  }
+  if (with_rest) step_2x2(x0, x1, columns[0].rest, columns[1].rest);
+  _tile_stored(0, sums, bytes);
+  _tile_stored(1, sums + 16, bytes);
+  _tile_stored(2, lower, bytes);
+  _tile_stored(3, lower + 16, bytes);
+}
+
+}  // namespace penstock
+
+#else
+
+namespace penstock {
+
+constexpr bool kHasTiles = false;
+inline bool ask_for_tiles() { return true; }
+
+}  // namespace penstock
+
+#endif

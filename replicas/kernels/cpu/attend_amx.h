@@ -1,0 +1,209 @@
+// One task of paged attention on matrix tiles; see attend.h for what it shares with the other way.
+//
+// Scores are computed as keys x queries: 16 keys of a block lie in the cache as a tile wants them, and
+// are not copied. The probabilities are rounded to bf16 for the product with the values, whose rows
+// are interleaved two by two into a buffer first.
+//
+//   keys (tokens x P)   . queries (P x rows)   -> scores^T -> transposed, softmax in fp32
+//   probs (rows x tokens) . values (tokens x P) -> sums, fp32
+#pragma once
+
+#include "amx.h"
+#include "attend.h"
+
+namespace penstock {
+
+// Whether a model's shape can go this way: part of the shape, so all its rows do or none.
+inline bool suits_tiles(const Shape& shape) {
+  return kHasTiles && shape.dim % 32 == 0 && shape.block_size % 16 == 0 &&
+         shape.heads / shape.kv_heads <= 32;
+}
+
+#if defined(PENSTOCK_AMX)
+
+constexpr long kTileRows2 = 2 * kTileSide;  // rows of one task
+
+// Memory of one thread.
+struct TileScratch {
+  explicit TileScratch(long dim) : dim(dim) {
+    Workspace memory(thread_scratch((6 * kTileRows2 + 2 * kPiece) * dim +
+                                    (4 * kTileSide + 6 * kPiece + 8) * kTileRows2 + 1024));
+    queries = memory.take<char>(kTileRows2 * dim * 2);
+    values = memory.take<char>(kPiece * dim * 2);
+    turned = memory.take<float>(kTileSide * kTileRows2);
+    scores = memory.take<float>(kTileRows2 * kPiece);
+    probs = memory.take<Bf16>(kTileRows2 * kPiece);
+    sums = memory.take<float>(kTileRows2 * dim);
+    highest = memory.take<float>(kTileRows2);
+    total = memory.take<float>(kTileRows2);
+  }
+  long dim;
+  char *queries, *values;
+  float *turned, *scores, *sums, *highest, *total;
+  Bf16* probs;
+};
+
+// Queries as columns: [row tile][depth tile][pair of P][16 rows], absent rows zero.
+inline void turn_queries(const Bf16* query, long stride, long group, long rows, TileScratch& s) {
+  const long depth_tiles = s.dim / kTileDepth;
+  for (long top = 0; top < rows; top += kTileSide)
+    for (long t = 0; t < depth_tiles; ++t) {
+      __m512i lines[16];
+      for (long i = 0; i < 16; ++i) {
+        const long row = top + i;
+        lines[i] = row < rows ? _mm512_loadu_si512(query + row / group * stride +
+                                                   row % group * s.dim + t * kTileDepth)
+                              : _mm512_setzero_si512();
+      }
+      char* to = s.queries + (top / kTileSide * depth_tiles + t) * kTileBytes;
+      transpose_square(lines, reinterpret_cast<uint32_t*>(to), 16);
+    }
+}
+
+// scores[row][token] of 16 tokens that lie one after another in the cache.
+inline void score_tile(const Bf16* keys, long stride, long token, bool both, TileScratch& s) {
+  const long depth_tiles = s.dim / kTileDepth;
+  const char* second = s.queries + depth_tiles * kTileBytes;
+  _tile_zero(0);
+  _tile_zero(1);
+  for (long t = 0; t < depth_tiles; ++t) {
+    _tile_loadd(4, keys + t * kTileDepth, 2 * stride);
+    _tile_loadd(6, s.queries + t * kTileBytes, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (!both) continue;
+    _tile_loadd(7, second + t * kTileBytes, 64);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  _tile_stored(0, s.turned, 64);
+  if (both) _tile_stored(1, s.turned + 256, 64);
+  for (long half = 0; half <= both; ++half) {
+    __m512i lines[16];
+    for (long i = 0; i < 16; ++i) lines[i] = _mm512_loadu_si512(s.turned + half * 256 + i * 16);
+    float* to = s.scores + half * kTileSide * kPiece + token;
+    transpose_square(lines, reinterpret_cast<uint32_t*>(to), kPiece);
+  }
+}
+
+// values[depth tile][16 columns][pair of tokens][column][2]; tokens outside [begin, end) are zero,
+// whatever their slots hold: they may be another request's.
+inline void pair_values(const Bf16* cache, const long* slots, long begin, long end, long stride,
+                        TileScratch& s) {
+  alignas(64) static const uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,
+                                                  37, 6, 38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                  11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i first = _mm512_load_si512(kFirst);
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  const long columns = s.dim / kTileSide;
+  for (long token = 0; token < kPiece; token += 2) {
+    const bool has_even = token >= begin && token < end;
+    const bool has_odd = token + 1 >= begin && token + 1 < end;
+    char* to = s.values + token / kTileDepth * columns * kTileBytes + token % kTileDepth * 32;
+    for (long i = 0; i < columns; i += 2, to += 2 * kTileBytes) {
+      const __m512i even = has_even ? _mm512_loadu_si512(cache + slots[token] * stride + i * 16)
+                                    : _mm512_setzero_si512();
+      const __m512i odd = has_odd ? _mm512_loadu_si512(cache + slots[token + 1] * stride + i * 16)
+                                  : _mm512_setzero_si512();
+      _mm512_store_si512(to, _mm512_permutex2var_epi16(even, first, odd));
+      _mm512_store_si512(to + kTileBytes, _mm512_permutex2var_epi16(even, second, odd));
+    }
+  }
+}
+
+// sums += probs . values
+inline void mix_tiles(bool both, TileScratch& s) {
+  const long columns = s.dim / kTileSide, bytes = 4 * s.dim;
+  for (long column = 0; column < columns; column += 2) {
+    float *upper = s.sums + column * 16, *lower = upper + kTileSide * s.dim;
+    _tile_loadd(0, upper, bytes);
+    _tile_loadd(1, upper + 16, bytes);
+    if (both) {
+      _tile_loadd(2, lower, bytes);
+      _tile_loadd(3, lower + 16, bytes);
+    }
+    for (long t = 0; t < kPiece / kTileDepth; ++t) {
+      const char* values = s.values + (t * columns + column) * kTileBytes;
+      _tile_loadd(4, s.probs + t * kTileDepth, 2 * kPiece);
+      _tile_loadd(6, values, 64);
+      _tile_loadd(7, values + kTileBytes, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if (!both) continue;
+      _tile_loadd(5, s.probs + kTileSide * kPiece + t * kTileDepth, 2 * kPiece);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, upper, bytes);
+    _tile_stored(1, upper + 16, bytes);
+    if (both) {
+      _tile_stored(2, lower, bytes);
+      _tile_stored(3, lower + 16, bytes);
+    }
+  }
+}
+
+// Asks for keys and values of a piece early: rows of one head lie apart, no hardware foresees them.
+inline void fetch_piece(const Shape& shape, const Bf16* keys, const int32_t* table, long base,
+                        long stop) {
+  const long seen = std::min<long>(kPiece, stop - base);
+  if (seen <= 0) return;
+  long slots[kPiece];
+  find_slots(shape, table, base, 0, seen, slots);
+  for (long token = 0; token < seen; ++token) {
+    const Bf16* key = keys + slots[token] * shape.kv_stride;
+    for (long i = 0; i < shape.dim; i += 32) {
+      _mm_prefetch(key + i, _MM_HINT_T0);
+      _mm_prefetch(key + shape.cache_values + i, _MM_HINT_T0);
+    }
+  }
+}
+
+// As `attend`; at most kTileRows2 rows.
+inline void attend_tiles(const Shape& shape, const Bf16* query, const Bf16* cache,
+                         const int32_t* table, Bf16* output, long g, long count, long position) {
+  TileScratch s(shape.dim);
+  const Tiles tiles(kTileSide);
+  const long dim = shape.dim, group = shape.heads / shape.kv_heads, rows = count * group;
+  const bool both = rows > kTileSide;
+  turn_queries(query + g * group * dim, shape.query_stride, group, rows, s);
+  std::memset(s.sums, 0, kTileRows2 * dim * sizeof(float));
+  std::memset(static_cast<void*>(s.probs), 0, kTileRows2 * kPiece * sizeof(Bf16));
+  std::fill_n(s.highest, rows, kMinusInfinity);
+  std::fill_n(s.total, rows, 0.0f);
+  const Bf16 *keys = cache + g * dim, *values = keys + shape.cache_values;
+  const long stop = position + count;
+  const long start = shape.window ? std::max(0L, position - shape.window + 1) : 0;
+  long slots[kPiece];
+  for (long base = start / kPiece * kPiece; base < stop; base += kPiece) {
+    const long seen = std::min<long>(kPiece, stop - base), skip = std::max(0L, start - base);
+    // Blocks before the window may be gone; nothing is read outside of [skip, seen).
+    find_slots(shape, table, base, skip, seen, slots);
+    fetch_piece(shape, keys, table, base + kPiece, stop);
+    for (long token = skip / 16 * 16; token < seen; token += 16) {
+      const long inside = std::max(token, skip);
+      score_tile(keys + (slots[inside] - (inside - token)) * shape.kv_stride, shape.kv_stride, token,
+                 both, s);
+    }
+    pair_values(values, slots, skip, seen, shape.kv_stride, s);
+    for (long row = 0; row < rows; ++row) {
+      const long own = position + row / group;
+      const long from = shape.window ? std::max(0L, own - shape.window + 1 - base) : 0;
+      float* scores = s.scores + row * kPiece;
+      if (own < base || from >= kPiece)
+        std::fill_n(scores, kPiece, 0.0f);
+      else
+        softmax_step(scores, from, std::min<long>(kPiece, own - base + 1), shape.scale,
+                     &s.highest[row], &s.total[row], s.sums + row * dim, dim);
+      for (long i = 0; i < kPiece; i += kLanes) store(load(scores + i), s.probs + row * kPiece + i);
+    }
+    mix_tiles(both, s);
+  }
+  for (long row = 0; row < rows; ++row) {
+    Bf16* to = output + row / group * shape.heads * dim + (g * group + row % group) * dim;
+    const Vec total = splat(s.total[row]);
+    for (long i = 0; i < dim; i += kLanes) store(load(s.sums + row * dim + i) / total, to + i);
+  }
+}
+
+#endif
+
+}  // namespace penstock
