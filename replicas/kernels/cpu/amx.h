@@ -25,6 +25,10 @@ inline bool ask_for_tiles() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+// The compiler does not know that tile instructions read memory: what was written before this line is
+// there after it.
+inline void settle_memory() { asm volatile("" ::: "memory"); }
+
 // From here to the end of the block this thread computes with tiles; `rows` of x in each.
 class Tiles {
  public:
@@ -38,6 +42,7 @@ class Tiles {
       config.row_bytes[tile] = 64;
       config.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : kTileSide);
     }
+    asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   ~Tiles() { _tile_release(); }
@@ -78,6 +83,7 @@ inline void step_1xn(const char* x, const char* const* w) {
 template <int kBlocks>
 inline void multiply_1xn(const char* x, long x_step, const Column* columns, long depth_tiles,
                          float* sums) {
+  settle_memory();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -116,6 +122,7 @@ inline void multiply_2x2(const char* x0, const char* x1, const Column* columns, 
                          bool first, bool with_rest, float* sums, long stride) {
   const long bytes = 4 * stride;
   float* lower = sums + kTileSide * stride;
+  settle_memory();
   if (first) {
     _tile_zero(0);
     _tile_zero(1);

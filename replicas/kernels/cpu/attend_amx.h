@@ -64,6 +64,7 @@ inline void turn_queries(const Bf16* query, long stride, long group, long rows, 
 inline void score_tile(const Bf16* keys, long stride, long token, bool both, TileScratch& s) {
   const long depth_tiles = s.dim / kTileDepth;
   const char* second = s.queries + depth_tiles * kTileBytes;
+  settle_memory();
   _tile_zero(0);
   _tile_zero(1);
   for (long t = 0; t < depth_tiles; ++t) {
@@ -112,6 +113,7 @@ inline void pair_values(const Bf16* cache, const long* slots, long begin, long e
 // sums += probs . values
 inline void mix_tiles(bool both, TileScratch& s) {
   const long columns = s.dim / kTileSide, bytes = 4 * s.dim;
+  settle_memory();
   for (long column = 0; column < columns; column += 2) {
     float *upper = s.sums + column * 16, *lower = upper + kTileSide * s.dim;
     _tile_loadd(0, upper, bytes);
