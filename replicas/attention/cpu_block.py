@@ -111,6 +111,11 @@ class CpuAttentionBlock:
         self._library = library
         self._weights: tuple[torch.Tensor | None, ...] = ()
         self._block = BlockShape()
+        self._cache: torch.Tensor | None = None
+        inner = spec.num_heads * spec.head_dim
+        fused = inner + 2 * spec.num_kv_heads * spec.head_dim
+        self._widths = (0, fused, inner, inner)
+        """Of the rows that a call keeps in scratch memory: input, projections, attention twice."""
 
     def forward(
         self,
@@ -125,11 +130,14 @@ class CpuAttentionBlock:
         if qkv is None or out is None or not self._suits(hidden_TD, kv_2NBGP, qkv.dtype):
             return None
         self._point_to(qkv, out, tensors)
-        spec, block = self._spec, self._block
-        num_rows, width = hidden_TD.shape
-        inner = spec.num_heads * spec.head_dim
-        fused = inner + 2 * spec.num_kv_heads * spec.head_dim
-        block.shape = attention_shape(spec, kv_2NBGP, metadata, self._setting.sliding_window, fused)
+        block, widths = self._block, self._widths
+        if self._cache is not kv_2NBGP:
+            block.shape = attention_shape(
+                self._spec, kv_2NBGP, metadata, self._setting.sliding_window, widths[1]
+            )
+            self._cache = kv_2NBGP
+        block.shape.table_stride = metadata.block_tables_RN.stride(0)
+        num_rows = hidden_TD.shape[0]
         step = self._steps.arguments(metadata, cos_sin)
         output_TD = torch.empty((num_rows, block.out_width), dtype=hidden_TD.dtype)
         self._library.calls(hidden_TD.dtype).attention_block(
@@ -138,7 +146,7 @@ class CpuAttentionBlock:
             hidden_TD.data_ptr(),
             kv_2NBGP.data_ptr(),
             output_TD.data_ptr(),
-            self._library.scratch.at_least(scratch_bytes(num_rows, width, fused, inner, inner)),
+            self._library.scratch.at_least(scratch_bytes(num_rows, *widths)),
             torch.get_num_threads(),
         )
         return output_TD
@@ -155,18 +163,19 @@ class CpuAttentionBlock:
         self, qkv: torch.Tensor, out: torch.Tensor, tensors: Mapping[str, torch.Tensor]
     ) -> None:
         """Note where this layer's weights lie; resident ones stay where they are."""
-        has_norms = self._setting.heads.norm_eps > 0
         weights = (
             qkv,
             tensors.get("qkv.bias"),
             out,
             tensors.get("attention_out.bias") if self._setting.with_bias else None,
-            tensors["q_norm.weight"] if has_norms else None,
-            tensors["k_norm.weight"] if has_norms else None,
+            tensors.get("q_norm.weight"),
+            tensors.get("k_norm.weight"),
         )
         if len(self._weights) == len(weights) and all(map(_is_same, weights, self._weights)):
             return
         self._weights = weights
+        self._cache = None
+        self._widths = (tensors[_QKV].shape[1], *self._widths[1:])
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in weights]
         self._block = BlockShape(
             AttentionShape(),

@@ -11,7 +11,8 @@ import importlib.util
 import torch
 
 from cluster.base.env import triton_interpreter
-from replicas.attention.backend import AttentionMetadata, AttentionSpec
+from replicas.attention.backend import AttentionBlock, AttentionMetadata, AttentionSpec
+from replicas.kernels.ops import HeadShape
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -43,6 +44,12 @@ class TritonPagedAttention:
                 f"{spec.num_heads} heads do not share {spec.num_kv_heads} kv heads evenly"
             )
         return reasons
+
+    def block(
+        self, heads: HeadShape, sliding_window: int | None, *, with_bias: bool
+    ) -> AttentionBlock | None:
+        """See `AttentionBackend.block`: there is none."""
+        return None
 
     def forward(
         self,

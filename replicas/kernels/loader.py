@@ -286,8 +286,7 @@ class CpuLibrary:
 
 def scratch_bytes(num_rows: int, *widths: int) -> int:
     """Room for `num_rows` rows of each width, in tiles (whole ones, at most fp32) and aligned."""
-    rows = -(-num_rows // 32) * 32
-    return 4 * rows * sum(-(-width // 32) * 32 for width in widths) + 4096
+    return 4 * (num_rows + 31) * (sum(widths) + 32 * len(widths)) + 4096
 
 
 def _calls(library: ctypes.CDLL, suffix: str) -> Calls:

@@ -12,8 +12,8 @@ import torch
 
 from cluster.base.env import triton_interpreter
 from replicas.kernels.fp8 import Fp8Weights
-from replicas.kernels.ops import HeadShape, HeadTensors
-from replicas.kernels.torch_ops import TORCH_KERNELS, split_heads
+from replicas.kernels.ops import HeadShape, HeadTensors, MlpNames
+from replicas.kernels.torch_ops import TORCH_KERNELS, silu_mlp_in_steps, split_heads
 
 # A row of a norm is held by one program; beyond this it would spill its registers.
 _MAX_ROW = 32768
@@ -120,6 +120,12 @@ class TritonKernels:
         grid = (num_rows, -(-width // _GATE_STRETCH))
         self._programs.silu_mul_kernel[grid](gate_up_TF, output_TF, width, WIDTH=_GATE_STRETCH)
         return output_TF
+
+    def silu_mlp(
+        self, input_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor], names: MlpNames
+    ) -> torch.Tensor:
+        """See `Kernels.silu_mlp`; step by step."""
+        return silu_mlp_in_steps(self, input_TD, tensors, names)
 
     def _norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight_D: torch.Tensor, eps: float

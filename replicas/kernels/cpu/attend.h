@@ -110,8 +110,7 @@ inline void softmax_step(float* scores, long begin, long end, float scale, float
     maximum = select(score > maximum, score, maximum);
     store(score, scores + v * kLanes);
   }
-  float top = *highest;
-  for (int i = 0; i < kLanes; ++i) top = maximum[i] > top ? maximum[i] : top;
+  const float top = std::max(*highest, max_lanes(maximum));
   // All scores -inf or NaN: subtract nothing, so that the row becomes NaN as torch's does.
   const float base = top == kMinusInfinity ? 0.0f : top;
   Vec added{};
@@ -120,11 +119,13 @@ inline void softmax_step(float* scores, long begin, long end, float scale, float
     added += weight;
     store(weight, scores + v * kLanes);
   }
-  const float keep = *highest == kMinusInfinity ? 0.0f : std::exp(*highest - base);
+  const float keep = *highest == kMinusInfinity ? 0.0f : exp_vec(splat(*highest - base))[0];
   *total = *total * keep + sum_lanes(added);
   *highest = top;
   if (keep == 1.0f) return;
-  for (long i = 0; i < dim; ++i) sums[i] *= keep;
+  long i = 0;
+  for (; i + kLanes <= dim; i += kLanes) store(load(sums + i) * keep, sums + i);
+  for (; i < dim; ++i) sums[i] *= keep;
 }
 
 // sums[row] += weights[row] . values, `kRows` rows and kParts vectors of the head at a time.

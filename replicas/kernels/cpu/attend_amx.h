@@ -92,21 +92,35 @@ inline void pair_values(const Bf16* cache, const long* slots, long begin, long e
   alignas(64) static const uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,
                                                   37, 6, 38, 7,  39, 8,  40, 9,  41, 10, 42,
                                                   11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  alignas(64) static const Bf16 kZeros[32] = {};
   const __m512i first = _mm512_load_si512(kFirst);
   const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
   const long columns = s.dim / kTileSide;
   for (long token = 0; token < kPiece; token += 2) {
+    char* to = s.values + token / kTileDepth * columns * kTileBytes + token % kTileDepth * 32;
     const bool has_even = token >= begin && token < end;
     const bool has_odd = token + 1 >= begin && token + 1 < end;
-    char* to = s.values + token / kTileDepth * columns * kTileBytes + token % kTileDepth * 32;
+    const Bf16* row = cache + (slots[token / 16] + token % 16) * stride;
+    const Bf16 *even = has_even ? row : kZeros, *odd = has_odd ? row + stride : kZeros;
+    const long step_even = has_even ? 32 : 0, step_odd = has_odd ? 32 : 0;
     for (long i = 0; i < columns; i += 2, to += 2 * kTileBytes) {
-      const __m512i even = has_even ? _mm512_loadu_si512(cache + slots[token] * stride + i * 16)
-                                    : _mm512_setzero_si512();
-      const __m512i odd = has_odd ? _mm512_loadu_si512(cache + slots[token + 1] * stride + i * 16)
-                                  : _mm512_setzero_si512();
-      _mm512_store_si512(to, _mm512_permutex2var_epi16(even, first, odd));
-      _mm512_store_si512(to + kTileBytes, _mm512_permutex2var_epi16(even, second, odd));
+      const __m512i one = _mm512_loadu_si512(even), two = _mm512_loadu_si512(odd);
+      _mm512_store_si512(to, _mm512_permutex2var_epi16(one, first, two));
+      _mm512_store_si512(to + kTileBytes, _mm512_permutex2var_epi16(one, second, two));
+      even += step_even, odd += step_odd;
     }
+  }
+}
+
+// Whole lines at once: a tile load does not get its bytes from two stores that are on their way.
+inline void narrow_row(const float* scores, Bf16* probs) {
+  for (long i = 0; i < kPiece; i += 32) {
+    alignas(64) Bf16 line[32];
+    store(load(scores + i), line);
+    store(load(scores + i + 16), line + 16);
+    const __m256i low = _mm256_load_si256(reinterpret_cast<__m256i*>(line));
+    const __m256i high = _mm256_load_si256(reinterpret_cast<__m256i*>(line + 16));
+    _mm512_store_si512(probs + i, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
   }
 }
 
@@ -143,15 +157,24 @@ inline void mix_tiles(bool both, TileScratch& s) {
   }
 }
 
+// Where each 16 tokens of the piece at `base` begin in the cache; those outside [skip, seen) stay as
+// they are, because their blocks may be gone or not there yet.
+inline void find_tiles(const Shape& shape, const int32_t* table, long base, long skip, long seen,
+                       long* slots) {
+  for (long token = skip / 16 * 16; token < seen; token += 16) {
+    const long at = base + token, block = at / shape.block_size;
+    slots[token / 16] = table[block] * shape.block_size + at - block * shape.block_size;
+  }
+}
+
 // Asks for keys and values of a piece early: rows of one head lie apart, no hardware foresees them.
 inline void fetch_piece(const Shape& shape, const Bf16* keys, const int32_t* table, long base,
-                        long stop) {
+                        long skip, long stop) {
   const long seen = std::min<long>(kPiece, stop - base);
-  if (seen <= 0) return;
-  long slots[kPiece];
-  find_slots(shape, table, base, 0, seen, slots);
-  for (long token = 0; token < seen; ++token) {
-    const Bf16* key = keys + slots[token] * shape.kv_stride;
+  long slots[kPiece / 16];
+  find_tiles(shape, table, base, skip, seen, slots);
+  for (long token = skip; token < seen; ++token) {
+    const Bf16* key = keys + (slots[token / 16] + token % 16) * shape.kv_stride;
     for (long i = 0; i < shape.dim; i += 32) {
       _mm_prefetch(key + i, _MM_HINT_T0);
       _mm_prefetch(key + shape.cache_values + i, _MM_HINT_T0);
@@ -159,32 +182,33 @@ inline void fetch_piece(const Shape& shape, const Bf16* keys, const int32_t* tab
   }
 }
 
-// As `attend`; at most kTileRows2 rows.
+// As `attend`; at most kTileRows2 rows. `more`: the next kv head of these tokens follows.
 inline void attend_tiles(const Shape& shape, const Bf16* query, const Bf16* cache,
-                         const int32_t* table, Bf16* output, long g, long count, long position) {
+                         const int32_t* table, Bf16* output, long g, long count, long position,
+                         bool more) {
   TileScratch s(shape.dim);
   const Tiles tiles(kTileSide);
   const long dim = shape.dim, group = shape.heads / shape.kv_heads, rows = count * group;
   const bool both = rows > kTileSide;
   turn_queries(query + g * group * dim, shape.query_stride, group, rows, s);
-  std::memset(s.sums, 0, kTileRows2 * dim * sizeof(float));
-  std::memset(static_cast<void*>(s.probs), 0, kTileRows2 * kPiece * sizeof(Bf16));
+  const long height = both ? kTileRows2 : kTileSide;
+  std::memset(s.sums, 0, height * dim * sizeof(float));
+  std::memset(static_cast<void*>(s.probs), 0, height * kPiece * sizeof(Bf16));
   std::fill_n(s.highest, rows, kMinusInfinity);
   std::fill_n(s.total, rows, 0.0f);
   const Bf16 *keys = cache + g * dim, *values = keys + shape.cache_values;
   const long stop = position + count;
   const long start = shape.window ? std::max(0L, position - shape.window + 1) : 0;
-  long slots[kPiece];
+  long slots[kPiece / 16] = {};
   for (long base = start / kPiece * kPiece; base < stop; base += kPiece) {
     const long seen = std::min<long>(kPiece, stop - base), skip = std::max(0L, start - base);
-    // Blocks before the window may be gone; nothing is read outside of [skip, seen).
-    find_slots(shape, table, base, skip, seen, slots);
-    fetch_piece(shape, keys, table, base + kPiece, stop);
-    for (long token = skip / 16 * 16; token < seen; token += 16) {
-      const long inside = std::max(token, skip);
-      score_tile(keys + (slots[inside] - (inside - token)) * shape.kv_stride, shape.kv_stride, token,
-                 both, s);
-    }
+    find_tiles(shape, table, base, skip, seen, slots);
+    if (base + kPiece < stop)
+      fetch_piece(shape, keys, table, base + kPiece, 0, stop);
+    else if (more)
+      fetch_piece(shape, keys + dim, table, start / kPiece * kPiece, start % kPiece, stop);
+    for (long token = skip / 16 * 16; token < seen; token += 16)
+      score_tile(keys + slots[token / 16] * shape.kv_stride, shape.kv_stride, token, both, s);
     pair_values(values, slots, skip, seen, shape.kv_stride, s);
     for (long row = 0; row < rows; ++row) {
       const long own = position + row / group;
@@ -195,7 +219,7 @@ inline void attend_tiles(const Shape& shape, const Bf16* query, const Bf16* cach
       else
         softmax_step(scores, from, std::min<long>(kPiece, own - base + 1), shape.scale,
                      &s.highest[row], &s.total[row], s.sums + row * dim, dim);
-      for (long i = 0; i < kPiece; i += kLanes) store(load(scores + i), s.probs + row * kPiece + i);
+      narrow_row(scores, s.probs + row * kPiece);
     }
     mix_tiles(both, s);
   }

@@ -18,17 +18,23 @@ struct Step {
   long requests, rows;
 };
 
+// Query tokens of a request and the kv heads [g, end) that one thread takes, one after another.
 struct Task {
-  long request, g, first, count;
+  long request, first, count, g, end;
 };
 
-std::vector<Task> tasks_of(const Shape& shape, const Step& step) {
+// With tokens enough for all threads a task has all heads: they lie side by side in the cache.
+std::vector<Task> tasks_of(const Shape& shape, const Step& step, int threads) {
   const long per_task = std::max(1L, 32 / (shape.heads / shape.kv_heads));
+  const long heads = step.rows / per_task >= 4L * threads || step.requests >= 4L * threads
+                         ? shape.kv_heads
+                         : 1;
   std::vector<Task> tasks;
   for (long r = 0; r < step.requests; ++r)
     for (long first = step.query_start[r]; first < step.query_start[r + 1]; first += per_task)
-      for (long g = 0; g < shape.kv_heads; ++g)
-        tasks.push_back({r, g, first, std::min(per_task, step.query_start[r + 1] - first)});
+      for (long g = 0; g < shape.kv_heads; g += heads)
+        tasks.push_back({r, first, std::min(per_task, step.query_start[r + 1] - first), g,
+                         g + heads});
   return tasks;
 }
 
@@ -42,17 +48,21 @@ void run_task(const Shape& shape, const Step& step, const Task& task, const S* q
   const long position = step.seq_lens[task.request] - behind;
 #if defined(PENSTOCK_AMX)
   if constexpr (sizeof(S) == 2)
-    if (suits_tiles(shape))
-      return attend_tiles(shape, queries, cache, table, to, task.g, task.count, position);
+    if (suits_tiles(shape)) {
+      for (long g = task.g; g < task.end; ++g)
+        attend_tiles(shape, queries, cache, table, to, g, task.count, position, g + 1 < task.end);
+      return;
+    }
 #endif
   Scratchpad<S> scratch(shape.dim);
-  attend(shape, queries, cache, table, to, task.g, task.count, position, scratch);
+  for (long g = task.g; g < task.end; ++g)
+    attend(shape, queries, cache, table, to, g, task.count, position, scratch);
 }
 
 template <typename S>
 void attention(const Shape& shape, const Step& step, const S* query, const S* cache, S* output,
                int threads) {
-  const std::vector<Task> tasks = tasks_of(shape, step);
+  const std::vector<Task> tasks = tasks_of(shape, step, threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (size_t index = 0; index < tasks.size(); ++index)
     run_task(shape, step, tasks[index], query, cache, output);
@@ -118,7 +128,7 @@ void attention_block(const Block<S>& block, const Step& step, const S* x, S* cac
   S* attended = workspace.take<S>(rows * inner);
   const Rows<S> output{alias_out ? attended : workspace.take<S>(Rows<S>::values(rows, inner)), rows,
                        inner};
-  const std::vector<Task> tasks = tasks_of(shape, step);
+  const std::vector<Task> tasks = tasks_of(shape, step, threads);
 #pragma omp parallel num_threads(threads)
   {
     const Part part = own_part();

@@ -89,12 +89,28 @@ inline Vec select(IntVec mask, Vec yes, Vec no) {
   return (Vec)(((IntVec)yes & mask) | ((IntVec)no & ~mask));
 }
 
+// Lanes in pairs half a vector apart, then half of that: the order of a sum is part of its bits.
 inline float sum_lanes(Vec value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)value);
+#else
   float lanes[kLanes];
   std::memcpy(lanes, &value, sizeof(value));
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
   return lanes[0];
+#endif
+}
+
+// Of numbers; a NaN may get lost.
+inline float max_lanes(Vec value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)value);
+#else
+  float highest = value[0];
+  for (int lane = 1; lane < kLanes; ++lane) highest = value[lane] > highest ? value[lane] : highest;
+  return highest;
+#endif
 }
 
 // exp(x) to about 2 ulp for x <= 88 (Cephes' expf); 0 below -87.3, NaN stays NaN.

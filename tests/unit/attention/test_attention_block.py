@@ -50,6 +50,8 @@ class OneLayer:
         return (0.3 * torch.randn(shape, generator=self.generator)).to(self.dtype)
 
     def attention(self, window: int | None, with_norms: bool) -> SelfAttention:
+        if not with_norms:
+            self.tensors = {k: v for k, v in self.tensors.items() if "_norm" not in k}
         return SelfAttention(
             self.spec,
             CpuPagedAttention(self.spec, self.kernels.library),
