@@ -4,7 +4,7 @@
 (seeded random token ids of one length), EOS is ignored, so each request yields exactly `max_tokens`
 tokens. Clients begin `stagger_s` apart and pause `think_s` on average between requests: a herd that
 starts at once stays one, and arrivals must not know when a step ends. Times are taken at the
-client. Raw stubs and a bare HTTP parser, because the client's own CPU is part of the load.
+client. Bare parsers of both wires, because the client's own CPU is part of the load.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import grpc.aio
-
+from bench.grpc_wire import StreamingClient
 from bench.http_stream import stream_completion
 from router.proto import penstock_pb2 as pb
-from router.proto import penstock_pb2_grpc as pb_grpc
 
+_GENERATE = f"/{pb.DESCRIPTOR.services_by_name['Penstock'].full_name}/Generate"
 _TYPES = {"str": str, "int": int, "float": float}
 
 
@@ -132,8 +131,11 @@ async def _sender(load: Load) -> AsyncIterator[Send]:
     if load.front == "http":
         yield partial(_over_http, load)
         return
-    async with grpc.aio.insecure_channel(load.target) as channel:
-        yield partial(_over_grpc, pb_grpc.PenstockStub(channel), load)
+    client = await StreamingClient.connect(load.target)
+    try:
+        yield partial(_over_grpc, client, load)
+    finally:
+        client.close()
 
 
 async def _over_http(load: Load, prompt: list[int]) -> RequestTrace:
@@ -151,19 +153,22 @@ async def _over_http(load: Load, prompt: list[int]) -> RequestTrace:
     return _checked(load, answer.num_tokens, (started_s, answer.first_s, answer.ended_s))
 
 
-async def _over_grpc(stub: pb_grpc.PenstockStub, load: Load, prompt: list[int]) -> RequestTrace:
+async def _over_grpc(client: StreamingClient, load: Load, prompt: list[int]) -> RequestTrace:
     sampling = pb.SamplingOptions(temperature=0, max_tokens=load.max_tokens, ignore_eos=True)
     request = pb.GenerateRequest(
         model=load.model, token_ids=pb.TokenIds(ids=prompt), sampling=sampling
-    )
+    ).SerializeToString()
     started_s = time.perf_counter()
+    arrivals = await client.call(_GENERATE, request)
+    ended_s = time.perf_counter()
     first_s = 0.0
     num_tokens = 0
-    async for piece in stub.Generate(request, timeout=600):
+    for arrived_s, message in arrivals:
+        piece = pb.GenerateResponse.FromString(message)
         if not num_tokens and piece.token_ids:
-            first_s = time.perf_counter()
+            first_s = arrived_s
         num_tokens += len(piece.token_ids)
-    return _checked(load, num_tokens, (started_s, first_s, time.perf_counter()))
+    return _checked(load, num_tokens, (started_s, first_s, ended_s))
 
 
 def _checked(load: Load, num_tokens: int, times_s: tuple[float, float, float]) -> RequestTrace:
