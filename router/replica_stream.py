@@ -224,7 +224,8 @@ class ReplicaStream:
                 batch, self._outbox = self._outbox, []
                 for message in batch:
                     # A stopped replica reads nothing: a write can wait as long as a read.
-                    await asyncio.wait_for(call.write(message), limit_s)
+                    async with asyncio.timeout(limit_s):
+                        await call.write(message)
         except TimeoutError:
             error = UnavailableError(f"The replica was silent for {limit_s:g} s.")
         finally:
@@ -237,7 +238,8 @@ class ReplicaStream:
             return
         self._outbox_wake.clear()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._outbox_wake.wait(), at_most_s)
+            async with asyncio.timeout(at_most_s):
+                await self._outbox_wake.wait()
 
     async def _read(self, call: HopCall) -> PenstockError:
         async for message in call:

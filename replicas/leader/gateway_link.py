@@ -56,7 +56,9 @@ class GatewayLink:
         """The next message to send; None when `idle_s` passed without anything to say."""
         if not self._pending and self._goodbye is None:
             try:
-                await asyncio.wait_for(self._wake.wait(), idle_s)
+                # Not wait_for: that makes a task, once per step.
+                async with asyncio.timeout(idle_s):
+                    await self._wake.wait()
             except TimeoutError:
                 return None
         self._wake.clear()
