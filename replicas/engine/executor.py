@@ -30,8 +30,9 @@ class StepExecutor(Protocol[PlanT_contra, OutputT_co]):
     def poll(self, timeout_s: float) -> bool:
         """Wait until `collect` would not have to; False when that takes longer than `timeout_s`.
 
-        Lateness is no error. The loss of a rank may be raised here, or counts as ready and is
-        raised by `collect`.
+        Returns False early when the workers have said that the step is nearly done, see
+        `StepOutput.sign_s`. Lateness is no error. The loss of a rank may be raised here, or counts
+        as ready and is raised by `collect`.
 
         Raises:
             WorkerDiedError: a rank is gone.

@@ -97,5 +97,7 @@ class StepOutput:
     step: int
     results: tuple[RequestResult, ...] = ()
     duration_s: float = 0.0
+    sign_s: float = 0.0
+    """From the sign that the step was nearly done to its end; 0 when none was given."""
     timings_s: dict[str, float] = field(default_factory=dict)
     """Where the step's time went: input_build, forward, sample."""

@@ -2,7 +2,9 @@
 
 A plan made late honours more of what happened meanwhile; one made too late lets the workers wait.
 The forecast is on the early side: mean less twice the mean deviation, both exponentially weighted
-as in RFC 6298 (2.3), over steps of similar size. Memory is bounded by the number of size classes.
+as in RFC 6298 (2.3), over steps of similar size. Where the workers say early enough that a step is
+nearly done, their sign is the moment, for nothing is surer; the forecast only stands in when it
+fails to come. Memory is bounded by the number of size classes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ _MEAN_GAIN = 1 / 8
 _DEVIATION_GAIN = 1 / 4
 # Waking up and handing the plan to the ranks, neither of which can be measured from here.
 _MARGIN_S = 0.3e-3
+
+# A step that should have given its sign by so many of its mean durations.
+_SIGN_LATE = 2.0
 
 _SizeClass = tuple[int, int]
 
@@ -35,25 +40,33 @@ class StepForecast:
 
     def __init__(self) -> None:
         self._durations: dict[_SizeClass, _Estimate] = {}
+        self._signs: dict[_SizeClass, _Estimate] = {}
         self._planning = _Estimate(0.2e-3, 0.0)
 
     def plan_after_s(self, plan: PlannedStep) -> float:
         """From the start of this step to the moment to plan the next; 0 when that is unknown."""
-        duration = self._durations.get(_size_class(plan))
+        size_class = _size_class(plan)
+        duration = self._durations.get(size_class)
         if duration is None:
             return 0.0
         planning = self._planning
         latest_s = planning.mean_s + 2 * planning.deviation_s + _MARGIN_S
+        sign = self._signs.get(size_class)
+        if sign is not None and sign.mean_s - sign.deviation_s >= latest_s:
+            return _SIGN_LATE * duration.mean_s
         return max(0.0, duration.mean_s - 2 * duration.deviation_s - latest_s)
 
-    def add_step(self, plan: PlannedStep, duration_s: float) -> None:
-        """Learn from a step; with the link's time in it, waiting would feed itself."""
+    def add_step(self, plan: PlannedStep, duration_s: float, sign_s: float = 0.0) -> None:
+        """Learn from a step; with the link's time in it, waiting would feed itself.
+
+        `sign_s` as in `StepOutput`.
+        """
         size_class = _size_class(plan)
-        known = self._durations.get(size_class)
-        if known is None:
-            self._durations[size_class] = _Estimate(duration_s, duration_s / 4)
-        else:
-            known.add(duration_s)
+        for known, value_s in ((self._durations, duration_s), (self._signs, sign_s)):
+            if size_class in known:
+                known[size_class].add(value_s)
+            else:
+                known[size_class] = _Estimate(value_s, value_s / 4)
 
     def add_planning(self, duration_s: float) -> None:
         """From waking up to the next plan's hand-over."""

@@ -102,6 +102,8 @@ class StepRunner(Generic[PlanT, OutputT]):
     def wait_nearly_done(self) -> bool:
         """Wait until it is time to plan on top of the step in flight, or its answer is there.
 
+        It is time when the forecast says so, or the workers do.
+
         Returns:
             Whether the answer is there.
 
@@ -130,7 +132,7 @@ class StepRunner(Generic[PlanT, OutputT]):
         self._flights.popleft()
         if self._flights:
             self._flights[0].started_s = executed_s
-        self._forecast.add_step(flight.plan, output.duration_s)
+        self._forecast.add_step(flight.plan, output.duration_s, output.sign_s)
         deltas = self._scheduler.update_from_output(flight.plan, output)
         update_s = self._clock() - executed_s
         if self._flights:

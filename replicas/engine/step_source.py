@@ -38,6 +38,11 @@ class AnsweredStep(Protocol):
         """The workers' own time for the step."""
         ...
 
+    @property
+    def sign_s(self) -> float:
+        """From the sign that the step was nearly done to its end; 0 when none can be counted on."""
+        ...
+
 
 PlanT = TypeVar("PlanT", bound=PlannedStep)
 OutputT = TypeVar("OutputT", bound=AnsweredStep)

@@ -26,6 +26,8 @@ class FrameKind(enum.IntEnum):
     RESULT = 3
     FAULT = 4
     STOP = 5
+    NEARLY_DONE = 6
+    """Rank 0 has run the layers of a step and begins to sample; no payload."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,19 @@ class FrameSocket:
         if length > _MAX_FRAME_BYTES or kind not in FrameKind._value2member_map_:
             raise ConnectionError(f"not a frame: kind {kind}, {length} bytes")
         return FrameKind(kind), self._read(length, deadline)
+
+    def skip(self, kind: FrameKind) -> bool:
+        """Take an empty frame of this kind off the socket if it comes next; never waits."""
+        header = _HEADER.pack(0, kind)
+        self._sock.settimeout(0.0)
+        try:
+            found = self._sock.recv(_HEADER.size, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        if found != header:
+            return False
+        self._read(_HEADER.size, deadline=None)
+        return True
 
     def close(self) -> None:
         """Shut both directions, waking whoever reads; safe to call twice."""

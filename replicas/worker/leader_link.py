@@ -138,15 +138,16 @@ class LeaderLink:
     def wait_readable(self, timeout_s: float) -> bool:
         """Whether a rank has something to say, or is gone, within `timeout_s` seconds.
 
-        The poll of the system counts in milliseconds; the rest of the time is slept, so an event
-        near the end of it may be seen that much late.
+        Also ends, with False, when rank 0 says that its step is nearly done. The poll of the
+        system counts in milliseconds; the rest of the time is slept, so an event near the end of
+        it may be seen that much late.
         """
         whole_ms, rest_ms = divmod(timeout_s * 1e3, 1.0)
         if self._poll.poll(whole_ms):
-            return True
+            return self._has_more_than_a_sign()
         if rest_ms > 0.0:
             time.sleep(rest_ms * 1e-3)
-            return bool(self._poll.poll(0))
+            return bool(self._poll.poll(0)) and self._has_more_than_a_sign()
         return False
 
     def receive_result(self, timeout_s: float) -> bytearray:
@@ -186,6 +187,13 @@ class LeaderLink:
         """Close all sockets: the workers see EOF and exit."""
         for peer in self._peers:
             peer.close()
+
+    def _has_more_than_a_sign(self) -> bool:
+        """Take in rank 0's NEARLY_DONE; whether anything is left to read."""
+        try:
+            return not self._peers[0].skip(FrameKind.NEARLY_DONE) or bool(self._poll.poll(0))
+        except OSError:
+            return True  # a socket that fails is for the reader to explain
 
     def _read_from(self, rank: int) -> bytearray | None:
         try:

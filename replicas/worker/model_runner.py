@@ -97,8 +97,13 @@ class ModelRunner:
             self._model.settle()
 
     @torch.inference_mode()
-    def execute(self, plan: SchedulerOutput) -> StepOutput:
+    def execute(
+        self, plan: SchedulerOutput, on_nearly_done: Callable[[], None] | None = None
+    ) -> StepOutput:
         """Run one step; plans come in the order the scheduler made them.
+
+        Args:
+            on_nearly_done: called when the layers are computed and sampling begins.
 
         On a device the time of the forward pass shows up where the host first waits for it,
         which is under `sample`.
@@ -120,12 +125,15 @@ class ModelRunner:
         with out_of_memory_as_error("running a step"):
             hidden_TD = self._model.forward(inputs.forward, self._weights, self._kv_caches)
             computed_s = self._clock()
+            if on_nearly_done is not None:
+                on_nearly_done()
             answers = self._answer(plan, inputs, hidden_TD)
         ended_s = self._clock()
         return StepOutput(
             step=plan.step,
             results=answers.results(),
             duration_s=ended_s - started_s,
+            sign_s=ended_s - computed_s if on_nearly_done is not None else 0.0,
             timings_s={
                 "input_build": built_s - started_s,
                 "forward": computed_s - built_s,

@@ -79,9 +79,12 @@ class Worker:
         Raises:
             PenstockError: a step failed; the leader has been told.
         """
+        # A device's layers are only launched by then: the sign would come far too early.
+        says = self._plan.rank == 0 and self._plan.device == "cpu"
+        on_nearly_done = self._link.send_nearly_done if says else None
         try:
             while (payload := self._link.receive_plan()) is not None:
-                output = self._runner.execute(wire.decode_plan(payload))
+                output = self._runner.execute(wire.decode_plan(payload), on_nearly_done)
                 if self._plan.rank == 0:
                     self._link.send_result(wire.encode(output))
                 self._runner.settle()

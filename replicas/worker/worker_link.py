@@ -50,6 +50,10 @@ class WorkerLink:
         """Send an encoded result; raises OSError when the leader is gone."""
         self._sock.send(FrameKind.RESULT, payload, timeout_s=30.0)
 
+    def send_nearly_done(self) -> None:
+        """Tell the leader that the step's layers are computed; raises OSError when it is gone."""
+        self._sock.send(FrameKind.NEARLY_DONE, b"", timeout_s=30.0)
+
     def send_fault(self, error: dict[str, str | None]) -> None:
         """Tell the leader why this rank is about to end; best effort."""
         fault = wire.Fault(rank=self._rank, error=error)

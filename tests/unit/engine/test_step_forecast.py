@@ -59,3 +59,26 @@ def test_sizes_are_told_apart_to_a_factor_of_two() -> None:
         forecast.add_step(step(64, 1), 80e-3)
     assert forecast.plan_after_s(step(1, 1)) == pytest.approx(forecast.plan_after_s(step(1, 1, 1)))
     assert forecast.plan_after_s(step(70, 2)) > 70e-3
+
+
+def test_a_sign_that_comes_early_enough_is_waited_for() -> None:
+    forecast = StepForecast()
+    for _ in range(60):
+        forecast.add_step(step(1), 20e-3, sign_s=2e-3)
+        forecast.add_planning(0.1e-3)
+    assert forecast.plan_after_s(step(1)) > 30e-3, "the sign, or the answer, comes first"
+
+
+def test_a_sign_that_leaves_no_time_to_plan_is_not_waited_for() -> None:
+    forecast = StepForecast()
+    for _ in range(60):
+        forecast.add_step(step(1), 20e-3, sign_s=0.3e-3)
+        forecast.add_planning(0.1e-3)
+    assert forecast.plan_after_s(step(1)) < 20e-3
+
+
+def test_signs_that_stop_coming_are_waited_for_no_longer() -> None:
+    forecast = StepForecast()
+    for sign_s in (*[2e-3] * 60, *[0.0] * 20):
+        forecast.add_step(step(1), 20e-3, sign_s=sign_s)
+    assert forecast.plan_after_s(step(1)) < 20e-3

@@ -120,6 +120,42 @@ def test_poll_tells_whether_an_answer_is_there_and_never_minds_lateness():
     assert executor.collect(timeout_s=5.0) == RESULT
 
 
+def test_a_sign_ends_a_poll_once_and_leaves_the_answer_alone():
+    leader, workers = open_links(2)
+    executor = LinkExecutor(leader)
+    executor.submit(PLAN)
+    workers[0].send_nearly_done()
+    started_s = time.monotonic()
+    assert not executor.poll(30.0)
+    assert time.monotonic() - started_s < 5.0
+    assert not executor.poll(0.01)
+    workers[0].send_nearly_done()
+    workers[0].send_result(wire.encode(RESULT))
+    assert executor.poll(30.0), "the answer is there as well"
+    assert executor.collect(timeout_s=5.0) == RESULT
+
+
+def test_a_sign_that_nobody_waited_for_is_passed_over():
+    leader, (worker,) = open_links(1)
+    executor = LinkExecutor(leader)
+    executor.submit(PLAN)
+    worker.send_nearly_done()
+    worker.send_result(wire.encode(RESULT))
+    assert executor.collect(timeout_s=5.0) == RESULT
+
+
+def test_a_loss_beside_a_sign_is_seen():
+    leader, workers = open_links(2)
+    executor = LinkExecutor(leader)
+    executor.submit(PLAN)
+    workers[0].send_nearly_done()
+    workers[1].close()
+    while not executor.poll(0.0):
+        pass
+    with pytest.raises(WorkerDiedError, match="rank 1 of 2"):
+        executor.collect(timeout_s=5.0)
+
+
 def test_a_lost_rank_ends_a_poll_and_collect_names_it():
     leader, workers = open_links(2)
     executor = LinkExecutor(leader)
