@@ -24,7 +24,10 @@ class LinkStats:
 class Link(Protocol):
     """Fills slots in the background; one thread calls it."""
 
-    stats: LinkStats
+    @property
+    def stats(self) -> LinkStats:
+        """What it has done so far."""
+        ...
 
     def submit(self, unit: str, slot: int) -> None:
         """Start to fill the slot, whatever it held; a fill under way there is waited for first.

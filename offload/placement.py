@@ -23,6 +23,9 @@ class Placement:
     """Streamed pass after pass."""
     experts: tuple[str, ...]
     """Read when a token visits them."""
+    host: tuple[str, ...]
+    """Those of `ring` and `experts` whose records stay in host memory."""
+    host_unit_bytes: int
     ring_slots: int
     ring_slot_bytes: int
     expert_slots: int
@@ -49,7 +52,8 @@ def place_units(store: Store, plan: OffloadPlan) -> Placement:
     Raises:
         ConfigError: the plan names units that the model does not have.
     """
-    if unknown := [unit for unit in plan.resident_units if unit not in store.by_name]:
+    named = (*plan.resident_units, *plan.host_units)
+    if unknown := [unit for unit in named if unit not in store.by_name]:
         raise ConfigError(
             f"The model has no weight units {', '.join(unknown)}.",
             "Plan the model again.",
@@ -59,10 +63,13 @@ def place_units(store: Store, plan: OffloadPlan) -> Placement:
     streamed = [unit for unit in store.units if unit.record not in kept]
     ring = tuple(unit.name for unit in streamed if not _ROUTED.fullmatch(unit.name))
     experts = tuple(unit.name for unit in streamed if _ROUTED.fullmatch(unit.name))
+    on_host = {store.by_name[unit].record for unit in plan.host_units} - kept
     return Placement(
         resident=tuple(unit.name for unit in store.units if unit.record in kept),
         ring=ring,
         experts=experts,
+        host=tuple(unit.name for unit in streamed if unit.record in on_host),
+        host_unit_bytes=sum(store.records[number].num_bytes for number in sorted(on_host)),
         ring_slots=min(plan.ring_slots, len(ring)),
         ring_slot_bytes=_largest(store, ring),
         expert_slots=min(max(2, plan.expert_slots), len(experts)),
@@ -83,6 +90,16 @@ def reserve(budget: Budget, placement: Placement, plan: OffloadPlan, kv_bytes: i
     if placement.experts:
         budget.reserve(f"{placement.expert_slots} expert slots", placement.expert_bytes)
     budget.reserve("resident weights", placement.resident_bytes)
+
+
+def reserve_host(budget: Budget, placement: Placement) -> None:
+    """Take what stands beside a device from the host's budget: staging slots, host units.
+
+    Raises:
+        BudgetError: it does not fit; the error shows the sum.
+    """
+    budget.reserve("staging", placement.ring_bytes + placement.expert_bytes)
+    budget.reserve("weights in host memory", placement.host_unit_bytes)
 
 
 def _largest(store: Store, units: Iterable[str]) -> int:

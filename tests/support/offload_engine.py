@@ -12,7 +12,8 @@ import torch
 from cluster.base.env import default_cache_dir
 from cluster.base.errors import WeightStreamError
 from cluster.base.plan import OffloadPlan
-from offload.assembly import Runtime, streamed_weights
+from offload.assembly import streamed_weights
+from offload.opening import Runtime
 from offload.readers.engine import ReadEngine
 from replicas.engine.sync_engine import SyncEngine
 from replicas.models.hf_config import arch_from_hf

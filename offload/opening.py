@@ -1,0 +1,172 @@
+"""Opens what a placement asks for: readers, memory of every tier, links; they close together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cluster.base.errors import ConfigError
+from cluster.base.plan import OffloadPlan
+from cluster.base.quantities import size_text
+from offload.device_copier import DeviceCopier
+from offload.device_link import Copier, DeviceLink
+from offload.host_link import HostLink
+from offload.layout import Store
+from offload.link import Link
+from offload.readers.choose import openers
+from offload.readers.engine import ReadEngine, ReaderUnavailableError
+from offload.residents import (
+    Tensors,
+    copy_records,
+    read_records,
+    record_numbers,
+    tensors_of,
+)
+from replicas.worker.device import pin_host_memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """What a plan leaves to the machine, and what tests want to see."""
+
+    cache_dir: Path
+    """Where compiled readers are kept."""
+    poison: bool = False
+    """Overwrite what was released with NaN."""
+    wrap_engine: Callable[[ReadEngine], ReadEngine] = lambda engine: engine
+    copier: Callable[[torch.device, int], Copier] | None = None
+    """Device and number of slots -> what copies from host to device slots, for a second stage also
+    where a CPU rank needs none."""
+
+
+class Opening:
+    """One rank's tiers, on their way up.
+
+    Args:
+        reader: the one chosen for streaming.
+        opened: closes everything again, in reverse.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plan: OffloadPlan,
+        runtime: Runtime,
+        device: torch.device,
+        *,
+        reader: str,
+        opened: ExitStack,
+    ) -> None:
+        self._store = store
+        self._plan = plan
+        self._runtime = runtime
+        self._device = device
+        self._reader = reader
+        self._opened = opened
+        self._engines = openers(store.path, runtime.cache_dir)
+
+    def resident(self, units: tuple[str, ...]) -> Mapping[str, Tensors]:
+        """Tensors of units that stay on the device.
+
+        Raises:
+            ConfigError: there is no memory for them.
+            CorruptWeightsError, WeightStreamError: they cannot be read.
+        """
+        if not units:
+            return {}
+        timeout_s = self._plan.read_timeout_s
+        on_host = self._device.type == "cpu"
+        engine = self._plain_engine(len(record_numbers(self._store, units)) if on_host else 1)
+        try:
+            if on_host:
+                records = read_records(self._store, units, engine, timeout_s)
+            else:
+                records = copy_records(self._store, units, engine, self._device, timeout_s)
+        except OSError as error:
+            raise _no_memory(error) from error
+        finally:
+            engine.close()
+        return tensors_of(self._store, units, records)
+
+    def pinned(self, units: tuple[str, ...]) -> Mapping[str, torch.Tensor]:
+        """Records of units that stay in host memory, ready to be copied to the device.
+
+        Raises:
+            As `resident`.
+        """
+        if not units:
+            return {}
+        engine = self._plain_engine(len(record_numbers(self._store, units)))
+        try:
+            records = read_records(self._store, units, engine, self._plan.read_timeout_s)
+        except OSError as error:
+            raise _no_memory(error) from error
+        finally:
+            engine.close()
+        for memory in records.values():
+            self._opened.callback(pin_host_memory(memory, self._device))
+        return {unit: records[self._store.by_name[unit].record] for unit in units}
+
+    def link(self, num_slots: int, slot_bytes: int, pinned: Mapping[str, torch.Tensor]) -> Link:
+        """Slots on the device, and what fills them.
+
+        Raises:
+            ConfigError: there is no memory for them.
+        """
+        engine = self._runtime.wrap_engine(self._engines[self._reader](num_slots))
+        self._opened.callback(engine.close)
+        try:
+            memory = engine.allocate(num_slots * slot_bytes)
+        except (ReaderUnavailableError, OSError) as error:
+            raise _no_memory(error, num_slots * slot_bytes) from error
+        host = HostLink(
+            self._store,
+            engine,
+            torch.split(memory, slot_bytes),
+            verify=self._plan.verify,
+            timeout_s=self._plan.read_timeout_s,
+            poison=self._runtime.poison,
+        )
+        copier = self._copier(num_slots)
+        if copier is None:
+            return host
+        self._opened.callback(pin_host_memory(memory, self._device))
+        slots = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=self._device)
+        link = DeviceLink(
+            self._store,
+            host,
+            torch.split(slots, slot_bytes),
+            copier,
+            pinned=pinned,
+            timeout_s=self._plan.read_timeout_s,
+        )
+        self._opened.callback(link.close)
+        return link
+
+    def _copier(self, num_slots: int) -> Copier | None:
+        if self._runtime.copier is not None:
+            return self._runtime.copier(self._device, num_slots)
+        return None if self._device.type == "cpu" else DeviceCopier(self._device, num_slots)
+
+    def _plain_engine(self, num_slots: int) -> ReadEngine:
+        """A reader whose memory outlives it, as that of `aio` does not."""
+        engine = None
+        if self._reader != "buffered":
+            try:
+                engine = self._engines["direct"](num_slots)
+            except ReaderUnavailableError:
+                engine = None
+        return self._runtime.wrap_engine(engine or self._engines["buffered"](num_slots))
+
+
+def _no_memory(error: Exception, num_bytes: int | None = None) -> ConfigError:
+    size = "Memory" if num_bytes is None else f"{size_text(num_bytes)} of memory"
+    return ConfigError(
+        f"{size} for weights cannot be had: {error}.",
+        "Lower device_memory or ring_slots, or raise the limit of locked memory.",
+        param="device_memory",
+    )
