@@ -12,9 +12,8 @@ works the costs out and gives them to all, so that all choose alike.
 from __future__ import annotations
 
 import json
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,40 +21,66 @@ from cluster.dist.peer_group import PeerGroup
 from cluster.dist.rank_topology import RankTopology
 from moe.exchange.link_costs import LinkCosts
 from moe.exchange.peers import Peers
+from moe.exchange.preposted import SlotHop
+from moe.plan import RowPlan
 
 _SMALL_BYTES = 8
 _LARGE_BYTES = 128 * 1024
-_ROW_BYTES = 4096
-_NUM_ROWS = 512
+_DIM = 1024
+_NUM_ROWS = 128
 _BUDGET_S = 0.15
 """For each of the timings; there are up to seven."""
-_MAX_SAMPLES = 20
+_MAX_IN_A_ROW = 20
 _ANSWER_BYTES = 512
 _LEAST_S = 1e-7
-# A two-sided message is the receiver's word and the data.
-_WIRE_MESSAGES = 2
+# The receiver's word, the sender's, and the data.
+_WIRE_MESSAGES = 3
 
 
-def calibrate(peers: Peers, topology: RankTopology) -> LinkCosts:
-    """The costs, the same at every rank; all ranks call it together."""
+def calibrate(peers: Peers, topology: RankTopology, slots: Sequence[SlotHop]) -> LinkCosts:
+    """The costs, the same at every rank; all ranks call it together.
+
+    Args:
+        peers: the rank's groups.
+        topology: of all ranks.
+        slots: the hops of `preposted`, outermost first.
+    """
     probe = _Probe(peers)
-    alone_s = probe.time(lambda: _gather_rows())
+    found = {"row_bytes_per_s": _RowWork.num_bytes / probe.time(_RowWork().run)}
     world_s = probe.exchange(peers.world, _SMALL_BYTES)
-    found = {"row_bytes_per_s": 2 * _ROW_BYTES * _NUM_ROWS / alone_s}
     if topology.num_nodes == 1 or topology.has_two_levels:
-        node_s = probe.exchange(peers.node, _SMALL_BYTES)
-        node_large_s = probe.exchange(peers.node, _LARGE_BYTES)
-        others = max(map(len, topology.nodes)) - 1
-        spent_s = max(_LEAST_S, node_large_s - node_s)
-        found["local_bytes_per_s"] = others * _LARGE_BYTES / spent_s
-        found["local_message_s"] = node_s / (2 * _WIRE_MESSAGES * max(1, others))
-        found["call_s"] = node_s / 4
-        found["local_delay_s"] = node_s / 8
+        found |= _inside_nodes(topology, probe, peers, slots[-1])
     if topology.num_nodes > 1:
         rail_s = probe.exchange(peers.rail, _SMALL_BYTES)
         rail_large_s = probe.exchange(peers.rail, _LARGE_BYTES)
         found |= _between_nodes(topology, world_s, rail_s, rail_large_s, found)
     return probe.agree(LinkCosts(**found))
+
+
+def _inside_nodes(
+    topology: RankTopology, probe: _Probe, peers: Peers, slots: SlotHop
+) -> dict[str, float]:
+    """Calls, messages and bytes where nothing is far away."""
+    small_s = probe.exchange(peers.node, _SMALL_BYTES)
+    large_s = probe.exchange(peers.node, _LARGE_BYTES)
+    others = max(map(len, topology.nodes)) - 1
+    # What a call costs and what its messages cost cannot be told apart here; half is each.
+    message_s = small_s / (2 * _WIRE_MESSAGES * max(1, others))
+    empty = torch.empty((0, slots.row_bytes), dtype=torch.uint8)
+    nobody = [0] * slots.group.size
+
+    def trip() -> None:
+        there = slots.open(empty, nobody, slots.row_bytes)
+        there.give_back(there.arrive("calibration"), "calibration")
+
+    # Answers to nothing are not sent, so this is one hop.
+    posted_s = probe.time(trip) - _WIRE_MESSAGES * others * message_s
+    return {
+        "local_bytes_per_s": others * _LARGE_BYTES / max(_LEAST_S, large_s - small_s),
+        "local_message_s": message_s,
+        "call_s": small_s / 2,
+        "posted_call_s": max(small_s / 4, posted_s),
+    }
 
 
 def _between_nodes(
@@ -94,21 +119,19 @@ class _Probe:
         )
 
     def time(self, action: Callable[[], None]) -> float:
-        """The median over a few rounds of the slowest rank's time."""
+        """Seconds of one of several in a row, at the slowest rank."""
         action()  # the first use of a connection is slower
-        samples = [self._round(action)]
-        num_more = min(_MAX_SAMPLES, int(_BUDGET_S / max(samples[0], 1e-4)))
-        samples += [self._round(action) for _ in range(max(2, num_more))]
-        return max(_LEAST_S, statistics.median(samples))
+        once_s = self._row_of(1, action)
+        return self._row_of(max(2, min(_MAX_IN_A_ROW, int(_BUDGET_S / once_s))), action)
 
-    def _round(self, action: Callable[[], None]) -> float:
-        self._world.all_gather_bytes(b"ready", "calibration")
+    def _row_of(self, times: int, action: Callable[[], None]) -> float:
+        self._everybody(b"ready")
+        action()  # ranks leave the line above at different times: this one takes that up
         begin_s = time.perf_counter()
-        action()
-        return max(
-            float(json.loads(answer))
-            for answer in self._everybody(json.dumps(time.perf_counter() - begin_s).encode())
-        )
+        for _ in range(times):
+            action()
+        own = json.dumps((time.perf_counter() - begin_s) / times).encode()
+        return max(_LEAST_S, *(float(json.loads(answer)) for answer in self._everybody(own)))
 
     def agree(self, costs: LinkCosts) -> LinkCosts:
         """Rank 0's."""
@@ -118,6 +141,17 @@ class _Probe:
         return self._world.all_gather_bytes(own.ljust(_ANSWER_BYTES), "calibration")
 
 
-def _gather_rows() -> None:
-    rows = torch.zeros((_NUM_ROWS, _ROW_BYTES), dtype=torch.uint8)
-    rows.index_select(0, torch.arange(_NUM_ROWS))
+class _RowWork:
+    """What a hop does to rows there and back: gather, put together, add up."""
+
+    num_copies = 2 * _NUM_ROWS
+    num_bytes = 2 * num_copies * 4 * _DIM
+
+    def __init__(self) -> None:
+        self._rows = torch.zeros((_NUM_ROWS, _DIM))
+        self._plan = RowPlan.build(torch.arange(2).expand(_NUM_ROWS, 2), 2)
+
+    def run(self) -> None:
+        """Once there and back."""
+        copies = self._plan.gather(self._rows)
+        self._plan.sum_back(torch.cat([copies[:_NUM_ROWS], copies[_NUM_ROWS:]]))

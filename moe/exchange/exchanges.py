@@ -81,7 +81,7 @@ class Exchanges:
 
     def calibrate(self) -> LinkCosts:
         """Measure the links, about a second; all ranks call it together and get the same."""
-        return calibrate(self.peers, self.topology)
+        return calibrate(self.peers, self.topology, self._slots)
 
     def for_layer(self, layer: int, slots: ExpertSlots) -> LayerExchange:
         """The exchange of one layer, whose experts lie as given.

@@ -28,7 +28,9 @@ class LinkCosts:
     row_bytes_per_s: float = float("inf")
     """How fast a rank gathers and adds up rows."""
     call_s: float = 0.0
-    """What beginning and ending one hop costs a rank, whoever it talks to."""
+    """What beginning and ending one collective costs a rank, whoever it talks to."""
+    posted_call_s: float = 0.0
+    """The same for a hop over slots."""
 
     def to_bytes(self) -> bytes:
         """For the agreement of all ranks; `from_bytes` is its inverse."""

@@ -1,8 +1,9 @@
 """One layer's dispatch and combine in virtual time: how long each scheme takes on given links.
 
 Pure and torch-free. Every rank has a clock, every node a way out and a way in that carry one
-message after the other. A collective of gloo costs two one-way delays, since its data waits for the
-receiver's word; a message whose receive was posted before costs one, and its word travels later.
+message after the other. A message of gloo is three on the wire: the receiver's word that it is
+ready, the sender's, and the data. A collective costs two one-way delays, since its data waits for
+the receiver's word; where the receive was posted before it costs one, and the word travels later.
 
     flat          counts, rows | answers                        over all ranks
     hierarchical  counts, rows, counts, rows | answers, answers over rails, then nodes
@@ -78,17 +79,25 @@ class _Network:
 
     def hop(self, messages: Sequence[_Message], *, asked_before: bool) -> None:
         """Everybody sends and waits; without `asked_before` data waits for its receiver's word."""
-        words = [_Message(m.target, m.source, 0.0) for m in messages]
-        self.now = [clock + self.costs.call_s for clock in self.now]
-        ready = [self.now[m.source] for m in messages]
+        spent_s = self.costs.posted_call_s if asked_before else self.costs.call_s
+        self.now = [clock + spent_s for clock in self.now]
+        from_receivers = [_Message(m.target, m.source, 0.0) for m in messages]
+        from_senders = [_Message(m.source, m.target, 0.0) for m in messages]
+        ready = self._ready(messages)
         if not asked_before:
-            heard = self._carry(words, [self.now[word.source] for word in words])
+            heard = self._carry(from_receivers, self._ready(from_receivers))
+            self._carry(from_senders, self._ready(from_senders))
             ready = [max(pair) for pair in zip(ready, heard, strict=True)]
+        else:
+            self._carry(from_senders, ready)
         arrived = self._carry(messages, ready)
         if asked_before:
-            self._carry(words, [self.now[word.source] for word in words])
+            self._carry(from_receivers, self._ready(from_receivers))
         for message, when in zip(messages, arrived, strict=True):
             self.now[message.target] = max(self.now[message.target], when)
+
+    def _ready(self, messages: Sequence[_Message]) -> list[float]:
+        return [self.now[message.source] for message in messages]
 
     def work(self, num_bytes: float) -> None:
         """Every rank handles rows."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cluster.dist.rank_topology import RankTopology
-from moe.exchange.calibrate import calibrate
 from moe.exchange.choose import choose
+from moe.exchange.exchanges import Exchanges
 from moe.exchange.link_costs import LinkCosts
 from moe.exchange.schemes import Scheme
 from moe.exchange.simulate import Traffic, simulate
@@ -35,9 +35,9 @@ def test_messages_alone():
     costs = LinkCosts(node_message_s=0.001)
     flat = simulate(Scheme.FLAT, GRID, traffic(8), costs, 64)
     two_hops = simulate(Scheme.HIERARCHICAL, GRID, traffic(8), costs, 64)
-    # A node sends 48 messages a hop straight and 12 along the rails, each with a word before it.
-    assert flat == pytest.approx(3 * 2 * 0.048, rel=0.08)
-    assert two_hops == pytest.approx(3 * 2 * 0.012, rel=0.15)
+    # A node sends 48 messages a hop straight, 12 along the rails, each of them three on the wire.
+    assert flat == pytest.approx(3 * 3 * 0.048, rel=0.08)
+    assert two_hops == pytest.approx(3 * 3 * 0.012, rel=0.15)
 
 
 def test_bytes_alone():
@@ -88,7 +88,7 @@ def test_the_choice_is_the_fastest_and_says_why(shape, rows):
 
 def test_where_each_scheme_wins():
     # Where nothing between nodes costs anything, a second hop is only one more hop.
-    near = LinkCosts(node_delay_s=1e-6, call_s=1e-3)
+    near = LinkCosts(node_delay_s=1e-6, call_s=1e-3, posted_call_s=1e-3)
     assert choose(1024, GRID, near, WIRE).scheme is Scheme.FLAT
     far = LinkCosts(node_delay_s=0.02, node_message_s=0.001)
     assert choose(8, GRID, far, WIRE).scheme is Scheme.PREPOSTED
@@ -99,7 +99,9 @@ def test_where_each_scheme_wins():
 @pytest.mark.parametrize("nodes", ["aa", "ab", "aabb", "aab"])
 def test_all_ranks_are_given_the_same_costs(nodes):
     topology = RankTopology(tuple(nodes))
-    costs = on_threads(Hub(topology), lambda rank, peers: calibrate(peers, topology))
+    costs = on_threads(
+        Hub(topology), lambda rank, peers: Exchanges(peers, topology, WIRE).calibrate()
+    )
     assert len(set(costs)) == 1
     assert LinkCosts.from_bytes(costs[0].to_bytes()) == costs[0]
     assert costs[0].row_bytes_per_s > 0
