@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cluster.base.quantities import size_text
 from cluster.dist.topology import Node
-from replicas.models.arch import ArchConfig
+from replicas.models.arch import ArchConfig, LayerSpec
 from replicas.models.memory import DTYPE_BYTES
 
 CPU_USABLE = 0.9
@@ -65,7 +65,9 @@ def workspace(arch: ArchConfig, step: StepShape) -> Workspace:
     """Upper estimate of a rank's transient memory.
 
     activations: T x (6 D + (2 H + 2 G) P / tp + 3 F / tp) values: residual, normed input, the
-        layer's output and its reduction; q, k, v and attention output; gate, up and product.
+        layer's output and its reduction; q, k, v and attention output; gate, up and product. In a
+        mixture layer F is the shared experts' width and one expert at a time may see every token:
+        its rows, their output and the fp32 sum of all outputs come on top.
     logits: Q x V, at most Q = max(running requests, 256) rows at once (prompt scores go in parts
         of 256): six fp32 words each, for gathered logits, their shares, a softmax copy and the
         sorted values and indices of the filters.
@@ -74,8 +76,8 @@ def workspace(arch: ArchConfig, step: StepShape) -> Workspace:
     """
     values, heads = DTYPE_BYTES[step.dtype], -(-arch.num_heads // step.tp_size)
     kv_heads = arch.kv_heads_per_rank(step.tp_size)
-    ffn_dim = max(layer.ffn_dim for layer in arch.layers) // step.tp_size
-    per_token = 6 * arch.model_dim + (2 * heads + 2 * kv_heads) * arch.head_dim + 3 * ffn_dim
+    per_token = 6 * arch.model_dim + (2 * heads + 2 * kv_heads) * arch.head_dim
+    per_token += max(_feed_forward_values(arch, layer, step.tp_size) for layer in arch.layers)
     rows = min(step.max_step_tokens, max(step.max_running_requests, SCORED_ROWS))
     gathered = 2 * kv_heads * arch.head_dim * values
     mask = (1 + 4) * min(step.max_step_tokens, step.max_context)
@@ -86,6 +88,15 @@ def workspace(arch: ArchConfig, step: StepShape) -> Workspace:
         context_bytes=step.max_context * (gathered + mask),
         process_bytes=CUDA_CONTEXT_BYTES if on_gpu else RANK_PROCESS_BYTES,
     )
+
+
+def _feed_forward_values(arch: ArchConfig, layer: LayerSpec, tp_size: int) -> int:
+    """Values per token that a layer's feed-forward part holds at one time."""
+    if layer.moe is None:
+        return 3 * layer.ffn_dim // tp_size
+    inner = 3 * (layer.moe.ffn_dim + layer.moe.shared_ffn_dim) // tp_size
+    fp32_words = 2 * (2 * arch.model_dim + layer.moe.gate.num_experts)
+    return inner + arch.model_dim + fp32_words
 
 
 def cpu_budget_bytes(node: Node, num_front_processes: int) -> int:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Source:
     """A rectangular piece of one checkpoint tensor.
 
-    `dim`/`start`/`stop` slice the checkpoint tensor as it is stored (None: all of it);
+    `index` picks one entry of a stack (GPT-OSS stores all experts of a layer in one tensor);
+    `dim`/`start`/`stop`/`step` slice what is stored, or the entry picked (None: all of it);
     `transpose` then swaps its two axes (GPT-2 stores linear weights as (in, out)).
     """
 
@@ -30,6 +31,8 @@ class Source:
     dim: int = 0
     start: int | None = None
     stop: int | None = None
+    step: int = 1
+    index: int | None = None
     transpose: bool = False
 
 
@@ -49,6 +52,8 @@ class TensorSpec:
     duplicates: tuple[str, ...] = ()
     """Checkpoint names that may hold a second copy of the (single) source, equal if present; one
     of them stands in when the source itself is absent (tied embeddings)."""
+    dtype: str | None = None
+    """What it is kept in; None: the model's own dtype."""
 
     @property
     def is_linear(self) -> bool:
@@ -58,10 +63,17 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightUnit:
-    """What is acquired and released together: `embed`, `layer.0` ... `layer.N-1`, `head`."""
+    """What is acquired and released together: `embed`, `layer.0` ... `layer.N-1`, `head`.
+
+    A routed expert is a unit of its own, `layer.2.expert.7` by its logical id, acquired while its
+    layer is, and only when a token of the step visits it.
+    """
 
     name: str
     tensors: tuple[TensorSpec, ...]
+    unused: tuple[str, ...] = ()
+    """Checkpoint names that may stand beside this unit's and that this rank does not read: experts
+    of other ranks. One that ends in a dot is a prefix."""
 
 
 class WeightProvider(Protocol):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from moe.spec import MoeSpec
+
 
 class PositionKind(enum.StrEnum):
     """How positions enter the model."""
@@ -53,7 +55,10 @@ class RopeSpec:
 class LayerSpec:
     """What may differ between layers."""
 
-    ffn_dim: int
+    ffn_dim: int = 0
+    """Inner width of a dense MLP; 0 in a mixture layer."""
+    moe: MoeSpec | None = None
+    """A mixture of experts instead of the dense MLP."""
     sliding_window: int | None = None
     attention_scale: float | None = None
     """Factor on the attention scores; None is the usual head_dim ** -0.5."""
@@ -64,7 +69,7 @@ class ArchConfig:
     """One decoder-only model. Sizes are global (before tensor parallelism)."""
 
     family: str
-    """llama, mistral, qwen2, qwen3, gpt2 or opt."""
+    """The row of `replicas/models/registry.py` that computes it."""
     vocab_size: int
     model_dim: int
     num_heads: int
@@ -108,8 +113,17 @@ class ArchConfig:
         """KV heads that each tensor-parallel rank holds; fewer heads than ranks are replicated."""
         return max(1, self.num_kv_heads // tp_size)
 
-    def why_not_tp(self, tp_size: int) -> list[str]:
-        """All reasons why this model cannot be split over `tp_size` ranks; empty if it can."""
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is a mixture of experts."""
+        return any(layer.moe for layer in self.layers)
+
+    def why_not_tp(self, tp_size: int, *, whole_experts: bool = False) -> list[str]:
+        """All reasons why this model cannot be split over `tp_size` ranks; empty if it can.
+
+        Args:
+            whole_experts: routed experts are spread over ranks as they are, not sliced.
+        """
         reasons = []
         if self.num_heads % tp_size:
             reasons.append(f"{self.num_heads} attention heads are not divisible by tp={tp_size}")
@@ -123,4 +137,11 @@ class ArchConfig:
             for ffn_dim in sorted({layer.ffn_dim for layer in self.layers})
             if ffn_dim % tp_size
         )
+        for moe in dict.fromkeys(layer.moe for layer in self.layers if layer.moe):
+            if moe.ffn_dim % tp_size and not whole_experts:
+                reasons.append(f"expert width {moe.ffn_dim} is not divisible by tp={tp_size}")
+            if moe.shared_ffn_dim % tp_size:
+                reasons.append(
+                    f"shared expert width {moe.shared_ffn_dim} is not divisible by tp={tp_size}"
+                )
         return reasons

@@ -84,7 +84,9 @@ def _load_all(
     on_progress: ProgressCallback | None,
 ) -> ResidentWeights:
     distinct = {_identity(spec): spec for unit in units for spec in unit.tensors}
-    total = sum(math.prod(spec.shape) for spec in distinct.values()) * loader.dtype.itemsize
+    total = sum(
+        math.prod(spec.shape) * loader.dtype_of(spec).itemsize for spec in distinct.values()
+    )
     done = 0
     linear = {_identity(spec) for unit in units for spec in unit.tensors if spec.is_linear}
     loaded: dict[object, dict[str, torch.Tensor]] = {}
@@ -107,7 +109,7 @@ def _load_all(
 
 
 def _identity(spec: TensorSpec) -> object:
-    return spec.shape, spec.sources
+    return spec.shape, spec.sources, spec.dtype
 
 
 class _Loader:
@@ -120,15 +122,19 @@ class _Loader:
         device: str,
         files: ExitStack,
     ) -> None:
-        self.dtype = dtype
+        self._dtype = dtype
         self._stored = stored
         self._device = device
         self._files = files
         self._open: dict[Path, Any] = {}
 
+    def dtype_of(self, spec: TensorSpec) -> torch.dtype:
+        """What the spec's tensor is kept in."""
+        return self._dtype if spec.dtype is None else torch_dtype(spec.dtype)
+
     def load(self, spec: TensorSpec) -> torch.Tensor:
         """The spec's local tensor."""
-        local = torch.empty(spec.shape, dtype=self.dtype)
+        local = torch.empty(spec.shape, dtype=self.dtype_of(spec))
         row = 0
         for source, full_shape in zip(spec.sources, spec.full_shapes, strict=True):
             piece = self._read(source, full_shape, spec.duplicates)
@@ -137,7 +143,7 @@ class _Loader:
         local[row:] = 0
         if not torch.isfinite(local).all():
             names = ", ".join(source.name for source in spec.sources)
-            raise CorruptWeightsError(f"{names} overflows {self.dtype}.", "Choose a wider dtype.")
+            raise CorruptWeightsError(f"{names} overflows {local.dtype}.", "Choose a wider dtype.")
         return local.to(self._device)
 
     def _read(
@@ -168,10 +174,8 @@ class _Loader:
                 f"{where} is {tensor.dtype}; expected one of {', '.join(_FLOAT_DTYPES)}.",
                 "Quantised checkpoints are not supported.",
             )
-        cuts = [slice(None)] * len(full_shape)
-        cuts[source.dim] = slice(source.start, source.stop)
         try:
-            piece: torch.Tensor = self._file(tensor.file).get_slice(tensor.name)[tuple(cuts)]
+            piece = _cut(self._file(tensor.file).get_slice(tensor.name), source, len(full_shape))
         except (SafetensorError, OSError) as error:
             raise CorruptWeightsError(f"{where} cannot be read ({error}).") from error
         if not torch.isfinite(piece).all():
@@ -185,11 +189,28 @@ class _Loader:
         return self._open[file]
 
 
+def _cut(stored: Any, source: Source, num_axes: int) -> torch.Tensor:
+    """The source's rectangle of a stored tensor; steps are taken after reading what they span."""
+    cuts = [slice(None)] * num_axes
+    stacked = 0
+    if source.index is not None:
+        cuts[0], stacked = slice(source.index, source.index + 1), 1
+    cuts[source.dim + stacked] = slice(source.start, source.stop)
+    piece: torch.Tensor = stored[tuple(cuts)]
+    piece = piece.squeeze(0) if stacked else piece
+    if source.step == 1:
+        return piece
+    every = [slice(None)] * piece.dim()
+    every[source.dim] = slice(None, None, source.step)
+    return piece[tuple(every)]
+
+
 def _canonical(
     units: tuple[WeightUnit, ...], stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
     """The checkpoint under the names that the specs use."""
     wanted = [source.name for unit in units for spec in unit.tensors for source in spec.sources]
+    wanted += [name for unit in units for name in unit.unused]
     used = [prefix for prefix in _PREFIXES if any(name.startswith(prefix[0]) for name in wanted)]
     for full, short in used[:1]:
         if not any(name.startswith(full) for name in stored):
@@ -210,7 +231,14 @@ def _check_names(
             used.add(source.name)
             if not any(name in stored for name in (source.name, *spec.duplicates)):
                 missing.add(source.name)
-    unexpected = {name for name in stored if name not in used and not _BUFFERS.search(name)}
+    unused = [name for unit in units for name in unit.unused]
+    used.update(name for name in unused if not name.endswith("."))
+    prefixes = tuple(name for name in unused if name.endswith("."))
+    unexpected = {
+        name
+        for name in stored
+        if name not in used and not name.startswith(prefixes) and not _BUFFERS.search(name)
+    }
     if missing or unexpected:
         complaints = [_naming("missing", missing), _naming("unexpected", unexpected)]
         raise CorruptWeightsError(

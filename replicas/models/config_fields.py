@@ -90,6 +90,16 @@ class ConfigFields:
             raise self.wrong(keys[0], value, "a list of strings")
         return tuple(value)
 
+    def integers(self, *keys: str) -> tuple[int, ...]:
+        """A list of whole numbers from zero on; empty when absent."""
+        value = self.raw(*keys)
+        entries = [] if value is None else value
+        if not isinstance(entries, list) or any(
+            isinstance(entry, bool) or not isinstance(entry, int) or entry < 0 for entry in entries
+        ):
+            raise self.wrong(keys[0], value, "a list of whole numbers from zero on")
+        return tuple(entries)
+
     def token_ids(self, *keys: str) -> tuple[int, ...]:
         """One token id or a list of them; empty when absent."""
         value = self.raw(*keys)

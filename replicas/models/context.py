@@ -1,17 +1,21 @@
-"""What a model is built into: one rank's communicator, dtype, device and attention backend."""
+"""What a model is built into: a rank's communicators, dtype, device, attention, experts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from cluster.base.errors import ConfigError
 from cluster.dist.communicator import Communicator
+from moe.block import BlockParts, MixtureBlock
+from moe.layout import AllHere, ExpertLayout
 from replicas.attention.backend import AttentionBackend, AttentionSpec
 from replicas.kernels.ops import Kernels
 from replicas.kernels.torch_ops import TORCH_KERNELS
 from replicas.layers.attention import SelfAttention
+from replicas.layers.mixture import KernelMath, SharedExperts
 from replicas.models.arch import ArchConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,6 +31,8 @@ class ModelContext:
     attention_spec: AttentionSpec
     attention_backend: AttentionBackend
     kernels: Kernels = TORCH_KERNELS
+    expert_layout: ExpertLayout | None = None
+    """Which rank holds which experts whole; None: each rank holds a slice of all of them."""
 
     def self_attention(self, arch: ArchConfig, index: int) -> SelfAttention:
         """The attention block of layer `index`."""
@@ -40,6 +46,34 @@ class ModelContext:
             qk_norm_eps=arch.norm_eps if arch.qk_norm else None,
             kernels=self.kernels,
         )
+
+    def mixture(self, arch: ArchConfig, index: int) -> MixtureBlock | None:
+        """The mixture of experts of layer `index`; None in a dense layer."""
+        spec = arch.layers[index].moe
+        if spec is None:
+            return None
+        shared = SharedExperts(self.kernels, arch.activation) if spec.shared_ffn_dim else None
+        layout = self.expert_layout or AllHere({index: spec.gate.num_experts})
+        return MixtureBlock(
+            spec,
+            BlockParts(
+                layer=index,
+                layout=layout,
+                math=KernelMath(self.kernels, spec, arch.activation),
+                communicator=self.communicator,
+                sliced=self.expert_layout is None,
+                shared=shared,
+            ),
+        )
+
+    def held_experts(self, arch: ArchConfig) -> Sequence[Sequence[int]] | None:
+        """The experts of each layer that this rank holds whole, as `weight_units` takes them."""
+        if self.expert_layout is None or not arch.has_experts:
+            return None
+        return [
+            self.expert_layout.held(index) if layer.moe else ()
+            for index, layer in enumerate(arch.layers)
+        ]
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -56,18 +90,7 @@ def torch_dtype(name: str) -> torch.dtype:
 def attention_spec(
     arch: ArchConfig, tp_size: int, dtype: str, device: str, block_size: int
 ) -> AttentionSpec:
-    """One rank's attention shape.
-
-    Raises:
-        ConfigError: the model cannot be split over `tp_size` ranks.
-    """
-    reasons = arch.why_not_tp(tp_size)
-    if reasons:
-        raise ConfigError(
-            f"The model cannot be split over {tp_size} ranks: {'; '.join(reasons)}.",
-            "Choose another tensor-parallel size.",
-            param="tp",
-        )
+    """One rank's attention shape, for a model that can be split over `tp_size` ranks."""
     return AttentionSpec(
         num_heads=arch.num_heads // tp_size,
         num_kv_heads=arch.kv_heads_per_rank(tp_size),

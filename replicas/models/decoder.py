@@ -48,6 +48,14 @@ class DecoderModel(Protocol):
         """
         ...
 
+    def forward_idle(self, weights: WeightProvider) -> None:
+        """Take part in a step without tokens of one's own: the exchanges of expert-parallel layers
+        alone, in the order of `forward`. Nothing to do for other models.
+
+        The tensor-parallel peers of this rank have to be idle too.
+        """
+        ...
+
     def logits(self, hidden_RD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
         """Logits (R, V) in fp32 over the true vocabulary, gathered on every rank."""
         ...

@@ -77,6 +77,9 @@ class Gpt2Model:
         with acquired(weights, "norm") as tensors:
             return self._norm.forward(hidden_TD, tensors)
 
+    def forward_idle(self, weights: WeightProvider) -> None:
+        """There are no experts."""
+
     def logits(self, hidden_RD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
         """Logits over the true vocabulary, (R, V) fp32, on every rank."""
         with acquired(weights, "head") as tensors:

@@ -20,6 +20,7 @@ from replicas.models.hf_llama import (
     qwen2_from_hf,
     qwen3_from_hf,
 )
+from replicas.models.hf_mixture import mixtral_from_hf, qwen2_moe_from_hf, qwen3_moe_from_hf
 
 
 def arch_from_hf(config: Mapping[str, Any]) -> ArchConfig:
@@ -60,6 +61,9 @@ _FAMILIES: Mapping[str, Callable[[ConfigFields], ArchConfig]] = {
     "MistralForCausalLM": mistral_from_hf,
     "Qwen2ForCausalLM": qwen2_from_hf,
     "Qwen3ForCausalLM": qwen3_from_hf,
+    "MixtralForCausalLM": mixtral_from_hf,
+    "Qwen2MoeForCausalLM": qwen2_moe_from_hf,
+    "Qwen3MoeForCausalLM": qwen3_moe_from_hf,
     "GPT2LMHeadModel": gpt2_from_hf,
     "OPTForCausalLM": opt_from_hf,
 }
@@ -68,6 +72,9 @@ _BY_MODEL_TYPE: Mapping[str, str] = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "opt": "OPTForCausalLM",
 }

@@ -21,6 +21,8 @@ class _RopeDefaults:
 
     num_kv_heads: int | None = None
     head_dim: int | None = None
+    theta: float = 10000.0
+    norm_eps: float = 1e-6
     bos: int | None = None
     eos: tuple[int, ...] = ()
 
@@ -30,6 +32,9 @@ _ROPE_DEFAULTS: Mapping[str, _RopeDefaults] = {
     "mistral": _RopeDefaults(num_kv_heads=8, bos=1, eos=(2,)),
     "qwen2": _RopeDefaults(num_kv_heads=32),
     "qwen3": _RopeDefaults(num_kv_heads=32, head_dim=128),
+    "mixtral": _RopeDefaults(num_kv_heads=8, theta=1e6, norm_eps=1e-5, bos=1, eos=(2,)),
+    "qwen2_moe": _RopeDefaults(num_kv_heads=16),
+    "qwen3_moe": _RopeDefaults(num_kv_heads=4),
 }
 
 
@@ -40,7 +45,7 @@ def llama_from_hf(fields: ConfigFields) -> ArchConfig:
     bias = fields.flag("attention_bias", default=False)
     windows = [None] * fields.integer("num_hidden_layers")
     return dataclasses.replace(
-        _rope_family(fields, "llama", windows),
+        rope_family(fields, "llama", windows),
         attention_bias=bias,
         attention_out_bias=bias,
         mlp_bias=fields.flag("mlp_bias", default=False),
@@ -57,12 +62,12 @@ def mistral_from_hf(fields: ConfigFields) -> ArchConfig:
     kinds = fields.texts("layer_types")
     if kinds is not None and set(kinds) != {expected}:
         raise fields.wrong("layer_types", list(kinds), f"{expected} throughout for Mistral")
-    return _rope_family(fields, "mistral", [window] * num_layers)
+    return rope_family(fields, "mistral", [window] * num_layers)
 
 
 def qwen2_from_hf(fields: ConfigFields) -> ArchConfig:
     """Qwen2ForCausalLM; biases on q, k and v alone."""
-    arch = _rope_family(fields, "qwen2", _qwen_windows(fields))
+    arch = rope_family(fields, "qwen2", qwen_windows(fields))
     return dataclasses.replace(arch, attention_bias=True)
 
 
@@ -70,14 +75,14 @@ def qwen3_from_hf(fields: ConfigFields) -> ArchConfig:
     """Qwen3ForCausalLM; norms over each query and key head."""
     bias = fields.flag("attention_bias", default=False)
     return dataclasses.replace(
-        _rope_family(fields, "qwen3", _qwen_windows(fields)),
+        rope_family(fields, "qwen3", qwen_windows(fields)),
         attention_bias=bias,
         attention_out_bias=bias,
         qk_norm=True,
     )
 
 
-def _qwen_windows(fields: ConfigFields) -> list[int | None]:
+def qwen_windows(fields: ConfigFields) -> list[int | None]:
     """Each layer's window: by `layer_types`, else from layer `max_window_layers` on."""
     num_layers = fields.integer("num_hidden_layers")
     window = None
@@ -99,8 +104,16 @@ def _qwen_windows(fields: ConfigFields) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def _rope_family(fields: ConfigFields, family: str, windows: Sequence[int | None]) -> ArchConfig:
-    """What Llama, Mistral, Qwen2 and Qwen3 share: RMS norm, RoPE, gated MLP, no biases."""
+def rope_family(fields: ConfigFields, family: str, windows: Sequence[int | None]) -> ArchConfig:
+    """What Llama, its kin and the mixtures of their shape have in common: RMS norm, RoPE, dense
+    gated MLP, no biases.
+
+    Args:
+        windows: sliding window of each layer.
+
+    Raises:
+        ConfigError: a missing or mistyped key, or a setting that is not supported.
+    """
     defaults = _ROPE_DEFAULTS[family]
     model_dim = fields.integer("hidden_size")
     num_heads = fields.integer("num_attention_heads")
@@ -113,7 +126,7 @@ def _rope_family(fields: ConfigFields, family: str, windows: Sequence[int | None
     if num_heads % num_kv_heads:
         raise fields.wrong("num_key_value_heads", num_kv_heads, f"a divisor of {num_heads} heads")
     max_position = fields.integer("max_position_embeddings")
-    rope = rope_from_hf(fields, head_dim, max_position)
+    rope = rope_from_hf(fields, head_dim, max_position, defaults.theta)
     ffn_dim = fields.integer("intermediate_size")
     return ArchConfig(
         family=family,
@@ -124,7 +137,7 @@ def _rope_family(fields: ConfigFields, family: str, windows: Sequence[int | None
         layers=tuple(LayerSpec(ffn_dim=ffn_dim, sliding_window=window) for window in windows),
         max_position=scaled_max_position(rope, max_position),
         norm=NormKind.RMS,
-        norm_eps=fields.number("rms_norm_eps", default=1e-6),
+        norm_eps=fields.number("rms_norm_eps", default=defaults.norm_eps),
         activation=activation_name(fields, "hidden_act", "silu"),
         gated_mlp=True,
         position=PositionKind.ROPE,

@@ -39,13 +39,16 @@ _KEYS: Mapping[str, frozenset[str]] = {
 ROPE_KINDS = tuple(_KEYS)
 
 
-def rope_from_hf(fields: ConfigFields, head_dim: int, max_position: int) -> RopeSpec:
+def rope_from_hf(
+    fields: ConfigFields, head_dim: int, max_position: int, default_theta: float = 10000.0
+) -> RopeSpec:
     """The `RopeSpec` of a config.
 
     Args:
         fields: the whole config.
         head_dim: P; rotated as a whole.
         max_position: `max_position_embeddings`.
+        default_theta: the family's base, for configs that state none.
 
     Raises:
         ConfigError: an unknown kind, a key that does not belong to it, or a partial rotation.
@@ -63,7 +66,7 @@ def rope_from_hf(fields: ConfigFields, head_dim: int, max_position: int) -> Rope
         )
     if head_dim % 2:
         raise fields.wrong("head_dim", head_dim, "even, because RoPE rotates pairs")
-    theta = rope.number("rope_theta", default=fields.number("rope_theta", default=10000.0))
+    theta = rope.number("rope_theta", default=fields.number("rope_theta", default=default_theta))
     if kind == "default":
         return RopeSpec(theta=theta, rotary_dim=head_dim)
     if kind in ("linear", "dynamic"):

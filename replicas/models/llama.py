@@ -1,7 +1,7 @@
-"""Llama, Mistral, Qwen2 and Qwen3: RMS pre-norm, rotary positions, gated MLP.
+"""Llama, Mistral, Qwen and the mixtures of their shape: RMS pre-norm, rotary positions, gated MLP.
 
-What sets them apart (biases, head norms, sliding windows, RoPE scaling) is data in `ArchConfig`;
-there is no branch on the family here. Reference: the modelling files of transformers.
+What sets them apart (biases, head norms, sliding windows, RoPE scaling, experts) is data in
+`ArchConfig`; there is no branch on the family here. Reference: the modelling files of transformers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from cluster.base.errors import ConfigError
 from replicas.layers.activations import activation
 from replicas.layers.attention import StepContext
 from replicas.layers.linear import GatedMlp
+from replicas.layers.mixture import ExpertUnits
 from replicas.layers.norms import RmsNorm
 from replicas.layers.rotary import Rotary
 from replicas.layers.vocab import VocabEmbedding, VocabHead
@@ -25,26 +26,47 @@ from replicas.models.weight_units import weight_units
 
 
 class LlamaLayer:
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), the MLP dense or a mixture of experts."""
 
     def __init__(self, arch: ArchConfig, context: ModelContext, index: int) -> None:
         self._attention_norm = RmsNorm("attention_norm", arch.norm_eps, context.kernels)
         self._attention = context.self_attention(arch, index)
         self._mlp_norm = RmsNorm("mlp_norm", arch.norm_eps, context.kernels)
         self._mlp = GatedMlp(activation(arch.activation), context.communicator, context.kernels)
+        self._mixture = context.mixture(arch, index)
+        self._index = index
 
     def forward(
         self,
         hidden_TD: torch.Tensor,
         context: StepContext,
-        tensors: Mapping[str, torch.Tensor],
+        weights: WeightProvider,
         kv_2NBGP: torch.Tensor,
     ) -> torch.Tensor:
         """The layer's output, (T, D); writes this step's keys and values."""
+        with acquired(weights, f"layer.{self._index}") as tensors:
+            return self._forward(hidden_TD, context, weights, tensors, kv_2NBGP)
+
+    def forward_idle(self, no_rows_0D: torch.Tensor, weights: WeightProvider) -> None:
+        """A mixture's exchange without rows."""
+        if self._mixture is not None:
+            self._mixture.forward_idle(no_rows_0D, ExpertUnits(weights, self._index))
+
+    def _forward(
+        self,
+        hidden_TD: torch.Tensor,
+        context: StepContext,
+        weights: WeightProvider,
+        tensors: Mapping[str, torch.Tensor],
+        kv_2NBGP: torch.Tensor,
+    ) -> torch.Tensor:
         normed_TD = self._attention_norm.forward(hidden_TD, tensors)
         attended_TD = self._attention.forward(normed_TD, context, tensors, kv_2NBGP)
         hidden_TD, normed_TD = self._mlp_norm.add_forward(hidden_TD, attended_TD, tensors)
-        return hidden_TD + self._mlp.forward(normed_TD, tensors)
+        if self._mixture is None:
+            return hidden_TD + self._mlp.forward(normed_TD, tensors)
+        experts = ExpertUnits(weights, self._index)
+        return hidden_TD + self._mixture.forward(normed_TD, tensors, experts)
 
 
 class LlamaModel:
@@ -60,7 +82,9 @@ class LlamaModel:
         communicator = context.communicator
         self.arch = arch
         self.kernels = context.kernels
-        self.units = weight_units(arch, communicator.rank, communicator.size)
+        self._dtype, self._device = context.dtype, context.device
+        held = context.held_experts(arch)
+        self.units = weight_units(arch, communicator.rank, communicator.size, held)
         self._rotary = Rotary(arch.rope, context.dtype, context.device)
         self._embedding = VocabEmbedding(communicator, context.kernels)
         self._layers = [LlamaLayer(arch, context, index) for index in range(arch.num_layers)]
@@ -77,10 +101,16 @@ class LlamaModel:
         with acquired(weights, "embed") as tensors:
             hidden_TD = self._embedding.forward(batch.token_ids_T, tensors)
         for index, layer in enumerate(self._layers):
-            with acquired(weights, f"layer.{index}") as tensors:
-                hidden_TD = layer.forward(hidden_TD, context, tensors, kv_caches[index])
+            hidden_TD = layer.forward(hidden_TD, context, weights, kv_caches[index])
         with acquired(weights, "norm") as tensors:
             return self._norm.forward(hidden_TD, tensors)
+
+    def forward_idle(self, weights: WeightProvider) -> None:
+        """The exchanges of all mixture layers, without rows; nothing in a dense model."""
+        shape = (0, self.arch.model_dim)
+        no_rows_0D = torch.empty(shape, dtype=self._dtype, device=self._device)
+        for layer in self._layers:
+            layer.forward_idle(no_rows_0D, weights)
 
     def logits(self, hidden_RD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
         """Logits over the true vocabulary, (R, V) fp32, on every rank."""

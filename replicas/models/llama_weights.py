@@ -1,4 +1,4 @@
-"""Weight units of the Llama shape (Llama, Mistral, Qwen2, Qwen3) from Hugging Face names.
+"""Weight units of the Llama shape (Llama, Mistral, Qwen, mixtures) from Hugging Face names.
 
 Torch-free; `replicas/models/llama.py` computes with the local names given here.
 """
@@ -16,6 +16,7 @@ from replicas.layers.shards import (
 )
 from replicas.layers.weights import TensorSpec, WeightUnit
 from replicas.models.arch import ArchConfig
+from replicas.models.mixture_weights import mixture_tensors
 
 _TOKENS = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
@@ -49,7 +50,7 @@ def _layer(arch: ArchConfig, index: int, shard: Shard) -> tuple[TensorSpec, ...]
         replicated(
             "mlp_norm.weight", f"{prefix}.post_attention_layernorm.weight", (arch.model_dim,)
         ),
-        *_mlp(arch, index, f"{prefix}.mlp", shard),
+        *_feed_forward(arch, index, shard),
     )
 
 
@@ -76,8 +77,10 @@ def _attention(arch: ArchConfig, prefix: str, shard: Shard) -> list[TensorSpec]:
     return specs
 
 
-def _mlp(arch: ArchConfig, index: int, prefix: str, shard: Shard) -> list[TensorSpec]:
-    ffn_dim = arch.layers[index].ffn_dim
+def _feed_forward(arch: ArchConfig, index: int, shard: Shard) -> list[TensorSpec]:
+    if arch.layers[index].moe is not None:
+        return mixture_tensors(arch, index, shard)
+    ffn_dim, prefix = arch.layers[index].ffn_dim, f"model.layers.{index}.mlp"
     pieces = tuple(
         Piece(name=f"{prefix}.{name}", out_features=ffn_dim) for name in ("gate_proj", "up_proj")
     )

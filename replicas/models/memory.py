@@ -1,12 +1,14 @@
 """Bytes a model needs on each rank, from the same declarations that the loader reads.
 
 Torch-free. Weights that two units share (tied embeddings) count once, as they are loaded once.
-All ranks of a tensor-parallel group hold the same number of bytes.
+All ranks of a tensor-parallel group hold the same number of bytes; ranks of an expert-parallel one
+need not.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from cluster.base.errors import ConfigError
 from replicas.layers.weights import TensorSpec
@@ -16,18 +18,27 @@ from replicas.models.weight_units import weight_units
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def weight_bytes_per_rank(arch: ArchConfig, tp_size: int, dtype: str) -> int:
+def weight_bytes_per_rank(
+    arch: ArchConfig,
+    tp_size: int,
+    dtype: str,
+    experts: Sequence[Sequence[int]] | None = None,
+) -> int:
     """Bytes of one rank's resident weights in `dtype`.
+
+    Args:
+        experts: routed experts that the rank holds whole, as in `weight_units`.
 
     Raises:
         ConfigError: the model cannot be split so, or the dtype is unknown.
     """
     distinct: dict[object, TensorSpec] = {}
-    for unit in weight_units(arch, 0, tp_size):
+    for unit in weight_units(arch, 0, tp_size, experts):
         for spec in unit.tensors:
-            distinct[spec.shape, spec.sources] = spec
-    elements = sum(math.prod(spec.shape) for spec in distinct.values())
-    return elements * _item_bytes(dtype)
+            distinct[spec.shape, spec.sources, spec.dtype] = spec
+    return sum(
+        math.prod(spec.shape) * _item_bytes(spec.dtype or dtype) for spec in distinct.values()
+    )
 
 
 def kv_bytes_per_token(arch: ArchConfig, tp_size: int, dtype: str) -> int:

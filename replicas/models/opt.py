@@ -82,6 +82,9 @@ class OptModel:
                 hidden_TD = layer.forward(hidden_TD, context, tensors, kv_caches[index])
         return self._final_norm(hidden_TD, weights)
 
+    def forward_idle(self, weights: WeightProvider) -> None:
+        """There are no experts."""
+
     def logits(self, hidden_RD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
         """Logits over the true vocabulary, (R, V) fp32, on every rank."""
         with acquired(weights, "head") as tensors:

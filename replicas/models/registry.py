@@ -8,6 +8,7 @@ from pathlib import Path
 from cluster.base.env import default_cache_dir
 from cluster.base.errors import ConfigError
 from cluster.dist.communicator import Communicator
+from moe.layout import ExpertLayout
 from replicas.attention.select import select_backend
 from replicas.kernels.ops import Kernels
 from replicas.kernels.select import select_kernels
@@ -23,6 +24,9 @@ _MODELS: Mapping[str, Callable[[ArchConfig, ModelContext], DecoderModel]] = {
     "mistral": LlamaModel,
     "qwen2": LlamaModel,
     "qwen3": LlamaModel,
+    "mixtral": LlamaModel,
+    "qwen2_moe": LlamaModel,
+    "qwen3_moe": LlamaModel,
     "gpt2": Gpt2Model,
     "opt": OptModel,
 }
@@ -39,6 +43,7 @@ def build_model(  # noqa: PLR0913 - where a model is put together
     kernels: str = "auto",
     cache_dir: Path | None = None,
     adapt_kernels: Callable[[Kernels], Kernels] | None = None,
+    expert_layout: ExpertLayout | None = None,
 ) -> DecoderModel:
     """The model of this rank, without weights (those come with each call).
 
@@ -51,6 +56,8 @@ def build_model(  # noqa: PLR0913 - where a model is put together
         kernels: `auto` (the fastest that can) or another choice of `select_kernels`.
         cache_dir: where compiled kernels are kept; None: the user's cache directory.
         adapt_kernels: wraps the chosen kernels, for weights in a form that they do not know.
+        expert_layout: which rank holds which routed experts; None: this rank holds its
+            tensor-parallel slice of all of them.
 
     Raises:
         ConfigError: unknown family, dtype or backend, or a split that does not work out.
@@ -58,6 +65,12 @@ def build_model(  # noqa: PLR0913 - where a model is put together
     if arch.family not in _MODELS:
         raise ConfigError(
             f"Model family {arch.family!r} is not supported.", f"Use one of {sorted(_MODELS)}."
+        )
+    if reasons := arch.why_not_tp(communicator.size, whole_experts=expert_layout is not None):
+        raise ConfigError(
+            f"The model cannot be split over {communicator.size} ranks: {'; '.join(reasons)}.",
+            "Choose another tensor-parallel size.",
+            param="tp",
         )
     spec = attention_spec(arch, communicator.size, dtype, device, block_size)
     chosen = select_kernels(
@@ -70,5 +83,6 @@ def build_model(  # noqa: PLR0913 - where a model is put together
         attention_spec=spec,
         attention_backend=select_backend(spec, attention_backend, chosen),
         kernels=adapt_kernels(chosen) if adapt_kernels else chosen,
+        expert_layout=expert_layout,
     )
     return _MODELS[arch.family](arch, context)

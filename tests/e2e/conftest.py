@@ -14,13 +14,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "models" / "demo-dense"
+MIXTURE = MODEL.with_name("demo-moe")
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 CLUSTER = """
 cluster: {{name: {name}}}
 dashboard: {{port: {dashboard}}}
 gateway: {{grpc_port: {grpc}, http_port: {http}}}
 models:
-  - name: demo-dense
+  - name: {served}
     path: {model}
     dtype: float32
     replicas: 2
@@ -90,12 +91,12 @@ def write_cluster(folder: Path, name: str, model: Path = MODEL) -> ClusterFile:
     grpc_port, http_port, dashboard = free_ports(3)
     path = folder / "cluster.yaml"
     ports = {"dashboard": dashboard, "grpc": grpc_port, "http": http_port}
-    path.write_text(CLUSTER.format(name=name, model=model, **ports))
+    path.write_text(CLUSTER.format(name=name, served=model.name, model=model, **ports))
     return ClusterFile(path, grpc_port, http_port)
 
 
-def start_cluster(folder: Path, name: str) -> RunningCluster:
-    file = write_cluster(folder, name)
+def start_cluster(folder: Path, name: str, model: Path = MODEL) -> RunningCluster:
+    file = write_cluster(folder, name, model)
     env = {"PENSTOCK_STATE_DIR": str(folder / "state")}
     log = folder / "up.log"
     with log.open("w") as output:

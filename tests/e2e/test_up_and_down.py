@@ -7,8 +7,11 @@ import subprocess
 import time
 
 import pytest
+import torch
+import transformers
 
 from tests.e2e.conftest import (
+    MIXTURE,
     MODEL,
     PENSTOCK,
     penstock,
@@ -52,8 +55,22 @@ def alive(pids: set[int]) -> set[int]:
     return left
 
 
-def test_ctrl_c_leaves_nothing_running(tmp_path):
-    cluster = start_cluster(tmp_path, "ctrl-c")
+def answer_of_transformers(prompt: str, num_tokens: int) -> str:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MIXTURE)
+    model = transformers.AutoModelForCausalLM.from_pretrained(MIXTURE, dtype=torch.float32)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=num_tokens)
+    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+def test_a_mixture_of_experts_answers_and_ctrl_c_leaves_nothing_running(tmp_path):
+    cluster = start_cluster(tmp_path, "ctrl-c", MIXTURE)
+    answer = penstock("generate", "import os\n", "--temperature", "0", "--max-tokens", "24",
+                      env=cluster.env)  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    assert answer_of_transformers("import os\n", 24).strip() in answer.stdout
     processes = descendants(cluster.process.pid)
     assert len(processes) > 5
     assert stop_cluster(cluster) == 0

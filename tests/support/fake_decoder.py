@@ -69,6 +69,9 @@ class FakeDecoder:
             hidden_TD[batch.token_ids_T == token] = torch.nan
         return hidden_TD
 
+    def forward_idle(self, weights: WeightProvider) -> None:
+        """There are no experts."""
+
     def logits(self, hidden_RD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
         self.num_logits_rows.append(len(hidden_RD))
         return hidden_RD @ self._head_DV

@@ -16,11 +16,14 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -88,6 +91,43 @@ def tiny_configs() -> Mapping[str, PreTrainedConfig]:
             **_ROPE, use_sliding_window=True, sliding_window=6, max_window_layers=1
         ),
         "qwen3": Qwen3Config(**_ROPE, head_dim=16, tie_word_embeddings=True),
+        "mixtral": MixtralConfig(
+            **_ROPE, num_local_experts=6, num_experts_per_tok=2, sliding_window=None
+        ),
+        "mixtral_window": MixtralConfig(
+            **(_ROPE | {"num_key_value_heads": 4}),
+            num_local_experts=4,
+            num_experts_per_tok=3,
+            sliding_window=7,
+        ),
+        "qwen2_moe": Qwen2MoeConfig(
+            **_ROPE,
+            num_experts=5,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=40,
+            mlp_only_layers=[1],
+        ),
+        "qwen3_moe": Qwen3MoeConfig(
+            **_ROPE,
+            head_dim=16,
+            num_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=24,
+            norm_topk_prob=True,
+            tie_word_embeddings=True,
+        ),
+        "qwen3_moe_sparse": Qwen3MoeConfig(
+            **_ROPE,
+            head_dim=8,
+            num_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            decoder_sparse_step=2,
+            use_sliding_window=True,
+            sliding_window=9,
+            attention_bias=True,
+        ),
         "gpt2": GPT2Config(**_GPT2),
         "gpt2_scaled": GPT2Config(
             **_GPT2, n_inner=80, scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False

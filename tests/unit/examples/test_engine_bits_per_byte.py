@@ -1,5 +1,6 @@
-"""demo-dense costs as many bits per byte through our engine as its card says."""
+"""The demo models cost as many bits per byte through our engine as their cards say."""
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,11 @@ from replicas.text.tokenizer import Tokenizer
 from tests.support.in_process_engine import in_process_engine
 
 MODELS = Path(__file__).parents[3] / "examples" / "models"
-DENSE = MODELS / "demo-dense"
 
 
-def score_through_our_engine(windows: Sequence[Sequence[int]]) -> list[list[float]]:
+def score_through_our_engine(model: Path, windows: Sequence[Sequence[int]]) -> list[list[float]]:
     engine = in_process_engine(
-        DENSE, max_step_tokens=512, max_context=1024, block_size=16, num_blocks=512
+        model, max_step_tokens=512, max_context=1024, block_size=16, num_blocks=512
     )
     requests = [
         GenerationRequest(
@@ -33,11 +33,22 @@ def score_through_our_engine(windows: Sequence[Sequence[int]]) -> list[list[floa
     ]
 
 
-@pytest.mark.parametrize(("part", "max_windows"), [("prefix", 8), ("heldout.txt", None)])
-def test_our_engine_finds_the_figure_of_the_card(part: str, max_windows: int | None) -> None:
-    evaluation = json.loads((DENSE / "training.json").read_text())["evaluation"]
-    tokenizer = Tokenizer.from_directory(DENSE)
-    vocabulary = json.loads((DENSE / "tokenizer.json").read_text())
+@pytest.mark.parametrize(
+    ("name", "part", "max_windows"),
+    [
+        ("demo-dense", "prefix", 8),
+        ("demo-dense", "heldout.txt", None),
+        ("demo-moe", "prefix", 8),
+        ("demo-moe", "heldout.txt", None),
+    ],
+)
+def test_our_engine_finds_the_figure_of_the_card(
+    name: str, part: str, max_windows: int | None
+) -> None:
+    model = MODELS / name
+    evaluation = json.loads((model / "training.json").read_text())["evaluation"]
+    tokenizer = Tokenizer.from_directory(model)
+    vocabulary = json.loads((model / "tokenizer.json").read_text())
     tokens = vocabulary["model"]["vocab"] | {
         entry["content"]: entry["id"] for entry in vocabulary["added_tokens"]
     }
@@ -45,7 +56,7 @@ def test_our_engine_finds_the_figure_of_the_card(part: str, max_windows: int | N
     score = score_text(
         tokenizer.encode((MODELS / "heldout.txt").read_text(), add_special_tokens=False),
         byte_lengths(by_id),
-        score_through_our_engine,
+        functools.partial(score_through_our_engine, model),
         Protocol(
             window_tokens=evaluation["protocol"]["window_tokens"],
             start_token_id=evaluation["protocol"]["start_token_id"],

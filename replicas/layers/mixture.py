@@ -1,0 +1,93 @@
+"""A mixture block on kernels and weight units: what `moe` asks for, in the engine's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from replicas.layers.activations import activation
+
+if TYPE_CHECKING:
+    from moe.spec import MoeSpec
+    from replicas.kernels.ops import Kernels
+    from replicas.layers.weights import WeightProvider
+
+Gate = Callable[[torch.Tensor], torch.Tensor]
+"""Fused gate and up halves of rows -> their product."""
+
+
+def gated(kernels: Kernels, name: str) -> Gate:
+    """act(first half) * second half, with the activation a config calls `name`."""
+    inner = activation(name)
+    if inner is functional.silu:
+        return kernels.silu_mul
+
+    def product(gate_up_TF: torch.Tensor) -> torch.Tensor:
+        gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+        return inner(gate_TF) * up_TF
+
+    return product
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClampedGlu:
+    """(up + 1) * gate * sigmoid(alpha * gate), both clamped first (GPT-OSS, arXiv 2508.10925)."""
+
+    limit: float
+    alpha: float
+
+    def __call__(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
+        """The product of the two halves of each row, (T, F / 2)."""
+        gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+        gate_TF = gate_TF.clamp(max=self.limit)
+        up_TF = up_TF.clamp(-self.limit, self.limit)
+        return (up_TF + 1) * (gate_TF * torch.sigmoid(gate_TF * self.alpha))
+
+
+class KernelMath:
+    """`ExpertMath` on a set of kernels.
+
+    Args:
+        activation_name: the model's own; experts of a spec with a `glu_limit` have another.
+    """
+
+    def __init__(self, kernels: Kernels, spec: MoeSpec, activation_name: str) -> None:
+        self.linear = kernels.linear
+        self.gate: Gate = gated(kernels, activation_name)
+        if spec.glu_limit:
+            self.gate = ClampedGlu(limit=spec.glu_limit, alpha=spec.glu_alpha)
+
+
+class SharedExperts:
+    """The MLP that every token visits: this rank's slice of it, not yet summed over ranks."""
+
+    def __init__(self, kernels: Kernels, activation_name: str) -> None:
+        self._kernels = kernels
+        self._gate = gated(kernels, activation_name)
+
+    def __call__(
+        self, hidden_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Partial output, (T, D) fp32."""
+        inner_TF = self._gate(self._kernels.linear(hidden_TD, tensors, "up.weight"))
+        return self._kernels.linear(inner_TF, tensors, "down.weight", wide=True)
+
+
+class ExpertUnits:
+    """`ExpertWeights` of one layer from a provider of units."""
+
+    def __init__(self, weights: WeightProvider, layer: int) -> None:
+        self._weights = weights
+        self._prefix = f"layer.{layer}.expert."
+
+    def acquire(self, expert: int) -> Mapping[str, torch.Tensor]:
+        """The expert's tensors, valid until released."""
+        return self._weights.acquire(f"{self._prefix}{expert}")
+
+    def release(self, expert: int) -> None:
+        """The step is done with this expert."""
+        self._weights.release(f"{self._prefix}{expert}")

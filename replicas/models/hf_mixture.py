@@ -1,0 +1,110 @@
+"""`config.json` of mixtures with Llama's attention (Mixtral, Qwen2-MoE, Qwen3-MoE); torch-free.
+
+Defaults are those of transformers' configuration classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moe.spec import GateSpec, MoeSpec
+from replicas.models.arch import ArchConfig
+from replicas.models.config_fields import ConfigFields
+from replicas.models.hf_llama import qwen_windows, rope_family
+
+
+def checked_gate(
+    fields: ConfigFields, gate: GateSpec, key: str = "num_experts_per_tok"
+) -> GateSpec:
+    """The gate, if tokens can be routed so.
+
+    Args:
+        key: what to name in the error.
+
+    Raises:
+        ConfigError: it asks for more experts than there are, or for groups that do not work out.
+    """
+    if reasons := gate.why_not():
+        raise fields.wrong(key, fields.raw(key), f"possible: {'; '.join(reasons)}")
+    return gate
+
+
+def mixtral_from_hf(fields: ConfigFields) -> ArchConfig:
+    """MixtralForCausalLM; every layer a mixture, one sliding window for all or none."""
+    window = fields.optional_integer("sliding_window")
+    arch = rope_family(fields, "mixtral", [window] * fields.integer("num_hidden_layers"))
+    gate = GateSpec(
+        num_experts=fields.integer("num_local_experts", "num_experts", default=8),
+        top_k=fields.integer("num_experts_per_tok", default=2),
+        normalise=True,
+    )
+    moe = MoeSpec(gate=checked_gate(fields, gate), ffn_dim=fields.integer("intermediate_size"))
+    return with_mixtures(arch, dict.fromkeys(range(arch.num_layers), moe))
+
+
+def qwen2_moe_from_hf(fields: ConfigFields) -> ArchConfig:
+    """Qwen2MoeForCausalLM; a gated shared expert beside the routed ones."""
+    arch = rope_family(fields, "qwen2_moe", _qwen2_moe_windows(fields))
+    arch = dataclasses.replace(arch, attention_bias=fields.flag("qkv_bias", default=True))
+    shared = fields.integer("shared_expert_intermediate_size", default=5632, minimum=0)
+    moe = MoeSpec(
+        gate=_qwen_gate(fields, num_experts=60, top_k=4),
+        ffn_dim=fields.integer("moe_intermediate_size", default=1408),
+        shared_ffn_dim=shared,
+        shared_gate=shared > 0,
+    )
+    return with_mixtures(arch, dict.fromkeys(_qwen_mixture_layers(fields), moe))
+
+
+def qwen3_moe_from_hf(fields: ConfigFields) -> ArchConfig:
+    """Qwen3MoeForCausalLM; norms over heads, one sliding window for all layers or none."""
+    window = None
+    if fields.flag("use_sliding_window", default=False):
+        present = "sliding_window" in fields
+        window = fields.optional_integer("sliding_window") if present else 4096
+    arch = rope_family(fields, "qwen3_moe", [window] * fields.integer("num_hidden_layers"))
+    bias = fields.flag("attention_bias", default=False)
+    arch = dataclasses.replace(arch, attention_bias=bias, attention_out_bias=bias, qk_norm=True)
+    moe = MoeSpec(
+        gate=_qwen_gate(fields, num_experts=128, top_k=8),
+        ffn_dim=fields.integer("moe_intermediate_size", default=768),
+    )
+    return with_mixtures(arch, dict.fromkeys(_qwen_mixture_layers(fields), moe))
+
+
+def with_mixtures(arch: ArchConfig, mixtures: dict[int, MoeSpec]) -> ArchConfig:
+    """The architecture with a mixture instead of the dense MLP in the layers given by index."""
+    layers = tuple(
+        dataclasses.replace(layer, ffn_dim=0, moe=mixtures[index]) if index in mixtures else layer
+        for index, layer in enumerate(arch.layers)
+    )
+    return dataclasses.replace(arch, layers=layers)
+
+
+def _qwen_gate(fields: ConfigFields, *, num_experts: int, top_k: int) -> GateSpec:
+    gate = GateSpec(
+        num_experts=fields.integer("num_experts", "num_local_experts", default=num_experts),
+        top_k=fields.integer("num_experts_per_tok", default=top_k),
+        normalise=fields.flag("norm_topk_prob", default=False),
+    )
+    return checked_gate(fields, gate)
+
+
+def _qwen_mixture_layers(fields: ConfigFields) -> list[int]:
+    """Every `decoder_sparse_step`-th layer, but those in `mlp_only_layers`."""
+    step = fields.integer("decoder_sparse_step", default=1)
+    dense = fields.integers("mlp_only_layers")
+    count = fields.integer("num_hidden_layers")
+    return [index for index in range(count) if index not in dense and (index + 1) % step == 0]
+
+
+def _qwen2_moe_windows(fields: ConfigFields) -> list[int | None]:
+    """By `layer_types`, else every other of the first `max_window_layers` layers."""
+    if fields.raw("layer_types") is not None or not fields.flag(
+        "use_sliding_window", default=False
+    ):
+        return qwen_windows(fields)
+    window = fields.integer("sliding_window", default=4096)
+    first = fields.integer("max_window_layers", default=28, minimum=0)
+    count = fields.integer("num_hidden_layers")
+    return [window if index % 2 == 0 and index < first else None for index in range(count)]

@@ -1,0 +1,135 @@
+"""Weight units of mixture layers from Hugging Face names: router, shared experts, routed experts.
+
+A routed expert is a unit of its own: what offload streams and rebalancing moves. It is stored one
+by one under names that differ by family (`ExpertNames`). Torch-free; `moe/block.py` and
+`moe/experts.py` compute with the local names given here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from moe.spec import MoeSpec
+from replicas.layers.shards import Piece, Shard, column_weight, replicated, row_weight
+from replicas.layers.weights import TensorSpec, WeightUnit
+from replicas.models.arch import ArchConfig
+
+_WHOLE = Shard(rank=0, size=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertNames:
+    """What a family calls the parts of a mixture layer, below `model.layers.{i}.`"""
+
+    router: str = "mlp.gate"
+    expert: str = "mlp.experts.{expert}"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    shared: str = "mlp.shared_experts"
+    shared_gate: str = "mlp.shared_expert_gate"
+
+
+_NAMES: Mapping[str, ExpertNames] = {
+    "mixtral": ExpertNames(
+        router="block_sparse_moe.gate",
+        expert="block_sparse_moe.experts.{expert}",
+        gate="w1",
+        up="w3",
+        down="w2",
+    ),
+    "qwen2_moe": ExpertNames(shared="mlp.shared_expert"),
+    "qwen3_moe": ExpertNames(),
+}
+
+
+def mixture_tensors(arch: ArchConfig, index: int, shard: Shard) -> list[TensorSpec]:
+    """What a mixture layer's own unit holds besides attention: router and shared experts."""
+    names, moe, prefix = _NAMES[arch.family], _moe(arch, index), f"model.layers.{index}."
+    router = f"{prefix}{names.router}"
+    specs = [
+        replicated("router.weight", f"{router}.weight", (moe.gate.num_experts, arch.model_dim))
+    ]
+    if moe.shared_ffn_dim:
+        shared = f"{prefix}{names.shared}"
+        up = tuple(
+            Piece(name=f"{shared}.{part}", out_features=moe.shared_ffn_dim)
+            for part in ("gate_proj", "up_proj")
+        )
+        out = (arch.model_dim, moe.shared_ffn_dim)
+        specs += [
+            column_weight("up", up, arch.model_dim, shard, transposed=False),
+            row_weight("down", f"{shared}.down_proj", out, shard, transposed=False),
+        ]
+    if moe.shared_gate:
+        source = f"{prefix}{names.shared_gate}.weight"
+        specs.append(replicated("shared_gate.weight", source, (1, arch.model_dim)))
+    return specs
+
+
+def add_experts(
+    units: tuple[WeightUnit, ...],
+    arch: ArchConfig,
+    shard: Shard,
+    experts: Sequence[Sequence[int]] | None,
+) -> tuple[WeightUnit, ...]:
+    """The units with those of each layer's routed experts behind their layer.
+
+    Args:
+        experts: as in `weight_units`.
+    """
+    if not arch.has_experts:
+        return units
+    return tuple(_interleaved(units, arch, shard, experts))
+
+
+def _interleaved(
+    units: tuple[WeightUnit, ...],
+    arch: ArchConfig,
+    shard: Shard,
+    experts: Sequence[Sequence[int]] | None,
+) -> Iterator[WeightUnit]:
+    layer_of = {f"layer.{index}": index for index in range(arch.num_layers)}
+    for unit in units:
+        index = layer_of.get(unit.name)
+        if index is None or arch.layers[index].moe is None:
+            yield unit
+            continue
+        number = range(_moe(arch, index).gate.num_experts)
+        if experts is None:
+            yield unit
+            yield from (_expert(arch, index, expert, shard) for expert in number)
+            continue
+        held = sorted(experts[index])
+        elsewhere = [
+            _expert(arch, index, expert, _WHOLE) for expert in number if expert not in held
+        ]
+        yield WeightUnit(name=unit.name, tensors=unit.tensors, unused=_stored_names(elsewhere))
+        yield from (_expert(arch, index, expert, _WHOLE) for expert in held)
+
+
+def _expert(arch: ArchConfig, index: int, expert: int, shard: Shard) -> WeightUnit:
+    names, moe = _NAMES[arch.family], _moe(arch, index)
+    prefix = f"model.layers.{index}.{names.expert.format(expert=expert)}"
+    pieces = tuple(
+        Piece(name=f"{prefix}.{part}", out_features=moe.ffn_dim) for part in (names.gate, names.up)
+    )
+    out = (arch.model_dim, moe.ffn_dim)
+    return WeightUnit(
+        name=f"layer.{index}.expert.{expert}",
+        tensors=(
+            column_weight("gate_up", pieces, arch.model_dim, shard, transposed=False),
+            row_weight("down", f"{prefix}.{names.down}", out, shard, transposed=False),
+        ),
+    )
+
+
+def _stored_names(units: Sequence[WeightUnit]) -> tuple[str, ...]:
+    return tuple(source.name for unit in units for spec in unit.tensors for source in spec.sources)
+
+
+def _moe(arch: ArchConfig, index: int) -> MoeSpec:
+    moe = arch.layers[index].moe
+    assert moe is not None
+    return moe

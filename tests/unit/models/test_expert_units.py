@@ -1,0 +1,121 @@
+"""Routed experts as units: sliced over ranks, or whole and only some of them on a rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.base.errors import ConfigError, CorruptWeightsError
+from replicas.layers.weights import ResidentWeights
+from replicas.models.arch import ArchConfig
+from replicas.models.checkpoint import load_weights
+from replicas.models.hf_config import arch_from_hf
+from replicas.models.memory import weight_bytes_per_rank
+from replicas.models.weight_units import weight_units
+
+Checkpoint = Callable[[str], Path]
+# Two ranks that hold unequal numbers of experts, and one of them in copies; layer 1 is dense.
+HELD = [[(0, 3), (), (4,)], [(1, 2, 3, 4), (), (0, 1, 2, 3)]]
+
+
+def _arch(path: Path) -> ArchConfig:
+    return arch_from_hf(json.loads((path / "config.json").read_text()))
+
+
+def _load(
+    path: Path, rank: int = 0, tp_size: int = 1, experts: list[tuple[int, ...]] | None = None
+) -> ResidentWeights:
+    units = weight_units(_arch(path), rank, tp_size, experts)
+    return load_weights(path, units, dtype="float32", device="cpu")
+
+
+def test_units_follow_their_layer_in_the_order_of_the_forward_pass(checkpoint: Checkpoint) -> None:
+    arch = _arch(checkpoint("qwen2_moe"))
+    experts = [f"expert.{expert}" for expert in range(5)]
+    layers = [
+        "layer.0",
+        *(f"layer.0.{expert}" for expert in experts),
+        "layer.1",
+        "layer.2",
+        *(f"layer.2.{expert}" for expert in experts),
+    ]
+    names = [unit.name for unit in weight_units(arch, 0, 1)]
+    assert names == ["embed", *layers, "norm", "head"]
+    held = [unit.name for unit in weight_units(arch, 0, 1, HELD[0])]
+    assert held == [
+        "embed",
+        *("layer.0", "layer.0.expert.0", "layer.0.expert.3"),
+        *("layer.1", "layer.2", "layer.2.expert.4"),
+        *("norm", "head"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_slices_of_an_expert_make_up_the_whole(checkpoint: Checkpoint, name: str) -> None:
+    path = checkpoint(name)
+    unit = "layer.2.expert.3"
+    whole = _load(path).acquire(unit)
+    parts = [_load(path, rank, 2).acquire(unit) for rank in range(2)]
+    gates, ups = zip(*(part["gate_up.weight"].chunk(2) for part in parts), strict=True)
+    assert torch.equal(torch.cat((*gates, *ups)), whole["gate_up.weight"])
+    assert torch.equal(
+        torch.cat([part["down.weight"] for part in parts], dim=1), whole["down.weight"]
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_loads_the_experts_it_holds_whole_whatever_the_split_of_attention(
+    checkpoint: Checkpoint, rank: int
+) -> None:
+    path = checkpoint("qwen2_moe")
+    everything = _load(path)
+    held = _load(path, rank, 2, HELD[rank])
+    total = 0
+    for unit in weight_units(_arch(path), rank, 2, HELD[rank]):
+        tensors = held.acquire(unit.name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        if "expert" in unit.name:
+            for name, tensor in everything.acquire(unit.name).items():
+                assert torch.equal(tensors[name], tensor)
+    assert total == weight_bytes_per_rank(_arch(path), 2, "float32", HELD[rank])
+
+
+def test_names_of_other_ranks_experts_are_expected_and_others_are_not(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    path = checkpoint("qwen2_moe")
+    arch = _arch(path)
+    fewer = dataclasses.replace(
+        arch,
+        layers=tuple(
+            dataclasses.replace(
+                layer,
+                moe=dataclasses.replace(
+                    layer.moe, gate=dataclasses.replace(layer.moe.gate, num_experts=4)
+                ),
+            )
+            if layer.moe
+            else layer
+            for layer in arch.layers
+        ),
+    )
+    units = weight_units(fewer, 0, 1, [(0,), (), ()])
+    with pytest.raises(CorruptWeightsError, match=r"6 unexpected tensors: .*experts\.4\."):
+        load_weights(path, units, dtype="float32", device="cpu")
+
+
+def test_splits_that_do_not_work_out(checkpoint: Checkpoint) -> None:
+    arch = _arch(checkpoint("qwen3_moe"))
+    odd = dataclasses.replace(arch, num_heads=16, num_kv_heads=16)
+    assert odd.why_not_tp(16) == ["expert width 24 is not divisible by tp=16"]
+    assert odd.why_not_tp(16, whole_experts=True) == []
+    with pytest.raises(ConfigError, match="expert width 24"):
+        weight_units(odd, 0, 16)
+    shared = _arch(checkpoint("qwen2_moe"))
+    wide = dataclasses.replace(shared, num_heads=16, num_kv_heads=16)
+    assert any("shared expert width 40" in reason for reason in wide.why_not_tp(16))
