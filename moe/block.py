@@ -21,7 +21,7 @@ import torch
 from cluster.dist.communicator import Communicator
 from moe.exchange.base import Arrivals, Exchange
 from moe.experts import ExpertMath, ExpertRunner, ExpertWeights
-from moe.gating import route
+from moe.gating import exact_sigmoid, route
 from moe.layout import ExpertLayout
 from moe.spec import MoeSpec
 
@@ -121,7 +121,7 @@ class MixtureBlock:
             return output_TD * self._mix(hidden_TD, tensors)[:, 1:]
         if self._spec.shared_gate:
             logit_T1 = self._parts.math.linear(hidden_TD, tensors, SHARED_GATE, wide=True)
-            return output_TD * logit_T1.sigmoid()
+            return output_TD * exact_sigmoid(logit_T1)
         return output_TD
 
     def _mix(self, rows_TD: torch.Tensor, tensors: Tensors) -> torch.Tensor:

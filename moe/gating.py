@@ -45,10 +45,19 @@ def route(
     return topk_ids_TK, topk_weights_TK
 
 
+def exact_sigmoid(logits: torch.Tensor) -> torch.Tensor:
+    """The logistic function in fp32, by way of fp64.
+
+    torch's own differs in the last bit between the body of a tensor and its last few elements: a
+    token's weights would depend on how many stand behind it.
+    """
+    return logits.double().sigmoid().float()
+
+
 def _scores(logits_TE: torch.Tensor, score: Score) -> torch.Tensor:
     if score is Score.SOFTMAX:
         return logits_TE.softmax(dim=-1)
-    return logits_TE.sigmoid() if score is Score.SIGMOID else logits_TE
+    return exact_sigmoid(logits_TE) if score is Score.SIGMOID else logits_TE
 
 
 def _within_best_groups(choice_TE: torch.Tensor, spec: GateSpec) -> torch.Tensor:

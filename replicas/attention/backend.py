@@ -29,6 +29,10 @@ class AttentionSpec:
     block_size: int
     dtype: str
     device: str
+    sinks: bool = False
+    """Each query head has a learned score that joins the softmax without a value."""
+    shared_plane: bool = False
+    """Values are the keys themselves: both planes of the cache are the same memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +97,7 @@ class AttentionBackend(Protocol):
         """
         ...
 
-    def forward(
+    def forward(  # noqa: PLR0913 - sinks are one family's own
         self,
         query_THP: torch.Tensor,
         key_TGP: torch.Tensor,
@@ -101,12 +105,15 @@ class AttentionBackend(Protocol):
         kv_2NBGP: torch.Tensor,
         metadata: AttentionMetadata,
         sliding_window: int | None,
+        sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write keys and values to their slots, then attend.
 
         Args:
             kv_2NBGP: this layer's cache, keys at index 0 and values at 1; written in place.
+                Where one latent is key and value, both indices are the same memory.
             sliding_window: a query at position p sees positions > p - window; None sees all.
+            sinks_H: for a spec with `sinks`, each head's score.
 
         Returns:
             Attention output, (T, H, P), the query's dtype.

@@ -47,6 +47,8 @@ class CpuPagedAttention:
             reasons.append(f"it runs on cpu tensors, not on {spec.device}")
         if spec.dtype not in _DTYPES:
             reasons.append(f"it knows {' and '.join(_DTYPES)}, not {spec.dtype}")
+        if spec.sinks:
+            reasons.append("it knows no attention sinks")
         if spec.num_heads % spec.num_kv_heads:
             reasons.append(
                 f"{spec.num_heads} heads do not share {spec.num_kv_heads} kv heads evenly"
@@ -68,7 +70,7 @@ class CpuPagedAttention:
             BlockSetting(heads=heads, sliding_window=sliding_window, with_bias=with_bias),
         )
 
-    def forward(
+    def forward(  # noqa: PLR0913 - sinks are one family's own
         self,
         query_THP: torch.Tensor,
         key_TGP: torch.Tensor,
@@ -76,6 +78,7 @@ class CpuPagedAttention:
         kv_2NBGP: torch.Tensor,
         metadata: AttentionMetadata,
         sliding_window: int | None,
+        sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write keys and values to their slots, then attend; see `AttentionBackend.forward`."""
         self._check(query_THP, key_TGP, value_TGP, kv_2NBGP)
@@ -131,7 +134,7 @@ class CpuPagedAttention:
             and key_TGP.shape == kv_shape
             and value_TGP.shape == kv_shape
             and kv_2NBGP.shape[3:] == kv_shape[1:]
-            and kv_2NBGP.is_contiguous()
+            and kv_2NBGP[0].is_contiguous()
         )
         tensors = (query_THP, key_TGP, value_TGP, kv_2NBGP)
         if not fits or any(tensor.dtype is not self._dtype for tensor in tensors):

@@ -13,7 +13,7 @@ from replicas.kernels.ops import HeadShape
 
 
 class TorchReferenceAttention:
-    """softmax(scale * Q K^T + mask) V with scores, softmax and sum in fp32."""
+    """softmax([scale * Q K^T + mask, sinks]) [V, 0] with scores, softmax and sum in fp32."""
 
     name = "torch_ref"
 
@@ -33,7 +33,7 @@ class TorchReferenceAttention:
         """See `AttentionBackend.block`: there is none."""
         return None
 
-    def forward(
+    def forward(  # noqa: PLR0913 - sinks are one family's own
         self,
         query_THP: torch.Tensor,
         key_TGP: torch.Tensor,
@@ -41,6 +41,7 @@ class TorchReferenceAttention:
         kv_2NBGP: torch.Tensor,
         metadata: AttentionMetadata,
         sliding_window: int | None,
+        sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write keys and values to their slots, then attend; see `AttentionBackend.forward`."""
         write_slots(key_TGP, value_TGP, kv_2NBGP, metadata)
@@ -48,7 +49,7 @@ class TorchReferenceAttention:
         bounds = zip(metadata.query_start, metadata.query_start[1:], strict=False)
         for request, (begin, end) in enumerate(bounds):
             output_THP[begin:end] = self._attend(
-                query_THP[begin:end], kv_2NBGP, metadata, request, sliding_window
+                query_THP[begin:end], kv_2NBGP, metadata, request, sliding_window, sinks_H
             )
         return output_THP
 
@@ -59,6 +60,7 @@ class TorchReferenceAttention:
         metadata: AttentionMetadata,
         request: int,
         window: int | None,
+        sinks_H: torch.Tensor | None,
     ) -> torch.Tensor:
         keys_SGP, values_SGP, _ = gather_context(kv_2NBGP, metadata, request, first=0)
         group = self._spec.num_heads // self._spec.num_kv_heads
@@ -72,5 +74,8 @@ class TorchReferenceAttention:
         if window is not None:
             visible_QS &= column_S > row_Q1 - window
         scores_HQS = scores_HQS.masked_fill(~visible_QS, float("-inf"))
-        output_HQP = torch.softmax(scores_HQS, dim=-1) @ values_HSP
+        if sinks_H is not None:
+            sinks_HQ1 = sinks_H.float()[:, None, None].expand(-1, scores_HQS.shape[1], 1)
+            scores_HQS = torch.cat((scores_HQS, sinks_HQ1), dim=-1)
+        output_HQP = torch.softmax(scores_HQS, dim=-1)[..., :seq_len] @ values_HSP
         return output_HQP.transpose(0, 1).to(query_QHP.dtype)

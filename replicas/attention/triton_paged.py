@@ -39,6 +39,10 @@ class TritonPagedAttention:
             reasons.append(f"it runs on cuda tensors, not on {spec.device}")
         if spec.dtype not in _DTYPES:
             reasons.append(f"it knows {', '.join(_DTYPES)}, not {spec.dtype}")
+        if spec.sinks:
+            reasons.append("it knows no attention sinks")
+        if spec.shared_plane:
+            reasons.append("it knows no caches in which values are the keys")
         if spec.num_heads % spec.num_kv_heads:
             reasons.append(
                 f"{spec.num_heads} heads do not share {spec.num_kv_heads} kv heads evenly"
@@ -51,7 +55,7 @@ class TritonPagedAttention:
         """See `AttentionBackend.block`: there is none."""
         return None
 
-    def forward(
+    def forward(  # noqa: PLR0913 - sinks are one family's own
         self,
         query_THP: torch.Tensor,
         key_TGP: torch.Tensor,
@@ -59,6 +63,7 @@ class TritonPagedAttention:
         kv_2NBGP: torch.Tensor,
         metadata: AttentionMetadata,
         sliding_window: int | None,
+        sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write keys and values to their slots, then attend; see `AttentionBackend.forward`."""
         kernels, spec = self._kernels, self._spec

@@ -92,6 +92,12 @@ class SelfAttention:
         if self._query_factor != 1.0:
             query_THP = query_THP * self._query_factor
         output_THP = self._backend.forward(
-            query_THP, key_TGP, value_TGP, kv_2NBGP, context.attention, self._window
+            query_THP,
+            key_TGP,
+            value_TGP,
+            kv_2NBGP,
+            context.attention,
+            self._window,
+            tensors.get("sinks"),
         )
         return self._out.forward(output_THP.flatten(1), tensors)

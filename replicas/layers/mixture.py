@@ -35,17 +35,21 @@ def gated(kernels: Kernels, name: str) -> Gate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClampedGlu:
-    """(up + 1) * gate * sigmoid(alpha * gate), both clamped first (GPT-OSS, arXiv 2508.10925)."""
+    """(up + 1) * gate * sigmoid(alpha * gate), both clamped first (GPT-OSS, arXiv 2508.10925).
 
+    Computed as (up + 1) * silu(alpha * gate) / alpha.
+    """
+
+    kernels: Kernels
     limit: float
     alpha: float
 
     def __call__(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
         """The product of the two halves of each row, (T, F / 2)."""
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
-        gate_TF = gate_TF.clamp(max=self.limit)
-        up_TF = up_TF.clamp(-self.limit, self.limit)
-        return (up_TF + 1) * (gate_TF * torch.sigmoid(gate_TF * self.alpha))
+        gate_TF = gate_TF.clamp(max=self.limit) * self.alpha
+        up_TF = up_TF.clamp(-self.limit, self.limit) + 1
+        return self.kernels.silu_mul(torch.cat((gate_TF, up_TF), dim=-1)) / self.alpha
 
 
 class KernelMath:
@@ -59,7 +63,7 @@ class KernelMath:
         self.linear = kernels.linear
         self.gate: Gate = gated(kernels, activation_name)
         if spec.glu_limit:
-            self.gate = ClampedGlu(limit=spec.glu_limit, alpha=spec.glu_alpha)
+            self.gate = ClampedGlu(kernels=kernels, limit=spec.glu_limit, alpha=spec.glu_alpha)
 
 
 class SharedExperts:

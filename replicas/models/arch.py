@@ -52,6 +52,30 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSpec:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    All heads share one cached row per token: a latent of `rank` values and a rotated key of
+    `rope_dim`. Such a model has one key/value head of `rank + rope_dim`.
+    """
+
+    rank: int
+    """Width of the key/value latent (`kv_lora_rank`)."""
+    query_rank: int
+    """Width of the query latent (`q_lora_rank`); 0: queries are projected directly."""
+    nope_dim: int
+    """Part of a query head that is not rotated."""
+    rope_dim: int
+    value_dim: int
+    scale: float
+    """Factor on the attention scores."""
+    interleaved: bool = True
+    """Rotated pairs are neighbours, (x[2i], x[2i + 1])."""
+    bias: bool = False
+    """Biases on the projections into latents."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
     """What may differ between layers."""
 
@@ -94,6 +118,12 @@ class ArchConfig:
     attention_out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    attention_sinks: bool = False
+    """Each query head has a learned score that takes part in the softmax and adds nothing."""
+    latent: LatentSpec | None = None
+    """Latent attention instead of keys and values per head."""
+    num_prediction_layers: int = 0
+    """Layers after the last one that a checkpoint may hold and that are not used."""
     norm_before: bool = True
     """False: layer norm after the residual sum (OPT-350m)."""
     final_norm: bool = True
@@ -108,6 +138,11 @@ class ArchConfig:
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.layers)
+
+    @property
+    def kv_planes(self) -> int:
+        """Planes of the KV cache: keys and values, or the latents that are both."""
+        return 2 if self.latent is None else 1
 
     def kv_heads_per_rank(self, tp_size: int) -> int:
         """KV heads that each tensor-parallel rank holds; fewer heads than ranks are replicated."""

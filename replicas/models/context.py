@@ -15,6 +15,8 @@ from replicas.attention.backend import AttentionBackend, AttentionSpec
 from replicas.kernels.ops import Kernels
 from replicas.kernels.torch_ops import TORCH_KERNELS
 from replicas.layers.attention import SelfAttention
+from replicas.layers.latent_attention import LatentAttention
+from replicas.layers.linear import RowLinear
 from replicas.layers.mixture import KernelMath, SharedExperts
 from replicas.models.arch import ArchConfig
 
@@ -34,8 +36,20 @@ class ModelContext:
     expert_layout: ExpertLayout | None = None
     """Which rank holds which experts whole; None: each rank holds a slice of all of them."""
 
-    def self_attention(self, arch: ArchConfig, index: int) -> SelfAttention:
+    def attention(self, arch: ArchConfig, index: int) -> SelfAttention | LatentAttention:
         """The attention block of layer `index`."""
+        if arch.latent is None:
+            return self.self_attention(arch, index)
+        return LatentAttention(
+            arch.latent,
+            self.attention_spec,
+            self.attention_backend,
+            RowLinear("attention_out", self.communicator, self.kernels),
+            self.kernels,
+        )
+
+    def self_attention(self, arch: ArchConfig, index: int) -> SelfAttention:
+        """The attention block of layer `index`, with keys and values per head."""
         layer = arch.layers[index]
         return SelfAttention(
             self.attention_spec,
@@ -95,8 +109,10 @@ def attention_spec(
         num_heads=arch.num_heads // tp_size,
         num_kv_heads=arch.kv_heads_per_rank(tp_size),
         head_dim=arch.head_dim,
-        scale=arch.head_dim**-0.5,
+        scale=arch.head_dim**-0.5 if arch.latent is None else arch.latent.scale,
         block_size=block_size,
         dtype=dtype,
         device=device,
+        sinks=arch.attention_sinks,
+        shared_plane=arch.latent is not None,
     )

@@ -13,6 +13,7 @@ from typing import Any
 from cluster.base.errors import ConfigError
 from replicas.models.arch import ArchConfig
 from replicas.models.config_fields import ConfigFields
+from replicas.models.hf_deepseek import deepseek_v2_from_hf, deepseek_v3_from_hf
 from replicas.models.hf_learned import gpt2_from_hf, opt_from_hf
 from replicas.models.hf_llama import (
     llama_from_hf,
@@ -20,7 +21,12 @@ from replicas.models.hf_llama import (
     qwen2_from_hf,
     qwen3_from_hf,
 )
-from replicas.models.hf_mixture import mixtral_from_hf, qwen2_moe_from_hf, qwen3_moe_from_hf
+from replicas.models.hf_mixture import (
+    gpt_oss_from_hf,
+    mixtral_from_hf,
+    qwen2_moe_from_hf,
+    qwen3_moe_from_hf,
+)
 
 
 def arch_from_hf(config: Mapping[str, Any]) -> ArchConfig:
@@ -64,6 +70,9 @@ _FAMILIES: Mapping[str, Callable[[ConfigFields], ArchConfig]] = {
     "MixtralForCausalLM": mixtral_from_hf,
     "Qwen2MoeForCausalLM": qwen2_moe_from_hf,
     "Qwen3MoeForCausalLM": qwen3_moe_from_hf,
+    "GptOssForCausalLM": gpt_oss_from_hf,
+    "DeepseekV2ForCausalLM": deepseek_v2_from_hf,
+    "DeepseekV3ForCausalLM": deepseek_v3_from_hf,
     "GPT2LMHeadModel": gpt2_from_hf,
     "OPTForCausalLM": opt_from_hf,
 }
@@ -75,6 +84,9 @@ _BY_MODEL_TYPE: Mapping[str, str] = {
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "opt": "OPTForCausalLM",
 }

@@ -35,6 +35,7 @@ _ROPE_DEFAULTS: Mapping[str, _RopeDefaults] = {
     "mixtral": _RopeDefaults(num_kv_heads=8, theta=1e6, norm_eps=1e-5, bos=1, eos=(2,)),
     "qwen2_moe": _RopeDefaults(num_kv_heads=16),
     "qwen3_moe": _RopeDefaults(num_kv_heads=4),
+    "gpt_oss": _RopeDefaults(num_kv_heads=8, head_dim=64, theta=150000.0, norm_eps=1e-5),
 }
 
 

@@ -1,4 +1,4 @@
-"""`config.json` of mixtures with Llama's attention (Mixtral, Qwen2-MoE, Qwen3-MoE); torch-free.
+"""`config.json` of mixtures of Llama's shape (Mixtral, Qwen2/3-MoE, GPT-OSS); torch-free.
 
 Defaults are those of transformers' configuration classes.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from moe.spec import GateSpec, MoeSpec
+from moe.spec import GateSpec, MoeSpec, Score
 from replicas.models.arch import ArchConfig
 from replicas.models.config_fields import ConfigFields
 from replicas.models.hf_llama import qwen_windows, rope_family
@@ -72,6 +72,31 @@ def qwen3_moe_from_hf(fields: ConfigFields) -> ArchConfig:
     return with_mixtures(arch, dict.fromkeys(_qwen_mixture_layers(fields), moe))
 
 
+def gpt_oss_from_hf(fields: ConfigFields) -> ArchConfig:
+    """GptOssForCausalLM; attention sinks, biases, windows in every other layer, clamped experts."""
+    if not fields.section("rope_scaling") and not fields.section("rope_parameters"):
+        raise fields.wrong("rope_scaling", None, "stated, as in published checkpoints")
+    arch = rope_family(fields, "gpt_oss", _gpt_oss_windows(fields))
+    bias = fields.flag("attention_bias", default=True)
+    arch = dataclasses.replace(
+        arch, attention_bias=bias, attention_out_bias=bias, attention_sinks=True
+    )
+    gate = GateSpec(
+        num_experts=fields.integer("num_local_experts", "num_experts", default=128),
+        top_k=fields.integer("num_experts_per_tok", "experts_per_token", default=4),
+        score=Score.RAW,
+        logit_bias=True,
+    )
+    moe = MoeSpec(
+        gate=checked_gate(fields, gate),
+        ffn_dim=fields.integer("intermediate_size"),
+        expert_bias=True,
+        glu_limit=fields.number("swiglu_limit", default=7.0),
+        glu_alpha=fields.number("swiglu_alpha", default=1.702),
+    )
+    return with_mixtures(arch, dict.fromkeys(range(arch.num_layers), moe))
+
+
 def with_mixtures(arch: ArchConfig, mixtures: dict[int, MoeSpec]) -> ArchConfig:
     """The architecture with a mixture instead of the dense MLP in the layers given by index."""
     layers = tuple(
@@ -108,3 +133,17 @@ def _qwen2_moe_windows(fields: ConfigFields) -> list[int | None]:
     first = fields.integer("max_window_layers", default=28, minimum=0)
     count = fields.integer("num_hidden_layers")
     return [window if index % 2 == 0 and index < first else None for index in range(count)]
+
+
+def _gpt_oss_windows(fields: ConfigFields) -> list[int | None]:
+    """By `layer_types`, else every other layer from the first on."""
+    count = fields.integer("num_hidden_layers")
+    window = fields.integer("sliding_window", default=128)
+    kinds = fields.texts("layer_types")
+    if kinds is None:
+        return [None if index % 2 else window for index in range(count)]
+    if len(kinds) != count or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise fields.wrong(
+            "layer_types", list(kinds), "full_attention or sliding_attention for each layer"
+        )
+    return [window if kind == "sliding_attention" else None for kind in kinds]

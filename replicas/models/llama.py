@@ -1,7 +1,8 @@
-"""Llama, Mistral, Qwen and the mixtures of their shape: RMS pre-norm, rotary positions, gated MLP.
+"""Llama, Mistral, Qwen and the mixtures: RMS pre-norm, rotary positions, gated MLP or experts.
 
-What sets them apart (biases, head norms, sliding windows, RoPE scaling, experts) is data in
-`ArchConfig`; there is no branch on the family here. Reference: the modelling files of transformers.
+What sets them apart (biases, head norms, windows, sinks, latent attention, RoPE scaling, experts)
+is data in `ArchConfig`; there is no branch on the family here. Reference: the modelling files of
+transformers.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class LlamaLayer:
 
     def __init__(self, arch: ArchConfig, context: ModelContext, index: int) -> None:
         self._attention_norm = RmsNorm("attention_norm", arch.norm_eps, context.kernels)
-        self._attention = context.self_attention(arch, index)
+        self._attention = context.attention(arch, index)
         self._mlp_norm = RmsNorm("mlp_norm", arch.norm_eps, context.kernels)
         self._mlp = GatedMlp(activation(arch.activation), context.communicator, context.kernels)
         self._mixture = context.mixture(arch, index)

@@ -14,8 +14,9 @@ from replicas.layers.shards import (
     row_weight,
     vocabulary,
 )
-from replicas.layers.weights import TensorSpec, WeightUnit
+from replicas.layers.weights import Source, TensorSpec, WeightUnit
 from replicas.models.arch import ArchConfig
+from replicas.models.latent_weights import latent_tensors
 from replicas.models.mixture_weights import mixture_tensors
 
 _TOKENS = "model.embed_tokens.weight"
@@ -37,9 +38,15 @@ def llama_units(arch: ArchConfig, shard: Shard) -> tuple[WeightUnit, ...]:
             name="embed", tensors=(vocabulary("tokens", _TOKENS, table, shard, duplicates),)
         ),
         *layers,
-        WeightUnit(name="norm", tensors=(norm,)),
+        WeightUnit(name="norm", tensors=(norm,), unused=_prediction_layers(arch)),
         WeightUnit(name="head", tensors=(vocabulary("lm_head", head, table, shard, duplicates),)),
     )
+
+
+def _prediction_layers(arch: ArchConfig) -> tuple[str, ...]:
+    """DeepSeek-V3 checkpoints may hold layers that predict further tokens; they are not used."""
+    extra = range(arch.num_layers, arch.num_layers + arch.num_prediction_layers)
+    return tuple(f"model.layers.{index}." for index in extra)
 
 
 def _layer(arch: ArchConfig, index: int, shard: Shard) -> tuple[TensorSpec, ...]:
@@ -55,6 +62,8 @@ def _layer(arch: ArchConfig, index: int, shard: Shard) -> tuple[TensorSpec, ...]
 
 
 def _attention(arch: ArchConfig, prefix: str, shard: Shard) -> list[TensorSpec]:
+    if arch.latent is not None:
+        return latent_tensors(arch, arch.latent, prefix, shard)
     head_dim = arch.head_dim
     heads = {"q": arch.num_heads, "k": arch.num_kv_heads, "v": arch.num_kv_heads}
     pieces = tuple(
@@ -72,6 +81,17 @@ def _attention(arch: ArchConfig, prefix: str, shard: Shard) -> list[TensorSpec]:
         ]
     out = (arch.model_dim, width)
     specs.append(row_weight("attention_out", f"{prefix}.o_proj", out, shard, transposed=False))
+    if arch.attention_sinks:
+        start, stop = shard.span(arch.num_heads)
+        sinks = Source(name=f"{prefix}.sinks", start=start, stop=stop)
+        specs.append(
+            TensorSpec(
+                name="sinks",
+                shape=(stop - start,),
+                sources=(sinks,),
+                full_shapes=((arch.num_heads,),),
+            )
+        )
     if arch.attention_out_bias:
         specs.append(replicated("attention_out.bias", f"{prefix}.o_proj.bias", (arch.model_dim,)))
     return specs

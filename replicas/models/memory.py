@@ -42,13 +42,13 @@ def weight_bytes_per_rank(
 
 
 def kv_bytes_per_token(arch: ArchConfig, tp_size: int, dtype: str) -> int:
-    """Bytes of one rank's KV cache for one token: keys and values of all layers.
+    """Bytes of one rank's KV cache for one token: keys and values (or latents) of all layers.
 
     Raises:
         ConfigError: the dtype is unknown.
     """
     heads = arch.kv_heads_per_rank(tp_size)
-    return 2 * arch.num_layers * heads * arch.head_dim * _item_bytes(dtype)
+    return arch.kv_planes * arch.num_layers * heads * arch.head_dim * _item_bytes(dtype)
 
 
 def _item_bytes(dtype: str) -> int:

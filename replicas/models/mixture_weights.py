@@ -1,18 +1,20 @@
 """Weight units of mixture layers from Hugging Face names: router, shared experts, routed experts.
 
-A routed expert is a unit of its own: what offload streams and rebalancing moves. It is stored one
-by one under names that differ by family (`ExpertNames`). Torch-free; `moe/block.py` and
+A routed expert is a unit of its own: what offload streams and rebalancing moves. Families differ in
+names (`ExpertNames`); GPT-OSS stacks all experts of a layer in one tensor, gate and up values in
+turns. Torch-free; `moe/block.py` and
 `moe/experts.py` compute with the local names given here.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from moe.spec import MoeSpec
 from replicas.layers.shards import Piece, Shard, column_weight, replicated, row_weight
-from replicas.layers.weights import TensorSpec, WeightUnit
+from replicas.layers.weights import Source, TensorSpec, WeightUnit
 from replicas.models.arch import ArchConfig
 
 _WHOLE = Shard(rank=0, size=1)
@@ -24,6 +26,7 @@ class ExpertNames:
 
     router: str = "mlp.gate"
     expert: str = "mlp.experts.{expert}"
+    """Without a place for the number: the experts are stacked."""
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -41,6 +44,9 @@ _NAMES: Mapping[str, ExpertNames] = {
     ),
     "qwen2_moe": ExpertNames(shared="mlp.shared_expert"),
     "qwen3_moe": ExpertNames(),
+    "gpt_oss": ExpertNames(router="mlp.router", expert="mlp.experts"),
+    "deepseek_v2": ExpertNames(),
+    "deepseek_v3": ExpertNames(),
 }
 
 
@@ -51,6 +57,13 @@ def mixture_tensors(arch: ArchConfig, index: int, shard: Shard) -> list[TensorSp
     specs = [
         replicated("router.weight", f"{router}.weight", (moe.gate.num_experts, arch.model_dim))
     ]
+    if moe.gate.logit_bias:
+        specs.append(replicated("router.bias", f"{router}.bias", (moe.gate.num_experts,)))
+    if moe.gate.selection_bias:
+        source = f"{router}.e_score_correction_bias"
+        bias = replicated("router.correction", source, (moe.gate.num_experts,))
+        # Rounded to the model's dtype it would choose other experts.
+        specs.append(dataclasses.replace(bias, dtype="float32"))
     if moe.shared_ffn_dim:
         shared = f"{prefix}{names.shared}"
         up = tuple(
@@ -112,6 +125,8 @@ def _interleaved(
 def _expert(arch: ArchConfig, index: int, expert: int, shard: Shard) -> WeightUnit:
     names, moe = _NAMES[arch.family], _moe(arch, index)
     prefix = f"model.layers.{index}.{names.expert.format(expert=expert)}"
+    if "{expert}" not in names.expert:
+        return _stacked_expert(arch, index, expert, shard)
     pieces = tuple(
         Piece(name=f"{prefix}.{part}", out_features=moe.ffn_dim) for part in (names.gate, names.up)
     )
@@ -121,6 +136,59 @@ def _expert(arch: ArchConfig, index: int, expert: int, shard: Shard) -> WeightUn
         tensors=(
             column_weight("gate_up", pieces, arch.model_dim, shard, transposed=False),
             row_weight("down", f"{prefix}.{names.down}", out, shard, transposed=False),
+        ),
+    )
+
+
+def _stacked_expert(arch: ArchConfig, index: int, expert: int, shard: Shard) -> WeightUnit:
+    """One of a stack: (E, D, 2F) with gate and up values in turns, (E, F, D), and biases."""
+    names, moe, dim = _NAMES[arch.family], _moe(arch, index), arch.model_dim
+    prefix, number = f"model.layers.{index}.{names.expert}", moe.gate.num_experts
+    start, stop = shard.span(moe.ffn_dim)
+
+    def turns(name: str, axis: int, *, transpose: bool) -> tuple[Source, ...]:
+        return tuple(
+            Source(
+                name=name,
+                index=expert,
+                dim=axis,
+                start=2 * start + odd,
+                stop=2 * stop,
+                step=2,
+                transpose=transpose,
+            )
+            for odd in range(2)
+        )
+
+    up, down = f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
+    width = stop - start
+    return WeightUnit(
+        name=f"layer.{index}.expert.{expert}",
+        tensors=(
+            TensorSpec(
+                name="gate_up.weight",
+                shape=(2 * width, dim),
+                sources=turns(up, 1, transpose=True),
+                full_shapes=((number, dim, 2 * moe.ffn_dim),) * 2,
+            ),
+            TensorSpec(
+                name="gate_up.bias",
+                shape=(2 * width,),
+                sources=turns(f"{up}_bias", 0, transpose=False),
+                full_shapes=((number, 2 * moe.ffn_dim),) * 2,
+            ),
+            TensorSpec(
+                name="down.weight",
+                shape=(dim, width),
+                sources=(Source(name=down, index=expert, start=start, stop=stop, transpose=True),),
+                full_shapes=((number, moe.ffn_dim, dim),),
+            ),
+            TensorSpec(
+                name="down.bias",
+                shape=(dim,),
+                sources=(Source(name=f"{down}_bias", index=expert),),
+                full_shapes=((number, dim),),
+            ),
         ),
     )
 

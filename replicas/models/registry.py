@@ -27,6 +27,9 @@ _MODELS: Mapping[str, Callable[[ArchConfig, ModelContext], DecoderModel]] = {
     "mixtral": LlamaModel,
     "qwen2_moe": LlamaModel,
     "qwen3_moe": LlamaModel,
+    "gpt_oss": LlamaModel,
+    "deepseek_v2": LlamaModel,
+    "deepseek_v3": LlamaModel,
     "gpt2": Gpt2Model,
     "opt": OptModel,
 }

@@ -25,6 +25,9 @@ _UNITS: Mapping[str, Callable[[ArchConfig, Shard], tuple[WeightUnit, ...]]] = {
     "mixtral": llama_units,
     "qwen2_moe": llama_units,
     "qwen3_moe": llama_units,
+    "gpt_oss": llama_units,
+    "deepseek_v2": llama_units,
+    "deepseek_v3": llama_units,
     "gpt2": gpt2_units,
     "opt": opt_units,
 }

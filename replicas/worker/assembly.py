@@ -109,6 +109,7 @@ def build_runner(
         block_size=spec.block_size,
         num_kv_heads=arch.kv_heads_per_rank(communicator.size),
         head_dim=arch.head_dim,
+        planes=arch.kv_planes,
         dtype=torch_dtype(spec.kv_dtype),
     )
     weights = weights_factory(

@@ -155,6 +155,10 @@ class GraphedModel:
         buffers.fill(batch)
         return replay()[:rows]
 
+    def forward_idle(self, weights: WeightProvider) -> None:
+        """See `DecoderModel.forward_idle`; not captured."""
+        self._model.forward_idle(weights)
+
     def logits(self, hidden_RD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
         """See `DecoderModel.logits`; not captured, its rows differ from step to step."""
         return self._model.logits(hidden_RD, weights)

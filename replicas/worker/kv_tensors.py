@@ -1,6 +1,7 @@
 """The paged KV cache tensors of one rank: allocation and block copies, nothing about contents.
 
-One tensor (2, N, B, G, P) per layer, keys at index 0 and values at 1. Block numbers mean the same
+One tensor (2, N, B, G, P) per layer, keys at index 0 and values at 1, or (1, N, B, 1, P) where one
+latent is both. Block numbers mean the same
 block in every layer and on every rank; who may write which block is the scheduler's business.
 """
 
@@ -26,11 +27,12 @@ class KvCacheSpec:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    planes: int = 2
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(2, N, B, G, P), one layer."""
-        return (2, self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
+        """(planes, N, B, G, P), one layer."""
+        return (self.planes, self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
 
     @property
     def total_bytes(self) -> int:

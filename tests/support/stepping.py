@@ -62,7 +62,13 @@ class Stepper:
         self._model = model
         self._weights = weights
         arch = model.arch
-        shape = (2, NUM_BLOCKS, BLOCK_SIZE, arch.kv_heads_per_rank(tp_size), arch.head_dim)
+        shape = (
+            arch.kv_planes,
+            NUM_BLOCKS,
+            BLOCK_SIZE,
+            arch.kv_heads_per_rank(tp_size),
+            arch.head_dim,
+        )
         # Stale values must never be read: NaN would show.
         self._kv = [torch.full(shape, float("nan"), dtype=torch_dtype(dtype)) for _ in arch.layers]
         self._free = list(range(NUM_BLOCKS))

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -38,6 +41,26 @@ _ROPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
     **_NO_SPECIAL,
+}
+_LATENT = _ROPE | {
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
+_LATENT_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.3,
+    "original_max_position_embeddings": 32,
 }
 _GPT2 = {
     "vocab_size": VOCAB_SIZE,
@@ -128,6 +151,48 @@ def tiny_configs() -> Mapping[str, PreTrainedConfig]:
             sliding_window=9,
             attention_bias=True,
         ),
+        "gpt_oss": GptOssConfig(
+            **_ROPE,
+            head_dim=16,
+            num_local_experts=6,
+            num_experts_per_tok=3,
+            sliding_window=9,
+            swiglu_limit=0.6,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 32,
+            },
+        ),
+        "deepseek_v2": DeepseekV2Config(
+            **(_LATENT | {"q_lora_rank": None}),
+            num_experts_per_tok=2,
+            routed_scaling_factor=1.5,
+        ),
+        "deepseek_v2_groups": DeepseekV2Config(
+            **_LATENT,
+            num_experts_per_tok=3,
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            attention_bias=True,
+            rope_parameters=_LATENT_YARN,
+        ),
+        "deepseek_v3": DeepseekV3Config(
+            **_LATENT, num_experts_per_tok=3, n_group=4, topk_group=2, rope_parameters=_LATENT_YARN
+        ),
+        "deepseek_v3_plain": DeepseekV3Config(
+            **_LATENT,
+            num_experts_per_tok=2,
+            n_group=2,
+            topk_group=1,
+            norm_topk_prob=False,
+            rope_interleave=False,
+        ),
         "gpt2": GPT2Config(**_GPT2),
         "gpt2_scaled": GPT2Config(
             **_GPT2, n_inner=80, scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False
@@ -154,10 +219,14 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+        for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            # Vectors are norm weights (around one) and biases (around zero).
-            center = parameter.mean() if parameter.dim() == 1 else 0.0
+            # Norm weights lie around one, everything else around zero.
+            is_norm_weight = parameter.dim() == 1 and not key.endswith(("bias", "sinks"))
+            center = parameter.mean() if is_norm_weight else 0.0
             parameter.copy_(center + 0.15 * noise)
     return model
 

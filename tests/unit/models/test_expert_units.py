@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cluster.base.errors import ConfigError, CorruptWeightsError
 from replicas.layers.weights import ResidentWeights
@@ -55,7 +56,7 @@ def test_units_follow_their_layer_in_the_order_of_the_forward_pass(checkpoint: C
     ]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
 def test_slices_of_an_expert_make_up_the_whole(checkpoint: Checkpoint, name: str) -> None:
     path = checkpoint(name)
     unit = "layer.2.expert.3"
@@ -107,6 +108,36 @@ def test_names_of_other_ranks_experts_are_expected_and_others_are_not(
     units = weight_units(fewer, 0, 1, [(0,), (), ()])
     with pytest.raises(CorruptWeightsError, match=r"6 unexpected tensors: .*experts\.4\."):
         load_weights(path, units, dtype="float32", device="cpu")
+
+
+def test_a_stacked_expert_is_unwound_into_gate_and_up(checkpoint: Checkpoint) -> None:
+    path = checkpoint("gpt_oss")
+    stored = load_file(path / "model.safetensors")
+    prefix = "model.layers.1.mlp.experts."
+    tensors = _load(path).acquire("layer.1.expert.4")
+    fused = stored[f"{prefix}gate_up_proj"][4].T
+    assert torch.equal(tensors["gate_up.weight"], torch.cat((fused[::2], fused[1::2])))
+    bias = stored[f"{prefix}gate_up_proj_bias"][4]
+    assert torch.equal(tensors["gate_up.bias"], torch.cat((bias[::2], bias[1::2])))
+    assert torch.equal(tensors["down.weight"], stored[f"{prefix}down_proj"][4].T)
+    assert torch.equal(tensors["down.bias"], stored[f"{prefix}down_proj_bias"][4])
+
+
+def test_the_correction_bias_keeps_its_precision_and_extra_layers_are_left_alone(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    path = checkpoint("deepseek_v3")
+    stored = load_file(path / "model.safetensors")
+    arch = dataclasses.replace(_arch(path), num_prediction_layers=1)
+    stored["model.layers.3.eh_proj.weight"] = torch.zeros(2, 2)
+    save_file(stored, tmp_path / "model.safetensors")
+    units = weight_units(arch, 0, 1)
+    weights = load_weights(tmp_path, units, dtype="bfloat16", device="cpu")
+    bias = weights.acquire("layer.1")["router.correction"]
+    assert torch.equal(bias, stored["model.layers.1.mlp.gate.e_score_correction_bias"])
+    without = weight_units(dataclasses.replace(arch, num_prediction_layers=0), 0, 1)
+    with pytest.raises(CorruptWeightsError, match="eh_proj"):
+        load_weights(tmp_path, without, dtype="bfloat16", device="cpu")
 
 
 def test_splits_that_do_not_work_out(checkpoint: Checkpoint) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -55,7 +56,8 @@ def test_what_transformers_saves_is_understood(name: str) -> None:
     assert arch.model_dim == config.hidden_size
     assert arch.num_layers == config.num_hidden_layers
     assert arch.num_heads == config.num_attention_heads
-    assert arch.num_kv_heads == getattr(config, "num_key_value_heads", arch.num_heads)
+    heads = getattr(config, "num_key_value_heads", arch.num_heads)
+    assert arch.num_kv_heads == (1 if arch.latent else heads)
     assert arch.tie_embeddings == config.tie_word_embeddings
     assert arch.eos_token_ids == ()
 
@@ -172,3 +174,77 @@ def test_what_cannot_be_computed_is_refused(config: dict[str, Any], param: str, 
     assert caught.value.param == param
     assert text in str(caught.value)
     assert caught.value.remedy
+
+
+_MIXTURE = {key: LLAMA[key] for key in LLAMA if key != "model_type"} | {"num_key_value_heads": 4}
+
+
+def _mixture(name: str, **changes: Any) -> dict[str, Any]:
+    return {**_MIXTURE, "architectures": [f"{name}ForCausalLM"], **changes}
+
+
+def test_which_layers_are_mixtures() -> None:
+    def widths(config: dict[str, Any]) -> list[tuple[int, int]]:
+        return [
+            (layer.ffn_dim, layer.moe.ffn_dim if layer.moe else 0)
+            for layer in arch_from_hf(config).layers
+        ]
+
+    dense = LLAMA["intermediate_size"]
+    qwen = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    assert widths(_mixture("Mixtral")) == [(0, dense)] * 3
+    assert widths(_mixture("Qwen3Moe", **qwen, decoder_sparse_step=2)) == [
+        (dense, 0),
+        (0, 16),
+        (dense, 0),
+    ]
+    assert widths(_mixture("Qwen2Moe", **qwen, mlp_only_layers=[0])) == [
+        (dense, 0),
+        (0, 16),
+        (0, 16),
+    ]
+    deepseek = {"n_routed_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    assert widths(_mixture("DeepseekV3", **deepseek, first_k_dense_replace=2)) == [
+        (dense, 0),
+        (dense, 0),
+        (0, 8),
+    ]
+
+
+def test_deepseek_scales_and_windows_of_gpt_oss() -> None:
+    yarn = {"type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    config = _mixture("DeepseekV3", rope_scaling=yarn, num_nextn_predict_layers=1)
+    arch = arch_from_hf(config)
+    assert arch.latent is not None
+    assert arch.latent.scale == pytest.approx(192**-0.5 * (0.1 * math.log(40.0) + 1.0) ** 2)
+    assert (arch.num_kv_heads, arch.head_dim, arch.kv_planes) == (1, 576, 1)
+    assert arch.num_prediction_layers == 1
+    direct = arch_from_hf(config | {"q_lora_rank": None}).latent
+    assert direct is not None
+    assert direct.query_rank == 0
+    rope = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 16}
+    oss = arch_from_hf(_mixture("GptOss", rope_scaling=rope))
+    assert [layer.sliding_window for layer in oss.layers] == [128, None, 128]
+    assert oss.attention_sinks
+    assert oss.layers[0].moe is not None
+    assert oss.layers[0].moe.glu_limit == 7.0
+
+
+@pytest.mark.parametrize(
+    ("config", "param"),
+    [
+        (_mixture("Mixtral", num_local_experts=2, num_experts_per_tok=3), "num_experts_per_tok"),
+        (_mixture("DeepseekV2", num_experts_per_tok=2, topk_method="noaux_tc"), "topk_method"),
+        (_mixture("DeepseekV2", num_experts_per_tok=2, norm_topk_prob=True), "norm_topk_prob"),
+        (_mixture("DeepseekV3", scoring_func="softmax"), "scoring_func"),
+        (_mixture("DeepseekV3", moe_layer_freq=2), "moe_layer_freq"),
+        (_mixture("DeepseekV3", n_group=7), "num_experts_per_tok"),
+        (_mixture("Qwen3Moe", mlp_only_layers=["0"]), "mlp_only_layers"),
+        (_mixture("GptOss"), "rope_scaling"),
+        (_mixture("GptOss", quantization_config={"quant_method": "mxfp4"}), "quantization_config"),
+    ],
+)
+def test_mixtures_that_are_refused(config: dict[str, Any], param: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        arch_from_hf(config)
+    assert caught.value.param == param

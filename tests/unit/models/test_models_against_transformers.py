@@ -19,7 +19,7 @@ from tests.support.tiny_models import (
 )
 
 Checkpoint = Callable[[str], Path]
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
 each_variant = pytest.mark.parametrize("name", TINY_NAMES)
 
 
@@ -102,7 +102,8 @@ def test_bfloat16_mixtures_are_as_close_as_transformers(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "name", ["llama", "mistral", "qwen3", "llama_tied_wide", "qwen2_moe", "qwen3_moe"]
+    "name",
+    ["llama", "mistral", "qwen3", "llama_tied_wide", "qwen2_moe", "qwen3_moe", "deepseek_v3"],
 )
 def test_compiled_kernels_give_a_request_the_same_bits_in_any_company(
     checkpoint: Checkpoint, cpu_kernels: CpuKernels, name: str, dtype: str
