@@ -14,6 +14,7 @@ from typing import Self
 import torch
 
 from cluster.dist.communicator import Communicator, SingleRank
+from moe.layout import ExpertLayout
 from replicas.attention.backend import AttentionMetadata
 from replicas.layers.weights import WeightProvider
 from replicas.models.checkpoint import load_weights
@@ -85,6 +86,7 @@ class Stepper:
         dtype: str = "float32",
         attention_backend: str = "auto",
         kernels: str = "auto",
+        expert_layout: ExpertLayout | None = None,
     ) -> Self:
         """A stepper over a checkpoint directory."""
         communicator = communicator or SingleRank()
@@ -97,6 +99,7 @@ class Stepper:
             block_size=BLOCK_SIZE,
             attention_backend=attention_backend,
             kernels=kernels,
+            expert_layout=expert_layout,
         )
         weights = load_weights(path, model.units, dtype=dtype, device="cpu", kernels=model.kernels)
         return cls(model, weights, dtype, communicator.size)
@@ -126,6 +129,10 @@ class Stepper:
         hidden_TD = self._model.forward(batch, self._weights, self._kv)
         logits_TV = self._model.logits(hidden_TD, self._weights)
         return dict(zip(work, logits_TV.split(sizes), strict=True))
+
+    def idle(self) -> None:
+        """A step in which this rank has no tokens."""
+        self._model.forward_idle(self._weights)
 
     def greedy(self, prompt: Sequence[int], num_tokens: int, name: str = "request") -> list[int]:
         """Prefill in one step, then decode greedily."""
