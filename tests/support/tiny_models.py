@@ -91,29 +91,9 @@ def _scaled(kind: str, **rope: Any) -> LlamaConfig:
     return _llama(max_position_embeddings=32, rope_parameters=parameters)
 
 
-def tiny_configs() -> Mapping[str, PreTrainedConfig]:
-    """Every variant by name."""
+def _mixtures() -> dict[str, PreTrainedConfig]:
+    """Mixtures of experts with keys and values per head."""
     return {
-        "llama": _llama(),
-        "llama_biased": _llama(attention_bias=True, mlp_bias=True, num_key_value_heads=8),
-        "llama_tied_wide": _llama(head_dim=16, tie_word_embeddings=True, num_key_value_heads=1),
-        "llama_llama3": _scaled(
-            "llama3",
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=32,
-        ),
-        "llama_linear": _scaled("linear", factor=3.0),
-        "llama_dynamic": _scaled("dynamic", factor=2.5),
-        "llama_yarn": _scaled("yarn", factor=4.0, original_max_position_embeddings=32),
-        "mistral": MistralConfig(**(_ROPE | {"sliding_window": 7, "num_key_value_heads": 4})),
-        "mistral_full": MistralConfig(**(_ROPE | {"sliding_window": None})),
-        "qwen2": Qwen2Config(**_ROPE),
-        "qwen2_mixed": Qwen2Config(
-            **_ROPE, use_sliding_window=True, sliding_window=6, max_window_layers=1
-        ),
-        "qwen3": Qwen3Config(**_ROPE, head_dim=16, tie_word_embeddings=True),
         "mixtral": MixtralConfig(
             **_ROPE, num_local_experts=6, num_experts_per_tok=2, sliding_window=None
         ),
@@ -168,6 +148,12 @@ def tiny_configs() -> Mapping[str, PreTrainedConfig]:
                 "original_max_position_embeddings": 32,
             },
         ),
+    }
+
+
+def _latents() -> dict[str, PreTrainedConfig]:
+    """Mixtures of experts with latent attention."""
+    return {
         "deepseek_v2": DeepseekV2Config(
             **(_LATENT | {"q_lora_rank": None}),
             num_experts_per_tok=2,
@@ -193,6 +179,34 @@ def tiny_configs() -> Mapping[str, PreTrainedConfig]:
             norm_topk_prob=False,
             rope_interleave=False,
         ),
+    }
+
+
+def tiny_configs() -> Mapping[str, PreTrainedConfig]:
+    """Every variant by name."""
+    return {
+        "llama": _llama(),
+        "llama_biased": _llama(attention_bias=True, mlp_bias=True, num_key_value_heads=8),
+        "llama_tied_wide": _llama(head_dim=16, tie_word_embeddings=True, num_key_value_heads=1),
+        "llama_llama3": _scaled(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+        "llama_linear": _scaled("linear", factor=3.0),
+        "llama_dynamic": _scaled("dynamic", factor=2.5),
+        "llama_yarn": _scaled("yarn", factor=4.0, original_max_position_embeddings=32),
+        "mistral": MistralConfig(**(_ROPE | {"sliding_window": 7, "num_key_value_heads": 4})),
+        "mistral_full": MistralConfig(**(_ROPE | {"sliding_window": None})),
+        "qwen2": Qwen2Config(**_ROPE),
+        "qwen2_mixed": Qwen2Config(
+            **_ROPE, use_sliding_window=True, sliding_window=6, max_window_layers=1
+        ),
+        "qwen3": Qwen3Config(**_ROPE, head_dim=16, tie_word_embeddings=True),
+        **_mixtures(),
+        **_latents(),
         "gpt2": GPT2Config(**_GPT2),
         "gpt2_scaled": GPT2Config(
             **_GPT2, n_inner=80, scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False
