@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import mmap
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +28,14 @@ from offload.cost_model import GemmPoint, Rates
 from offload.machine_rates import rates_to_json
 from offload.precision import Precision
 from offload.quant_kernels import QuantKernels
+from offload.readers.choose import OpenEngine, choose_reader, openers
+from offload.readers.choose import measure as measure_reader
 from replicas.kernels.ops import Kernels
 from replicas.kernels.select import select_kernels
 from replicas.models.context import torch_dtype
 from replicas.worker.device import open_device, synchronize
 
 FILE_BYTES = 256 << 20
-RECORD_BYTES = 32 << 20
 COPY_BYTES = 64 << 20
 READ_BYTES = 256 << 20
 GEMM_TOKENS = (1, 16, 256)
@@ -155,7 +154,7 @@ def _layer_overhead(probe: Probe) -> float:
 
 
 def _disk(directory: Path) -> float:
-    """Reads past the page cache with two threads, a record in flight on each."""
+    """What the reader that a replica would choose here gets from a file, past the page cache."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=directory, prefix="probe-") as file:
         chunk = os.urandom(1 << 20)
@@ -163,31 +162,19 @@ def _disk(directory: Path) -> float:
             file.write(chunk)
         file.flush()
         os.fdatasync(file.fileno())
-        return FILE_BYTES / min(_read_all(file.name) for _ in range(3))
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        path = Path(file.name)
+        engines = openers(path, default_cache_dir())
+        name = choose_reader("auto", path, engines)
+        return max(_read_rate(engines[name], path) for _ in range(3))
 
 
-def _read_all(path: str) -> float:
-    flags = os.O_RDONLY | getattr(os, "O_DIRECT", 0)
+def _read_rate(open_engine: OpenEngine, path: Path) -> float:
+    engine = open_engine(2)
     try:
-        descriptor = os.open(path, flags)
-    except OSError:  # a file system without direct reads
-        descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        buffers = [mmap.mmap(-1, RECORD_BYTES) for _ in range(2)]
-        for buffer in buffers:
-            buffer[:] = bytes(RECORD_BYTES)
-
-        def read(worker: int) -> None:
-            for offset in range(worker * RECORD_BYTES, FILE_BYTES, 2 * RECORD_BYTES):
-                os.preadv(descriptor, [buffers[worker]], offset)
-
-        started_s = time.perf_counter()
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(read, range(2)))
-        return time.perf_counter() - started_s
+        return measure_reader(engine, path)
     finally:
-        os.close(descriptor)
+        engine.close()
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def test_output_that_is_no_rates_is_an_error(tmp_path: Path) -> None:
 def test_the_probe_measures_everything_it_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {"FILE_BYTES": 4 << 20, "RECORD_BYTES": 1 << 20, "COPY_BYTES": 1 << 20}
+    small = {"FILE_BYTES": 4 << 20, "COPY_BYTES": 1 << 20}
     for name, value in {**small, "READ_BYTES": 1 << 20, "WEIGHT_SHAPE": (256, 128)}.items():
         monkeypatch.setattr(probe, name, value)
     kernels = select_kernels("auto", torch.bfloat16, "cpu", default_cache_dir() / "kernels")
