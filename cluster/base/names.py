@@ -23,4 +23,4 @@ def engine_app(cluster: str, model: str) -> str:
 
 def worker_actor(cluster: str, model: str, replica_id: str, epoch: str, rank: int) -> str:
     """Name of one worker rank's actor; the epoch keeps a restart from meeting its predecessor."""
-    return f"{cluster}/{model}/{replica_id}/{epoch}/tp-{rank}"
+    return f"{cluster}/{model}/{replica_id}/{epoch}/rank-{rank}"

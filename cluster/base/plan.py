@@ -23,6 +23,7 @@ class EngineKind(enum.StrEnum):
 
     TENSOR_PARALLEL = "tensor_parallel"
     OFFLOAD = "offload"
+    EXPERT_PARALLEL = "expert_parallel"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +130,20 @@ class SpeedPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertPlan:
+    """How the ranks of an expert-parallel replica share the experts and reach them."""
+
+    experts_per_rank: tuple[int, ...]
+    """Routed experts that each rank holds whole, in the layer that has most."""
+    exchange: str
+    """auto (chosen per step), flat, hierarchical or preposted."""
+    dispatch: str
+    """How hidden states travel: exact, int8 or fp8."""
+    combine: str
+    """How partial sums travel back: fp32 or bf16."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
     """One served model: what every one of its replicas is built from."""
 
@@ -158,11 +173,20 @@ class ModelPlan:
     leader_cpus: float = 0.1
     """Logical CPUs that Ray reserves for each replica's leader."""
     nodes: tuple[str, ...] = ()
-    """Host foreseen for each replica; Ray has the last word."""
+    """Host foreseen for each tensor-parallel group, replica by replica; Ray has the last word."""
     offload: OffloadPlan | None = None
     """Only with `engine` offload."""
     speed: SpeedPlan | None = None
     """Only with `engine` offload."""
+    dp_size: int = 1
+    """Data-parallel groups of each replica, each of `tp_size` ranks and with its own cache."""
+    experts: ExpertPlan | None = None
+    """Only with `engine` expert_parallel."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of one replica; with `experts`, they are the expert-parallel group."""
+        return self.dp_size * self.tp_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,6 @@ Auto = Literal["auto"]
 _PORT = Whole(1, 65535)
 _REPO = r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*"
 _REVISION = r"[A-Za-z0-9][A-Za-z0-9._/-]*"
-_LATER_ENGINE = "not available in this version, which serves tensor_parallel and offload replicas"
 
 
 class Section(BaseModel):
@@ -114,16 +113,50 @@ class ParallelSpec(Section):
     """How one replica is split over ranks."""
 
     later_keys: ClassVar[dict[str, str]] = {
-        "ep": "expert parallelism is not available in this version; only tp is",
-        "dp": "data parallelism inside a replica is not available in this version; "
-        "use `replicas` for more copies of the model",
-        "pp": "pipeline parallelism is not available; only tp is",
+        "pp": "pipeline parallelism is not available; tp, dp and ep are",
     }
 
     tp: Annotated[int, Whole(1, 64)] = Field(
         default=1,
         description="Tensor-parallel ranks: every rank holds a slice of every layer. Must divide "
         "the attention heads and the feed-forward width.",
+    )
+    dp: Annotated[int, Whole(1, 256)] = Field(
+        default=1,
+        description="Groups of `tp` ranks that attend to different requests, each with its own "
+        "cache, and share the experts of a mixture-of-experts model. For a dense model use "
+        "`replicas`.",
+    )
+    ep: Annotated[int | Auto, Whole(1, 1024, auto=True)] = Field(
+        default="auto",
+        description="Ranks that share the experts, each whole: all dp x tp of them, or 1, which "
+        "slices every expert over the tp ranks (only with dp 1). auto: dp x tp when dp is more "
+        "than 1 or `engine` is expert_parallel, else 1.",
+    )
+
+
+class MoeSectionSpec(Section):
+    """How the ranks of an expert-parallel replica exchange tokens."""
+
+    exchange: Annotated[
+        Literal["auto", "flat", "hierarchical", "preposted"],
+        Choice(("auto", "flat", "hierarchical", "preposted")),
+    ] = Field(
+        default="auto",
+        description="How tokens travel to their experts. flat: straight to each rank; "
+        "hierarchical: once to each node, then on to its ranks; preposted: into receives posted "
+        "one exchange ahead, which saves a delay for small steps. auto: the fastest for the size "
+        "of each step, from the cost of the links as measured at start.",
+    )
+    dispatch: Annotated[Literal["exact", "int8", "fp8"], Choice(("exact", "int8", "fp8"))] = Field(
+        default="exact",
+        description="Number format of hidden states on their way to experts of other ranks; "
+        "int8 and fp8 (one scale a row) change answers slightly.",
+    )
+    combine: Annotated[Literal["fp32", "bf16"], Choice(("fp32", "bf16"))] = Field(
+        default="fp32",
+        description="Number format of experts' sums on their way back; bf16 changes answers "
+        "slightly.",
     )
 
 
@@ -152,12 +185,14 @@ class EngineLimitsSpec(Section):
         "or less when the cache cannot hold it.",
     )
     max_running_requests: Annotated[int, Whole(1, 4096)] = Field(
-        default=64, description="Requests that one step may advance."
+        default=64,
+        description="Requests that one step may advance, in each data-parallel group.",
     )
     max_step_tokens: Annotated[int | Auto, Whole(1, 131_072, auto=True)] = Field(
         default="auto",
-        description="Tokens that one step may compute; longer prompts are computed in pieces. "
-        "auto: 512; of an offload replica as many as the transfer of the weights hides.",
+        description="Tokens that one step may compute, in each data-parallel group; longer prompts "
+        "are computed in pieces. auto: 512; of an offload replica as many as the transfer of the "
+        "weights hides.",
     )
     max_waiting_requests: Annotated[int, Whole(1, 65_536)] = Field(
         default=256, description="Requests that may wait in a replica; more are refused (429)."
@@ -250,19 +285,25 @@ class ModelSpec(Section):
         default=None, description="Branch, tag or commit of `repo`. Default: its main one."
     )
     engine: Annotated[
-        Literal["auto", "tensor_parallel", "offload"],
-        Choice(("auto", "tensor_parallel", "offload"), (("expert_parallel", _LATER_ENGINE),)),
+        Literal["auto", "tensor_parallel", "expert_parallel", "offload"],
+        Choice(("auto", "tensor_parallel", "expert_parallel", "offload")),
     ] = Field(
         default="auto",
         description="Kind of engine replica. offload: weights are streamed from disk or host "
-        "memory, for models larger than the device. auto: tensor_parallel when the model fits, "
-        "else offload.",
+        "memory, for models larger than the device. auto: expert_parallel when `parallel` spreads "
+        "the experts of a model over ranks (dp or ep above 1), else tensor_parallel when the model "
+        "fits, else offload.",
     )
     replicas: Annotated[int, Whole(1, 256)] = Field(
         default=1, description="Independent copies of the model."
     )
     parallel: ParallelSpec = Field(
         default=ParallelSpec(), description="How one replica is split over ranks."
+    )
+    moe: MoeSectionSpec | None = Field(
+        default=None,
+        description="How the ranks of an expert-parallel replica exchange tokens; refused for "
+        "other replicas.",
     )
     device: Annotated[Literal["auto", "cpu", "cuda"], Choice(("auto", "cpu", "cuda"))] = Field(
         default="auto",

@@ -1,7 +1,6 @@
 """Plan -> Ray Serve applications: one per model, one for the gateway.
 
-Every replica of a model owns a placement group: bundle 0 for the leader, then one bundle per rank,
-packed strictly on one node so that tensor-parallel ranks share it.
+Every replica of a model owns a placement group; `replicas/leader/seating.py` says what is in it.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from cluster.base import names
 from cluster.base.plan import ClusterPlan, EngineKind, ModelPlan, to_json
 from offload.actor import OffloadWorkerActor
 from replicas.leader.actor import LeaderReplica
+from replicas.leader.seating import bundles, strategy
 from replicas.worker.actor import WorkerActor
 from router.app import GatewayReplica
 
@@ -26,6 +26,7 @@ _DRAIN_S = 5.0
 _WORKERS = {
     EngineKind.TENSOR_PARALLEL: WorkerActor,
     EngineKind.OFFLOAD: OffloadWorkerActor,
+    EngineKind.EXPERT_PARALLEL: WorkerActor,
 }
 
 
@@ -34,16 +35,13 @@ def engine_target(cluster: str, model: ModelPlan, host: str) -> RunTarget:
 
     An empty `host` stands for each node's own address, for clusters of several nodes.
     """
-    rank_bundle: dict[str, float] = {"CPU": model.cpus_per_rank}
-    if model.gpus_per_rank:
-        rank_bundle["GPU"] = model.gpus_per_rank
     deployment: Any = serve.deployment(
         LeaderReplica,
         name="leader",
         num_replicas=model.replicas,
         ray_actor_options={"num_cpus": model.leader_cpus},
-        placement_group_bundles=[{"CPU": model.leader_cpus}, *([rank_bundle] * model.tp_size)],
-        placement_group_strategy="STRICT_PACK",
+        placement_group_bundles=bundles(model),
+        placement_group_strategy=strategy(model),
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=_DRAIN_S,

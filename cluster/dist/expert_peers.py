@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Callable
 from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -29,6 +30,7 @@ class ExpertPeers:
         world: all ranks.
         node: the ranks of this node.
         rail: the ranks of this rail (see rank_topology.py).
+        watch: looks after all waits of this rank for its peers.
     """
 
     def __init__(
@@ -41,17 +43,29 @@ class ExpertPeers:
     ) -> None:
         self.topology = topology
         self.world, self.node, self.rail = groups
-        self._watch = watch
+        self.watch = watch
         self._store: Store | None = store
 
     @property
     def failure(self) -> PenstockError | None:
         """What has ended the groups; None while they work."""
-        return self._watch.failure
+        return self.watch.failure
+
+    def on_failure(self, tell: Callable[[PenstockError], None]) -> None:
+        """Call `tell` when the groups end by a fault, from the watch's thread.
+
+        A rank may be in a wait that nothing but its own deadline ends; this does not wait for it.
+        """
+
+        def breaker() -> None:
+            if self.watch.failure is not None:
+                tell(self.watch.failure)
+
+        self.watch.add_breaker(breaker)
 
     def close(self) -> None:
         """Leave all groups; safe to call twice. Rank 0 takes the store with it."""
-        self._watch.close()
+        self.watch.close()
         for group in (self.rail, self.node, self.world):
             group.close()
         self._store = None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from cluster.base.spec import ModelSpec
 from cluster.planner.decisions import Decision, DeviceChoice
 from cluster.planner.kv_sizing import KvDemand
+from cluster.planner.layout import Layout
 from cluster.planner.memory import StepShape, Workspace, workspace
 from cluster.planner.sources import ModelSource
 from cluster.planner.streaming_choice import Streaming
@@ -25,7 +26,7 @@ class Draft:
     source: ModelSource
     device: DeviceChoice
     dtype: Decision[str]
-    tp_size: int
+    layout: Layout
     max_step_tokens: int
     weights_bytes: int
     space: Workspace
@@ -37,6 +38,11 @@ class Draft:
     def fixed_bytes(self) -> int:
         """Bytes of one rank that are not up for decision: all but an automatic cache."""
         return self.weights_bytes + self.space.total_bytes + self.kv.fixed_bytes
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks of one tensor-parallel group."""
+        return self.layout.tp_size
 
     @property
     def on_gpu(self) -> bool:
@@ -56,7 +62,7 @@ class Draft:
 def draft_model(source: ModelSource, device: DeviceChoice, dtype: Decision[str]) -> Draft:
     """The draft of a model as its entry asks for it."""
     spec = source.spec
-    return _draft(source, device, dtype, spec.parallel.tp, step_tokens(spec))
+    return _draft(source, device, dtype, source.layout, step_tokens(spec))
 
 
 def step_tokens(spec: ModelSpec) -> int:
@@ -78,7 +84,7 @@ def redraft(
         draft.source,
         draft.device,
         Decision(value=dtype) if dtype else draft.dtype,
-        tp_size or draft.tp_size,
+        replace(draft.layout, tp_size=tp_size or draft.tp_size),
         max_step_tokens or draft.max_step_tokens,
     )
     if kv_memory is None:
@@ -90,10 +96,10 @@ def _draft(
     source: ModelSource,
     device: DeviceChoice,
     dtype: Decision[str],
-    tp_size: int,
+    layout: Layout,
     max_step_tokens: int,
 ) -> Draft:
-    spec, arch = source.spec, source.arch
+    spec, arch, tp_size = source.spec, source.arch, layout.tp_size
     asked = spec.limits.max_context
     max_running_requests = min(spec.limits.max_running_requests, max_step_tokens)
     step = StepShape(
@@ -103,6 +109,7 @@ def _draft(
         tp_size=tp_size,
         dtype=dtype.value,
         device=device.device,
+        ep_size=layout.num_ranks if layout.spreads_experts else 1,
     )
     kv = KvDemand(
         param=f"models[{source.index}]",
@@ -117,9 +124,10 @@ def _draft(
         source=source,
         device=device,
         dtype=dtype,
-        tp_size=tp_size,
+        layout=layout,
         max_step_tokens=max_step_tokens,
-        weights_bytes=weight_bytes_per_rank(arch, tp_size, dtype.value),
+        # The first rank: where experts do not divide, it holds one more.
+        weights_bytes=weight_bytes_per_rank(arch, tp_size, dtype.value, layout.held_by(arch, 0)),
         space=workspace(arch, step),
         kv=kv,
     )

@@ -13,7 +13,15 @@ from cluster.planner.table import Table
 
 def explain(plan: ClusterPlan) -> tuple[Table, ...]:
     """What will run: models, memory of each rank by part, foreseen places, the front."""
-    return (_models(plan), _memory(plan), *streaming_tables(plan), _places(plan), _front(plan))
+    experts = (_experts(plan),) if any(model.experts for model in plan.models) else ()
+    return (
+        _models(plan),
+        *experts,
+        _memory(plan),
+        *streaming_tables(plan),
+        _places(plan),
+        _front(plan),
+    )
 
 
 def explain_reasons(plan: ClusterPlan) -> tuple[Table, ...]:
@@ -46,6 +54,25 @@ def _models(plan: ClusterPlan) -> Table:
     )
 
 
+def _experts(plan: ClusterPlan) -> Table:
+    rows = []
+    for model in plan.models:
+        if model.experts is None:
+            continue
+        counts = Counter(model.experts.experts_per_rank)
+        held = " + ".join(
+            f"{ranks} x {count}" if ranks > 1 else f"{count}" for count, ranks in counts.items()
+        )
+        ranks = f"{model.dp_size} x {model.tp_size} = {model.num_ranks}"
+        wire = f"{model.experts.dispatch}, {model.experts.combine} back"
+        rows.append((model.name, ranks, held, model.experts.exchange, wire))
+    return Table(
+        title="Expert parallelism of each replica",
+        columns=("MODEL", "DP x TP = RANKS", "EXPERTS PER LAYER", "EXCHANGE", "ROWS TRAVEL"),
+        rows=tuple(rows),
+    )
+
+
 def _memory(plan: ClusterPlan) -> Table:
     return Table(
         title="Memory of each rank",
@@ -71,7 +98,8 @@ def _places(plan: ClusterPlan) -> Table:
             ranks = count * model.tp_size
             each = f"{model.gpus_per_rank:g} GPU, " if model.gpus_per_rank else ""
             each += f"{model.num_threads} thr, {model.cpus_per_rank:g} CPU"
-            rows.append((model.name, host, str(count), str(ranks), each))
+            shown = str(count) if model.dp_size == 1 else f"{count / model.dp_size:g}"
+            rows.append((model.name, host, shown, str(ranks), each))
     return Table(
         title="Foreseen places",
         columns=("MODEL", "NODE", "REPLICAS", "RANKS", "EACH RANK"),

@@ -22,7 +22,10 @@ def plan_gateway(spec: GatewaySpec, models: Sequence[ModelPlan], cpus: float) ->
     if isinstance(active, str):
         capacity = sum(
             model.replicas
-            * (model.scheduler.max_running_requests + model.scheduler.max_waiting_requests)
+            * (
+                model.dp_size * model.scheduler.max_running_requests
+                + model.scheduler.max_waiting_requests
+            )
             for model in models
         )
         active = -(-capacity // spec.replicas)

@@ -59,6 +59,8 @@ class StepShape:
     tp_size: int
     dtype: str
     device: str
+    ep_size: int = 1
+    """Ranks that share the experts whole; all of their rows may come to one."""
 
 
 def workspace(arch: ArchConfig, step: StepShape) -> Workspace:
@@ -82,8 +84,9 @@ def workspace(arch: ArchConfig, step: StepShape) -> Workspace:
     gathered = 2 * kv_heads * arch.head_dim * values
     mask = (1 + 4) * min(step.max_step_tokens, step.max_context)
     on_gpu = step.device == "cuda"
+    moved = _exchange_bytes(arch, step) if step.ep_size > 1 else 0
     return Workspace(
-        activations_bytes=step.max_step_tokens * per_token * values,
+        activations_bytes=step.max_step_tokens * per_token * values + moved,
         logits_bytes=rows * arch.vocab_size * LOGIT_WORDS * 4,
         context_bytes=step.max_context * (gathered + mask),
         process_bytes=CUDA_CONTEXT_BYTES if on_gpu else RANK_PROCESS_BYTES,
@@ -97,6 +100,18 @@ def _feed_forward_values(arch: ArchConfig, layer: LayerSpec, tp_size: int) -> in
     inner = 3 * (layer.moe.ffn_dim + layer.moe.shared_ffn_dim) // tp_size
     fp32_words = 2 * (2 * arch.model_dim + layer.moe.gate.num_experts)
     return inner + arch.model_dim + fp32_words
+
+
+def _exchange_bytes(arch: ArchConfig, step: StepShape) -> int:
+    """What an expert-parallel rank holds of others' rows: dropless, so of all ranks at worst.
+
+    A x (D as sent and D as received, D fp32 sums of its own and as sent) and the inner values of
+    one expert, A x 3 F, for A = ranks x ceil(T / tp) rows.
+    """
+    ffn_dim = max(layer.moe.ffn_dim for layer in arch.layers if layer.moe)
+    rows = step.ep_size * -(-step.max_step_tokens // step.tp_size)
+    values = DTYPE_BYTES[step.dtype]
+    return rows * (arch.model_dim * (2 * values + 2 * 4) + 3 * ffn_dim * values)
 
 
 def cpu_budget_bytes(node: Node, num_front_processes: int) -> int:

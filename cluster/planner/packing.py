@@ -1,7 +1,8 @@
 """Which node each replica is foreseen on, and what is left there. Pure.
 
-A replica is one unit: all its ranks and its leader share a node. Ray places for real; this tells
-beforehand whether it can, and how many ranks share a node's cores and memory.
+A tensor-parallel replica is one unit: all its ranks and its leader share a node. Of an
+expert-parallel one each tensor-parallel group is a unit, and groups fill few nodes. Ray places for
+real; this tells beforehand whether it can, and how many ranks share a node's cores and memory.
 """
 
 from __future__ import annotations
@@ -29,9 +30,17 @@ class NodeLoad:
 
     def add_replica(self, model: int, num_ranks: int, rank_bytes: int | None) -> None:
         """Put a replica here; `rank_bytes` is None for ranks that live on GPUs."""
+        self.add_leader()
+        self.add_ranks(model, num_ranks, rank_bytes)
+
+    def add_leader(self) -> None:
+        """Put a replica's leader here."""
         self.num_leaders += 1
-        self.num_ranks += num_ranks
         self.free_bytes -= FRONT_PROCESS_BYTES
+
+    def add_ranks(self, model: int, num_ranks: int, rank_bytes: int | None) -> None:
+        """Put ranks here; `rank_bytes` is None for those that live on GPUs."""
+        self.num_ranks += num_ranks
         if rank_bytes is not None:
             self.free_bytes -= num_ranks * rank_bytes
             self.cpu_models += [model] * num_ranks
@@ -60,3 +69,32 @@ def least_loaded(loads: Sequence[NodeLoad], num_ranks: int, rank_bytes: int) -> 
     if not fitting:
         return None
     return min(fitting, key=lambda index: (loads[index].num_ranks + num_ranks) / loads[index].cores)
+
+
+def fewest_nodes(
+    loads: Sequence[NodeLoad], num_groups: int, group_size: int, rank_bytes: int
+) -> list[int] | None:
+    """A node for each group of ranks, in node order; None when they do not fit together.
+
+    The nodes with most room take as many groups as they have memory for, but no more ranks than
+    cores as long as others have some.
+    """
+    for respects_cores in (True, False):
+        rooms = [
+            _group_room(load, group_size, rank_bytes, respects_cores=respects_cores)
+            for load in loads
+        ]
+        nodes: list[int] = []
+        for node in sorted(range(len(loads)), key=lambda index: (-rooms[index], index)):
+            nodes += [node] * min(rooms[node], num_groups - len(nodes))
+        if len(nodes) == num_groups:
+            return sorted(nodes, key=lambda node: (node != nodes[0], node))
+    return None
+
+
+def _group_room(load: NodeLoad, group_size: int, rank_bytes: int, *, respects_cores: bool) -> int:
+    """Groups that a node can take, a leader among them."""
+    room = max(0, load.free_bytes - FRONT_PROCESS_BYTES) // (group_size * rank_bytes)
+    if respects_cores:
+        room = min(room, max(0, load.cores - load.num_ranks) // group_size)
+    return room

@@ -20,8 +20,8 @@ from cluster.planner.memory import (
     RANK_PROCESS_BYTES,
     gpu_budget_bytes,
 )
-from cluster.planner.packing import NodeLoad, least_loaded
-from cluster.planner.refusal import device_full, node_full
+from cluster.planner.packing import NodeLoad, fewest_nodes, least_loaded
+from cluster.planner.refusal import device_full, node_full, nodes_full
 from cluster.planner.sources import ModelSource
 from cluster.planner.streaming import Room, Streamer, least_draft
 from replicas.models.memory import weight_bytes_per_rank
@@ -29,7 +29,7 @@ from replicas.models.memory import weight_bytes_per_rank
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """A drafted model and the node index of each of its replicas."""
+    """A drafted model and the node index of each tensor-parallel group, replica by replica."""
 
     draft: Draft
     nodes: tuple[int, ...]
@@ -48,12 +48,14 @@ def draft_all(
     drafts = []
     for source, device in zip(sources, devices, strict=True):
         spec = source.spec
-        per_rank = weight_bytes_per_rank(source.arch, spec.parallel.tp, "float32")
+        layout = source.layout
+        held = layout.held_by(source.arch, 0)
+        per_rank = weight_bytes_per_rank(source.arch, layout.tp_size, "float32", held)
         dtype = choose_dtype(
             spec.dtype,
             source.arch.dtype,
             device.device,
-            per_rank * spec.parallel.tp * spec.replicas,
+            per_rank * layout.num_ranks * spec.replicas,
             room,
         )
         drafts.append(draft_model(source, device, dtype))
@@ -74,7 +76,8 @@ def place_all(
     streamed: dict[int, ConfigError | None] = {}
     for index, draft in enumerate(drafts):
         engine = draft.source.spec.engine
-        refusal = None if engine == "tensor_parallel" else _why_not_whole(draft, loads, topology)
+        stays_whole = engine == "tensor_parallel" or draft.layout.spreads_experts
+        refusal = None if stays_whole else _why_not_whole(draft, loads, topology)
         if engine == "offload" or refusal is not None:
             streamed[index] = refusal
         else:
@@ -170,7 +173,10 @@ def _place_on_gpus(draft: Draft, loads: Sequence[NodeLoad], topology: Topology) 
 
 def _place_on_cpus(draft: Draft, loads: Sequence[NodeLoad]) -> tuple[int, ...]:
     nodes: list[int] = []
-    for _ in range(draft.source.spec.replicas):
+    for replica in range(draft.source.spec.replicas):
+        if draft.layout.spreads_experts:
+            nodes += _place_groups(draft, loads, replica)
+            continue
         node = least_loaded(loads, draft.tp_size, draft.fixed_bytes)
         if node is None:
             room = max(load.free_bytes for load in loads) - FRONT_PROCESS_BYTES
@@ -178,3 +184,16 @@ def _place_on_cpus(draft: Draft, loads: Sequence[NodeLoad]) -> tuple[int, ...]:
         loads[node].add_replica(draft.source.index, draft.tp_size, draft.fixed_bytes)
         nodes.append(node)
     return tuple(nodes)
+
+
+def _place_groups(draft: Draft, loads: Sequence[NodeLoad], replica: int) -> list[int]:
+    """A node for each tensor-parallel group of an expert-parallel replica, node by node."""
+    tp_size, dp_size = draft.layout.tp_size, draft.layout.dp_size
+    nodes = fewest_nodes(loads, dp_size, tp_size, draft.fixed_bytes)
+    if nodes is None:
+        raise nodes_full(draft, replica, [max(0, load.free_bytes) for load in loads])
+    for index, node in enumerate(nodes):
+        loads[node].add_ranks(draft.source.index, tp_size, draft.fixed_bytes)
+        if index == 0:
+            loads[node].add_leader()
+    return nodes

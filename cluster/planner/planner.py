@@ -15,12 +15,13 @@ from cluster.base.errors import ConfigError
 from cluster.base.plan import (
     ClusterPlan,
     EngineKind,
+    ExpertPlan,
     KvPlan,
     MemoryPlan,
     ModelPlan,
     SchedulerPlan,
 )
-from cluster.base.spec import ClusterSpec
+from cluster.base.spec import ClusterSpec, MoeSectionSpec
 from cluster.dist.topology import Topology
 from cluster.planner.caches import Cache, size_caches
 from cluster.planner.cpus import CpuDemand, front_share, share_cpus
@@ -70,7 +71,8 @@ def make_plan(
         for index, model in enumerate(spec.models)
     ]
     loads = empty_loads(topology, spec.gateway.replicas)
-    drafts = draft_all(sources, choose_devices(spec.models, topology), loads)
+    on_cpus = [source.index for source in sources if source.layout.spreads_experts]
+    drafts = draft_all(sources, choose_devices(spec.models, topology, on_cpus), loads)
     streamer = Streamer(rates=rates, directory=directory or Path())
     placed = place_all(drafts, loads, topology, streamer)
     compute = _share_cores(placed, loads)
@@ -136,9 +138,11 @@ def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topolog
         path=str(source.checkpoint.directory),
         source=source.written,
         family=arch.family,
-        engine=EngineKind.OFFLOAD if streaming else EngineKind.TENSOR_PARALLEL,
+        engine=_engine(draft),
         replicas=spec.replicas,
         tp_size=draft.tp_size,
+        dp_size=draft.layout.dp_size,
+        experts=_experts(draft),
         device=draft.device.device,
         dtype=draft.dtype.value,
         num_threads=compute.threads.value,
@@ -183,13 +187,29 @@ def _step_timeout_s(draft: Draft) -> float:
     return max(asked, math.ceil(_TIMEOUT_STEPS * max(found.best.tpot_s, found.ttft_s)))
 
 
-def _reasons(draft: Draft, compute: Compute, cache: Cache) -> dict[str, str]:
-    spec = draft.source.spec
-    engine = "the model is dense: every rank takes part in every token"
+def _engine(draft: Draft) -> EngineKind:
     if draft.streaming is not None:
-        engine = draft.streaming.reason()
+        return EngineKind.OFFLOAD
+    spreads = draft.layout.spreads_experts
+    return EngineKind.EXPERT_PARALLEL if spreads else EngineKind.TENSOR_PARALLEL
+
+
+def _experts(draft: Draft) -> ExpertPlan | None:
+    if not draft.layout.spreads_experts:
+        return None
+    moe = draft.source.spec.moe or MoeSectionSpec()
+    return ExpertPlan(
+        experts_per_rank=draft.layout.experts_per_rank(draft.source.arch),
+        exchange=moe.exchange,
+        dispatch=moe.dispatch,
+        combine=moe.combine,
+    )
+
+
+def _reasons(draft: Draft, compute: Compute, cache: Cache) -> dict[str, str]:
+    streaming = draft.streaming
     reasons = {
-        "engine": engine if spec.engine == "auto" or draft.streaming else "",
+        "engine": draft.layout.reason if streaming is None else streaming.reason(),
         **_step_reasons(draft),
         "device": draft.device.reason,
         "dtype": draft.dtype.reason,

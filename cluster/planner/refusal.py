@@ -6,7 +6,7 @@ and is kept when the result fits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cluster.base.errors import ConfigError
 from cluster.base.quantities import size_text
@@ -30,7 +30,7 @@ def node_full(draft: Draft, num_placed: int, room_bytes: int) -> ConfigError:
         num_placed: replicas of this model that did fit.
         room_bytes: what is left on the emptiest node, for one replica's ranks.
     """
-    spec, tp = draft.source.spec, draft.tp_size
+    spec, tp = draft.source.spec, draft.layout.num_ranks
     need = tp * draft.fixed_bytes
     ordinal = f"replica {num_placed + 1} of {spec.replicas}" if spec.replicas > 1 else "the model"
     cause = (
@@ -46,6 +46,29 @@ def node_full(draft: Draft, num_placed: int, room_bytes: int) -> ConfigError:
     param = draft.source.param("replicas" if num_placed else "kv_cache.memory")
     if not num_placed and not draft.kv.fixed_bytes:
         param = draft.source.param("parallel")
+    return ConfigError(cause, f"{_sentence(remedies)}.", param=param)
+
+
+def nodes_full(draft: Draft, num_placed: int, rooms_bytes: Sequence[int]) -> ConfigError:
+    """One more expert-parallel replica fits on all nodes together not.
+
+    Args:
+        num_placed: replicas of this model that did fit.
+        rooms_bytes: what is left on each node.
+    """
+    spec, layout = draft.source.spec, draft.layout
+    ordinal = f"replica {num_placed + 1} of {spec.replicas}" if spec.replicas > 1 else "the model"
+    group_bytes = layout.tp_size * draft.fixed_bytes
+    room = ", ".join(size_text(room) for room in rooms_bytes)
+    cause = (
+        f"Not enough memory for {ordinal}: {layout.num_ranks} ranks x "
+        f"({sum_text(draft.parts())}) = {size_text(layout.num_ranks * draft.fixed_bytes)} in "
+        f"groups of {size_text(group_bytes)} that share a node, but the nodes have {room} left."
+    )
+    remedies = [f"lower replicas to {num_placed}"] if num_placed else []
+    remedies += list(_lighter(draft, sum(rooms_bytes) // layout.num_ranks))
+    remedies = remedies[:2] or ["use more ranks or machines with more memory"]
+    param = draft.source.param("replicas" if num_placed else "parallel")
     return ConfigError(cause, f"{_sentence(remedies)}.", param=param)
 
 

@@ -14,6 +14,7 @@ from cluster.base.problems import shown
 from cluster.base.spec import ModelSpec
 from cluster.planner.checkpoint_info import CheckpointInfo, read_checkpoint
 from cluster.planner.hub import Hub
+from cluster.planner.layout import Layout, choose_layout
 from replicas.models.arch import ArchConfig
 from replicas.models.hf_config import arch_from_hf
 
@@ -29,6 +30,7 @@ class ModelSource:
     spec: ModelSpec
     checkpoint: CheckpointInfo
     arch: ArchConfig
+    layout: Layout
 
     @property
     def written(self) -> str:
@@ -66,15 +68,18 @@ def open_source(index: int, spec: ModelSpec, directory: Path, hub: Hub) -> Model
         raise ConfigError(
             f"{error.cause}{inner}", error.remedy, param=f"models[{index}].{key}"
         ) from None
-    source = ModelSource(index=index, spec=spec, checkpoint=checkpoint, arch=arch)
+    layout = choose_layout(spec, arch, f"models[{index}]")
+    source = ModelSource(index=index, spec=spec, checkpoint=checkpoint, arch=arch, layout=layout)
+    _check_moe_section(source)
     _check_split(source)
     _check_context(source)
     return source
 
 
-def possible_tp_sizes(arch: ArchConfig) -> list[int]:
+def possible_tp_sizes(arch: ArchConfig, *, whole_experts: bool = False) -> list[int]:
     """Every number of ranks up to 64 that the model can be split over."""
-    return [tp for tp in range(1, _MAX_TP + 1) if not arch.why_not_tp(tp)]
+    sizes = range(1, _MAX_TP + 1)
+    return [tp for tp in sizes if not arch.why_not_tp(tp, whole_experts=whole_experts)]
 
 
 def _check_depth(checkpoint: CheckpointInfo) -> None:
@@ -89,10 +94,11 @@ def _check_depth(checkpoint: CheckpointInfo) -> None:
 
 def _check_split(source: ModelSource) -> None:
     tp = source.spec.parallel.tp
-    reasons = source.arch.why_not_tp(tp)
+    whole_experts = source.layout.spreads_experts
+    reasons = source.arch.why_not_tp(tp, whole_experts=whole_experts)
     if not reasons:
         return
-    possible = possible_tp_sizes(source.arch)
+    possible = possible_tp_sizes(source.arch, whole_experts=whole_experts)
     nearest = sorted(possible, key=lambda size: (abs(size - tp), size))[:2]
     raise ConfigError(
         f"The model cannot be split over {tp} ranks: {'; '.join(reasons)}.",
@@ -100,6 +106,16 @@ def _check_split(source: ModelSource) -> None:
         f"(possible: {', '.join(str(size) for size in possible)}).",
         param=source.param("parallel.tp"),
     )
+
+
+def _check_moe_section(source: ModelSource) -> None:
+    if source.spec.moe is not None and not source.layout.spreads_experts:
+        raise ConfigError(
+            "`moe` says how ranks exchange tokens, but this replica's ranks do not: it is not "
+            "expert-parallel.",
+            "Delete it, or set parallel.dp above 1 or engine: expert_parallel.",
+            param=source.param("moe"),
+        )
 
 
 def _check_context(source: ModelSource) -> None:

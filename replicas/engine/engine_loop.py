@@ -109,6 +109,11 @@ class EngineLoop:
         return self._health
 
     @property
+    def stats(self) -> ReplicaStats:
+        """The load now; for the thread that runs the loop, or before it starts."""
+        return self._scheduler.stats()
+
+    @property
     def times(self) -> StepTimes:
         """Where the time of all steps went; safe from any thread."""
         return self._runner.ledger.times

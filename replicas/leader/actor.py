@@ -21,20 +21,18 @@ from cluster.base.errors import CollectiveTimeoutError, InternalError, PenstockE
 from cluster.base.ids import new_epoch
 from cluster.base.plan import ModelPlan, from_json
 from replicas.api import GenerationDelta, ReplicaStats
-from replicas.engine.engine_loop import EngineLoop
-from replicas.engine.scheduler import Scheduler
-from replicas.engine.scheduler_config import SchedulerConfig
+from replicas.leader.engine_parts import make_engine
 from replicas.leader.load_metrics import LoadMetrics
 from replicas.leader.record import LoadRecord, ReplicaRecord, ReplicaState
 from replicas.leader.reporter import DirectoryReporter
 from replicas.leader.stream_server import ReplicaStreamServicer, start_replica_server
 from replicas.leader.worker_group import WorkerGroup
 from replicas.worker.actor import WorkerActor
-from replicas.worker.link_executor import LinkExecutor
 
 _LAST_WORDS_S = 0.25
 _DRAIN_S = 4.0
 _METRICS_PERIOD_S = 1.0
+_ACCOUNT_S = 1.5
 # The loop's own deadline fires first; this one is for a loop that is itself stuck.
 _HANG_MARGIN_S = 5.0
 
@@ -95,15 +93,14 @@ class LeaderReplica:
         started_s = time.monotonic()
         self._asyncio_loop = asyncio.get_running_loop()
         link = await self._group.start(host, self._show_progress)
-        scheduler = Scheduler(_scheduler_config(self._plan), self._plan.eos_token_ids)
-        self._stats = scheduler.stats()
-        self._engine = EngineLoop(
-            scheduler,
-            LinkExecutor(link),
+        self._engine = make_engine(
+            self._plan,
+            link,
+            self._group.facts,
             on_deltas=self._on_deltas,
             on_fatal=self._on_fatal,
-            step_timeout_s=self._plan.scheduler.step_timeout_s,
         )
+        self._stats = self._engine.stats
         self._servicer = ReplicaStreamServicer(self._engine, epoch=epoch)
         self._servicer.publish((), self._stats)
         self._server, port = await start_replica_server(self._servicer, host)
@@ -168,7 +165,11 @@ class LeaderReplica:
         self._asyncio_loop.call_soon_threadsafe(self._die, error)
 
     async def _watch_workers(self) -> None:
-        self._die(await self._group.wait_failure())
+        error = await self._group.wait_failure()
+        if self._plan.experts is not None:
+            # The other ranks are about to tell in which layer they miss it, which is worth more.
+            await asyncio.sleep(_ACCOUNT_S)
+        self._die(error)
 
     async def _export_metrics(self) -> None:
         while True:
@@ -184,19 +185,6 @@ class LeaderReplica:
         self._servicer.fail_all(error)
         self._reporter.update(state=ReplicaState.FAILED, detail=error.cause, error=error.to_dict())
         self._asyncio_loop.call_later(_LAST_WORDS_S, os._exit, 1)
-
-
-def _scheduler_config(plan: ModelPlan) -> SchedulerConfig:
-    limits = plan.scheduler
-    return SchedulerConfig(
-        max_running_requests=limits.max_running_requests,
-        max_step_tokens=limits.max_step_tokens,
-        max_context=limits.max_context,
-        block_size=plan.kv.block_size,
-        num_blocks=plan.kv.num_blocks,
-        prefix_caching=plan.kv.prefix_caching,
-        max_waiting_requests=limits.max_waiting_requests,
-    )
 
 
 def _load_record(stats: ReplicaStats) -> LoadRecord:

@@ -28,6 +28,8 @@ class WorkerRecord:
     node: str
     device: str
     actor_name: str
+    group: int = 0
+    """Data-parallel group of the rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util import get_current_placement_group
+from ray.util import get_current_placement_group, placement_group_table
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.base import names
@@ -28,9 +31,10 @@ from cluster.base.errors import (
 from cluster.base.plan import ModelPlan, to_json
 from cluster.dist.rendezvous import pick_port
 from replicas.leader.record import WorkerRecord
+from replicas.leader.seating import Seat, seat_ranks
+from replicas.leader.worker_plans import Meetings, worker_plan
 from replicas.worker.actor import WorkerActor
 from replicas.worker.leader_link import LeaderLink, LinkListener
-from replicas.worker.plan import WorkerPlan
 
 _CREATE_TIMEOUT_S = 120.0
 _LOAD_TIMEOUT_S = 3600.0
@@ -61,12 +65,14 @@ class WorkerGroup:
         self._epoch = epoch
         self._names = [
             names.worker_actor(cluster, plan.name, replica_id, epoch, rank)
-            for rank in range(plan.tp_size)
+            for rank in range(plan.num_ranks)
         ]
         self._actors: list[Any] = []
         self._parked: list[Any] = []
         self.records: tuple[WorkerRecord, ...] = ()
         self.startup_s: dict[str, float] = {}
+        self.facts: dict[str, Any] = {}
+        """What rank 0 found out while it loaded."""
 
     async def start(self, host: str, on_progress: OnProgress) -> LeaderLink:
         """Create and load every rank, then connect the step link.
@@ -76,16 +82,29 @@ class WorkerGroup:
         """
         started_s = time.monotonic()
         on_progress("worker processes", 0.0)
-        self._create()
+        group = get_current_placement_group()
+        if group is None:
+            raise InternalError("A leader must run in a placement group with a bundle per rank.")
+        leader_node, *_ = node_of_bundle = _nodes_of(group)
+        seats = seat_ranks(self._plan, node_of_bundle)
+        self._create(group, seats)
         await self._call(
             self._actors[0].progress.remote(), _CREATE_TIMEOUT_S, "starting worker processes"
         )
         self.startup_s["worker_processes"] = round(time.monotonic() - started_s, 3)
+        nodes = tuple(seat.node for seat in seats)
         listener = LinkListener(
-            size=self._plan.tp_size, epoch=self._epoch, secret=secrets.token_hex(16)
+            size=self._plan.num_ranks,
+            epoch=self._epoch,
+            secret=secrets.token_hex(16),
+            host=None if set(nodes) == {leader_node} else host,
+            nodes=nodes if self._plan.experts else (),
         )
         try:
-            link = await self._load(listener, host, on_progress)
+            # A rank on the leader's node listens where the leader does, others on their own.
+            hosts = [host if node == leader_node else "" for node in nodes]
+            meetings = await self._meetings(listener, host, hosts, nodes)
+            link = await self._load(listener, meetings, on_progress)
         finally:
             listener.close()
         self._parked = [actor.run.remote() for actor in self._actors]
@@ -109,29 +128,52 @@ class WorkerGroup:
                 ray.kill(actor)
         self._actors = []
 
-    def _create(self) -> None:
-        group = get_current_placement_group()
-        if group is None:
-            raise InternalError("A leader must run in a placement group with a bundle per rank.")
-        for rank, name in enumerate(self._names):
-            strategy = PlacementGroupSchedulingStrategy(
-                group, placement_group_bundle_index=rank + 1
-            )
+    def _create(self, group: PlacementGroup, seats: Sequence[Seat]) -> None:
+        for name, seat in zip(self._names, seats, strict=True):
             options = {
                 "name": name,
                 "namespace": names.NAMESPACE,
                 "num_cpus": self._plan.cpus_per_rank,
                 "num_gpus": self._plan.gpus_per_rank,
                 "max_concurrency": 4,
-                "scheduling_strategy": strategy,
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=seat.bundle
+                ),
             }
             self._actors.append(ray.remote(self._worker_class).options(**options).remote())
 
-    async def _load(self, listener: LinkListener, host: str, on_progress: OnProgress) -> LeaderLink:
-        store_port = pick_port(host)
+    async def _meetings(
+        self, listener: LinkListener, host: str, hosts: Sequence[str], nodes: tuple[str, ...]
+    ) -> Meetings:
+        """Where groups of ranks meet: on the node of the first of them."""
+        alone = Meetings(
+            epoch=self._epoch,
+            link=listener.address,
+            secret=listener.secret,
+            tensor_groups=((host, pick_port(host)),),
+        )
+        if self._plan.experts is None:
+            return alone
+        ranks = [0, *range(0, self._plan.num_ranks, self._plan.tp_size)]
+        peers, *tensor_groups = await _all_or_first_error(
+            [
+                self._call(
+                    self._actors[rank].pick_port.remote(hosts[rank]),
+                    _CREATE_TIMEOUT_S,
+                    "choosing a port",
+                    rank,
+                )
+                for rank in ranks
+            ]
+        )
+        return replace(alone, tensor_groups=tuple(tensor_groups), peers=peers, nodes=nodes)
+
+    async def _load(
+        self, listener: LinkListener, meetings: Meetings, on_progress: OnProgress
+    ) -> LeaderLink:
         calls = [
             self._call(
-                actor.load.remote(to_json(self._worker_plan(rank, listener, host, store_port))),
+                actor.load.remote(to_json(worker_plan(self._plan, rank, meetings))),
                 _LOAD_TIMEOUT_S,
                 "loading weights",
                 rank,
@@ -157,37 +199,13 @@ class WorkerGroup:
                 node=info["node"],
                 device=info["device"],
                 actor_name=self._names[rank],
+                group=rank // self._plan.tp_size,
             )
             for rank, info in enumerate(infos)
         )
         self.startup_s |= infos[0]["startup_s"]
+        self.facts = infos[0]["facts"]
         return link
-
-    def _worker_plan(
-        self, rank: int, listener: LinkListener, host: str, store_port: int
-    ) -> WorkerPlan:
-        plan = self._plan
-        return WorkerPlan(
-            rank=rank,
-            tp_size=plan.tp_size,
-            epoch=self._epoch,
-            model_path=plan.path,
-            device=plan.device,
-            dtype=plan.dtype,
-            kv_dtype=plan.kv.dtype,
-            block_size=plan.kv.block_size,
-            num_blocks=plan.kv.num_blocks,
-            max_context=plan.scheduler.max_context,
-            num_threads=plan.num_threads,
-            collective_timeout_s=plan.scheduler.step_timeout_s,
-            store_host=host,
-            store_port=store_port,
-            link_path=listener.address.path,
-            link_host=listener.address.host,
-            link_port=listener.address.port,
-            link_secret=listener.secret,
-            offload=plan.offload,
-        )
 
     async def _watch_progress(self, on_progress: OnProgress) -> None:
         while True:
@@ -208,6 +226,19 @@ class WorkerGroup:
             ) from None
         except (RayActorError, RayTaskError) as error:
             raise _as_error(error, rank) from error
+
+
+def _nodes_of(group: PlacementGroup) -> list[str]:
+    """The node of each bundle: its address, or address and id where nodes share one."""
+    node_ids = placement_group_table(group)["bundles_to_node_id"]
+    address_of = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    num_sharing = Counter(address_of.values())
+    return [
+        address_of[node_id]
+        if num_sharing[address_of[node_id]] == 1
+        else f"{address_of[node_id]}/{node_id[:8]}"
+        for _, node_id in sorted(node_ids.items())
+    ]
 
 
 async def _all_or_first_error(calls: Sequence[Awaitable[Any]]) -> list[Any]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from cluster.base.plan import from_json
+from cluster.dist.rendezvous import pick_port
 from replicas.worker.plan import WorkerPlan
 
 if TYPE_CHECKING:
@@ -22,18 +23,27 @@ if TYPE_CHECKING:
 
 
 class WorkerActor:
-    """One tensor-parallel rank."""
+    """One rank."""
 
     def __init__(self) -> None:
         self._rank_code = importlib.import_module("replicas.worker.worker")
         self._worker: Worker | None = None
         self._progress: tuple[str, float] = ("starting", 0.0)
 
+    def pick_port(self, host: str) -> tuple[str, int]:
+        """An address of this rank's machine and a port free there; empty `host`: its own address.
+
+        Raises:
+            OSError: `host` is not an address of this machine.
+        """
+        host = host or ray.util.get_node_ip_address()
+        return host, pick_port(host)
+
     def load(self, plan: dict[str, Any]) -> dict[str, Any]:
         """Join the group, load this rank's weights, allocate its cache, connect to the leader.
 
         Returns:
-            pid, node, device and the start-up ledger in seconds.
+            pid, node, device, the start-up ledger in seconds, and the rank's `facts`.
         """
         worker_plan = from_json(WorkerPlan, plan)
         worker: Worker = self._rank_code.Worker(
@@ -45,6 +55,7 @@ class WorkerActor:
             "node": ray.get_runtime_context().get_node_id(),
             "device": worker.device,
             "startup_s": worker.startup_s,
+            "facts": worker.facts,
         }
 
     def worker_options(self, plan: WorkerPlan) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from cluster.dist.communicator import Communicator
+from moe.layout import ExpertLayout
 from replicas.kernels.ops import Kernels
 from replicas.layers.weights import WeightProvider
 from replicas.models.checkpoint import load_weights
@@ -72,20 +73,21 @@ def resident_weights(request: WeightsRequest) -> WeightProvider:
     )
 
 
-def build_runner(
+def build_runner(  # noqa: PLR0913 - where a rank is put together
     spec: RankSpec,
     communicator: Communicator,
     device: torch.device,
     on_progress: Callable[[int, int], None] | None = None,
     weights_factory: WeightsFactory = resident_weights,
     adapt_kernels: Callable[[Kernels], Kernels] | None = None,
+    expert_layout: ExpertLayout | None = None,
 ) -> ModelRunner:
     """Load this rank's weights, allocate its cache and make its runner; rank 0 gives the output.
 
     Args:
         on_progress: told (bytes loaded, bytes in all).
         weights_factory: where the weights come from; may raise errors of its own.
-        adapt_kernels: as in `build_model`.
+        adapt_kernels, expert_layout: as in `build_model`.
 
     Raises:
         ConfigError: the checkpoint's architecture is not supported or cannot be split so.
@@ -102,6 +104,7 @@ def build_runner(
         kernels=spec.kernels,
         attention_backend=spec.attention_backend,
         adapt_kernels=adapt_kernels,
+        expert_layout=expert_layout,
     )
     cache = KvCacheSpec(
         num_layers=arch.num_layers,

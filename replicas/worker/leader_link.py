@@ -12,6 +12,7 @@ import select
 import socket
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.base.errors import (
@@ -25,14 +26,27 @@ from replicas.worker import wire
 from replicas.worker.frames import FrameKind, FrameSocket, LinkAddress
 
 _ACCEPT_SLICE_S = 0.5
+_ACCOUNT_S = 1.0
 
 
 class LinkListener:
     """The leader's end before its workers have joined."""
 
-    def __init__(self, *, size: int, epoch: str, secret: str, host: str | None = None) -> None:
-        """Listen for `size` workers; on `host` over TCP, or on a private unix socket if None."""
+    def __init__(
+        self,
+        *,
+        size: int,
+        epoch: str,
+        secret: str,
+        host: str | None = None,
+        nodes: Sequence[str] = (),
+    ) -> None:
+        """Listen for `size` workers; on `host` over TCP, or on a private unix socket if None.
+
+        `nodes` names the node of each rank, where the ranks watch each other (expert parallelism).
+        """
         self._size = size
+        self._nodes = tuple(nodes)
         self._epoch = epoch
         self.secret = secret
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -76,7 +90,7 @@ class LinkListener:
                 peer.close()
             else:
                 peers[rank] = peer
-        return LeaderLink([peers[rank] for rank in range(self._size)])
+        return LeaderLink([peers[rank] for rank in range(self._size)], self._nodes)
 
     def close(self) -> None:
         """Stop listening; an accepted link stays open."""
@@ -109,10 +123,11 @@ class LinkListener:
 
 
 class LeaderLink:
-    """The leader's end: plans out to all ranks, results back from rank 0, faults from any."""
+    """The leader's end: plans out to all ranks, results and faults back from any."""
 
-    def __init__(self, peers: list[FrameSocket]) -> None:
+    def __init__(self, peers: list[FrameSocket], nodes: Sequence[str] = ()) -> None:
         self._peers = peers
+        self._nodes = nodes
         self._rank_of = {peer.fileno(): rank for rank, peer in enumerate(peers)}
         self._poll = select.poll()
         for peer in peers:
@@ -125,12 +140,16 @@ class LeaderLink:
             WorkerDiedError: a rank's socket is closed.
             CollectiveTimeoutError: a rank does not read.
         """
-        for rank, peer in enumerate(self._peers):
+        self.send_plans([payload] * len(self._peers), timeout_s)
+
+    def send_plans(self, payloads: Sequence[bytes], timeout_s: float) -> None:
+        """Send every rank its own encoded plan; raises as `send_plan`."""
+        for rank, (peer, payload) in enumerate(zip(self._peers, payloads, strict=True)):
             try:
                 peer.send(FrameKind.PLAN, payload, timeout_s)
             except TimeoutError:
                 raise CollectiveTimeoutError(
-                    f"Worker rank {rank} did not take the step plan within {timeout_s:.0f} s."
+                    f"{self._name(rank)} did not take the step plan within {timeout_s:.0f} s."
                 ) from None
             except OSError as error:
                 raise self._last_words(rank) from error
@@ -151,7 +170,11 @@ class LeaderLink:
         return False
 
     def receive_result(self, timeout_s: float) -> bytearray:
-        """The next result of rank 0, while watching every rank.
+        """The next result of rank 0; raises as `receive_from_any`."""
+        return self.receive_from_any(timeout_s)[1]
+
+    def receive_from_any(self, timeout_s: float) -> tuple[int, bytearray]:
+        """The next result and the rank that gave it, while watching every rank.
 
         Raises:
             WorkerDiedError: a rank's socket closed.
@@ -172,7 +195,7 @@ class LeaderLink:
             for fd, _ in sorted(ready, key=lambda item: -self._rank_of[item[0]]):
                 payload = self._read_from(self._rank_of[fd])
                 if payload is not None:
-                    return payload
+                    return self._rank_of[fd], payload
 
     def stop(self) -> None:
         """Ask every rank to leave its loop, then close."""
@@ -199,10 +222,7 @@ class LeaderLink:
         try:
             kind, payload = self._peers[rank].receive(timeout_s=10.0)
         except OSError as error:
-            raise WorkerDiedError(
-                f"Worker rank {rank} of {len(self._peers)} is gone ({error}).",
-                "The replica restarts by itself; retry the request.",
-            ) from error
+            raise self._lost(rank, f" ({error})") from error
         if kind is FrameKind.FAULT:
             raise _error_of(payload)
         return payload if kind is FrameKind.RESULT else None
@@ -215,10 +235,34 @@ class LeaderLink:
                 if kind is FrameKind.FAULT:
                     return _error_of(payload)
         except OSError:
-            return WorkerDiedError(
-                f"Worker rank {rank} of {len(self._peers)} is gone.",
-                "The replica restarts by itself; retry the request.",
-            )
+            return self._lost(rank)
+
+    def _lost(self, rank: int, detail: str = "") -> WorkerDiedError:
+        """The end of a rank; where peers watch each other, with what the first of them saw."""
+        cause = f"{self._name(rank)} is gone{detail}."
+        account = self._account_of(rank) if self._nodes else None
+        if account is not None:
+            cause = f"{cause} {account.cause}"
+        return WorkerDiedError(cause, "The replica restarts by itself; retry the request.")
+
+    def _account_of(self, lost: int) -> PenstockError | None:
+        """The first fault that a peer of a lost rank reports within a moment."""
+        self._poll.unregister(self._peers[lost].fileno())
+        deadline_s = time.monotonic() + _ACCOUNT_S
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            for fd, _ in self._poll.poll(left_s * 1e3):
+                try:
+                    kind, payload = self._peers[self._rank_of[fd]].receive(timeout_s=0.5)
+                except OSError:
+                    self._poll.unregister(fd)  # gone without a word
+                    continue
+                if kind is FrameKind.FAULT:
+                    return _error_of(payload)
+        return None
+
+    def _name(self, rank: int) -> str:
+        node = f" (node {self._nodes[rank]})" if self._nodes else ""
+        return f"Worker rank {rank} of {len(self._peers)}{node}"
 
 
 def _error_of(payload: bytearray) -> PenstockError:

@@ -15,9 +15,9 @@ from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
 from replicas.worker import wire
 from replicas.worker.leader_link import LeaderLink
 
-_SEND_TIMEOUT_S = 10.0
+SEND_TIMEOUT_S = 10.0
 # Well below the smallest default buffers, 64 KiB for a TCP receiver that does not read.
-_MAX_BUFFERED_BYTES = 32 * 1024
+MAX_BUFFERED_BYTES = 32 * 1024
 
 
 class LinkExecutor:
@@ -33,10 +33,10 @@ class LinkExecutor:
         """Send the plan to every rank; see `Executor.submit` for errors."""
         payload = wire.encode(plan)
         is_first = not self._in_flight
-        is_second = len(self._in_flight) == 1 and len(payload) <= _MAX_BUFFERED_BYTES
+        is_second = len(self._in_flight) == 1 and len(payload) <= MAX_BUFFERED_BYTES
         self._in_flight.append(plan.step)
         if is_first or is_second:
-            self._link.send_plan(payload, _SEND_TIMEOUT_S)
+            self._link.send_plan(payload, SEND_TIMEOUT_S)
         else:
             self._unsent.append(payload)
 
@@ -50,7 +50,7 @@ class LinkExecutor:
         expected = self._in_flight.popleft()
         if self._unsent:
             # The ranks stand idle: decoding can wait.
-            self._link.send_plan(self._unsent.popleft(), _SEND_TIMEOUT_S)
+            self._link.send_plan(self._unsent.popleft(), SEND_TIMEOUT_S)
         output = wire.decode_result(payload)
         if output.step != expected:
             raise InternalError(f"Rank 0 answered step {output.step} instead of {expected}.")

@@ -141,6 +141,18 @@ class ModelRunner:
             },
         )
 
+    @torch.inference_mode()
+    def stand_by(self, plan: SchedulerOutput) -> StepOutput:
+        """Take part in a step whose plan for this rank is empty: exchanges with zero rows only.
+
+        Raises:
+            CollectiveTimeoutError, WorkerDiedError: a peer is late or gone.
+        """
+        started_s = self._clock()
+        self._apply(plan)
+        self._model.forward_idle(self._weights)
+        return StepOutput(step=plan.step, duration_s=self._clock() - started_s)
+
     def _apply(self, plan: SchedulerOutput) -> None:
         for key in plan.finished_keys:
             self._pooling.forget(key)

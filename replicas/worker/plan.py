@@ -8,10 +8,27 @@ from cluster.base.plan import OffloadPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertRankPlan:
+    """A rank's place in an expert-parallel replica, and where its ranks meet."""
+
+    node_of_W: tuple[str, ...]
+    """Node of each rank of the replica; ranks of one node stand together."""
+    peers_host: str
+    """Address of rank 0."""
+    peers_port: int
+    max_rows: int
+    """Most rows that a rank dispatches in a step."""
+    exchange: str
+    dispatch: str
+    combine: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerPlan:
     """A rank's slice of a model plan, plus the addresses of this epoch."""
 
     rank: int
+    """In the replica; ranks of one data-parallel group stand together."""
     tp_size: int
     epoch: str
     model_path: str
@@ -24,9 +41,17 @@ class WorkerPlan:
     num_threads: int
     collective_timeout_s: float
     store_host: str
+    """Where the ranks of this rank's tensor-parallel group meet: at the first of them."""
     store_port: int
     link_path: str
     link_host: str
     link_port: int
     link_secret: str
     offload: OffloadPlan | None = None
+    experts: ExpertRankPlan | None = None
+    """Only in an expert-parallel replica."""
+
+    @property
+    def tp_rank(self) -> int:
+        """This rank's index in its tensor-parallel group."""
+        return self.rank % self.tp_size

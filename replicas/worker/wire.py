@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from cluster.base.errors import InternalError
+from replicas.engine.lockstep import RankStep
 from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
 
 
@@ -33,12 +34,13 @@ class Fault:
 
 _encoder = msgspec.msgpack.Encoder()
 _plan_decoder = msgspec.msgpack.Decoder(SchedulerOutput)
+_rank_step_decoder = msgspec.msgpack.Decoder(RankStep)
 _result_decoder = msgspec.msgpack.Decoder(StepOutput)
 _hello_decoder = msgspec.msgpack.Decoder(Hello)
 _fault_decoder = msgspec.msgpack.Decoder(Fault)
 
 
-def encode(value: SchedulerOutput | StepOutput | Hello | Fault) -> bytes:
+def encode(value: SchedulerOutput | RankStep | StepOutput | Hello | Fault) -> bytes:
     """Bytes of one link message."""
     return _encoder.encode(value)
 
@@ -53,6 +55,14 @@ def decode_plan(payload: bytes | bytearray | memoryview) -> SchedulerOutput:
         return _plan_decoder.decode(payload)
     except msgspec.MsgspecError as error:
         raise InternalError(f"A step plan could not be read: {error}.") from error
+
+
+def decode_rank_step(payload: bytes | bytearray | memoryview) -> RankStep:
+    """Inverse of `encode` for a rank's part of a lock-step; raises InternalError on bad bytes."""
+    try:
+        return _rank_step_decoder.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise InternalError(f"A lock-step could not be read: {error}.") from error
 
 
 def decode_result(payload: bytes | bytearray | memoryview) -> StepOutput:

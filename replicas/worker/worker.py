@@ -14,25 +14,25 @@ from collections.abc import Callable
 import torch
 
 from cluster.base.errors import InternalError, PenstockError
-from cluster.dist.communicator import Communicator, SingleRank
-from cluster.dist.rendezvous import Rendezvous
-from cluster.dist.torch_communicator import TorchCommunicator
+from cluster.dist.communicator import Communicator
 from replicas.kernels.ops import Kernels
 from replicas.worker import device as devices
-from replicas.worker import wire
 from replicas.worker.assembly import RankSpec, WeightsFactory, build_runner, resident_weights
 from replicas.worker.frames import LinkAddress
-from replicas.worker.model_runner import ModelRunner
+from replicas.worker.lockstep_rank import (
+    LockstepGroups,
+    LockstepRank,
+    join_lockstep_groups,
+    spread_experts,
+)
 from replicas.worker.plan import WorkerPlan
+from replicas.worker.tensor_rank import TensorParallelRank, join_tensor_group
 from replicas.worker.worker_link import WorkerLink
 
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, float], None]
 _CONNECT_TIMEOUT_S = 60.0
-# A leader needs about this long to plan: a sign that comes later only costs two system calls.
-_SIGN_WORTH_S = 0.5e-3
-_TAIL_GAIN = 1 / 8
 
 
 class Worker:
@@ -63,9 +63,10 @@ class Worker:
         device = devices.open_device(plan.device, plan.num_threads)
         self.device = str(device)
         on_progress("joining group", 0.0)
-        self._communicator = _join(plan)
+        groups = join_lockstep_groups(plan) if plan.experts else None
+        communicator = groups.communicator if groups else join_tensor_group(plan)
         started_s = self._mark("group", started_s)
-        self._runner = self._build(device, on_progress)
+        self._rank = self._build(device, communicator, groups, on_progress)
         started_s = self._mark("weights_and_kv", started_s)
         self._link = WorkerLink.connect(
             LinkAddress(path=plan.link_path, host=plan.link_host, port=plan.link_port),
@@ -74,7 +75,14 @@ class Worker:
             secret=plan.link_secret,
             timeout_s=_CONNECT_TIMEOUT_S,
         )
+        if groups is not None:
+            groups.peers.on_failure(lambda error: self._link.send_fault(error.to_dict()))
         on_progress("ready", 1.0)
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What the leader needs to know of a rank that it cannot know by itself; plain values."""
+        return self._rank.facts
 
     def run(self) -> None:
         """Execute plans in order of arrival until the leader stops or goes.
@@ -82,18 +90,12 @@ class Worker:
         Raises:
             PenstockError: a step failed; the leader has been told.
         """
-        # A device's layers are only launched by then: the sign would come far too early.
-        may_say = self._plan.rank == 0 and self._plan.device == "cpu"
-        tail_s = 0.0
         try:
             while (payload := self._link.receive_plan()) is not None:
-                says = may_say and tail_s >= _SIGN_WORTH_S
-                on_nearly_done = self._link.send_nearly_done if says else None
-                output = self._runner.execute(wire.decode_plan(payload), on_nearly_done)
-                tail_s += _TAIL_GAIN * (output.timings_s.get("sample", 0.0) - tail_s)
-                if self._plan.rank == 0:
-                    self._link.send_result(wire.encode(output))
-                self._runner.settle()
+                answer = self._rank.execute(payload, self._link.send_nearly_done)
+                if answer is not None:
+                    self._link.send_result(answer)
+                self._rank.settle()
         except Exception as error:
             fault = _as_fault(error)
             log.exception("rank %d failed", self._plan.rank)
@@ -107,8 +109,14 @@ class Worker:
         self.startup_s[phase] = round(now_s - started_s, 3)
         return now_s
 
-    def _build(self, device: torch.device, on_progress: OnProgress) -> ModelRunner:
-        """This rank's model, weights and cache."""
+    def _build(
+        self,
+        device: torch.device,
+        communicator: Communicator,
+        groups: LockstepGroups | None,
+        on_progress: OnProgress,
+    ) -> TensorParallelRank | LockstepRank:
+        """This rank's model, weights and cache, and what runs its plans on them."""
         plan = self._plan
         spec = RankSpec(
             model_path=plan.model_path,
@@ -118,28 +126,23 @@ class Worker:
             num_blocks=plan.num_blocks,
             max_context=plan.max_context,
         )
-        return build_runner(
+        experts = None if groups is None else spread_experts(groups, spec.model_path, spec.dtype)
+        runner = build_runner(
             spec,
-            self._communicator,
+            communicator,
             device,
             lambda done, total: on_progress("loading weights", done / max(1, total)),
             self._weights_factory,
             self._adapt_kernels,
+            expert_layout=experts,
         )
-
-
-def _join(plan: WorkerPlan) -> Communicator:
-    """This rank's communicator over the tensor-parallel axis."""
-    if plan.tp_size == 1:
-        return SingleRank()
-    place = Rendezvous(host=plan.store_host, port=plan.store_port, group=f"tp/{plan.epoch}")
-    return TorchCommunicator(
-        rank=plan.rank,
-        size=plan.tp_size,
-        backend="nccl" if plan.device == "cuda" else "gloo",
-        rendezvous=place,
-        timeout_s=plan.collective_timeout_s,
-    )
+        if experts is None:
+            # A device's layers are only launched by then: the sign would come far too early.
+            return TensorParallelRank(
+                runner, answers=plan.rank == 0, signs=plan.rank == 0 and plan.device == "cpu"
+            )
+        on_progress("measuring links", 1.0)
+        return LockstepRank(plan, experts, runner)
 
 
 def _as_fault(error: Exception) -> PenstockError:

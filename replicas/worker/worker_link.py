@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 
 from cluster.base.errors import WorkerDiedError
 from replicas.worker import wire
@@ -16,6 +17,7 @@ class WorkerLink:
     def __init__(self, sock: FrameSocket, rank: int) -> None:
         self._sock = sock
         self._rank = rank
+        self._sending = threading.Lock()
 
     @classmethod
     def connect(
@@ -48,16 +50,19 @@ class WorkerLink:
 
     def send_result(self, payload: bytes) -> None:
         """Send an encoded result; raises OSError when the leader is gone."""
-        self._sock.send(FrameKind.RESULT, payload, timeout_s=30.0)
+        with self._sending:
+            self._sock.send(FrameKind.RESULT, payload, timeout_s=30.0)
 
     def send_nearly_done(self) -> None:
         """Tell the leader that the step's layers are computed; raises OSError when it is gone."""
-        self._sock.send(FrameKind.NEARLY_DONE, b"", timeout_s=30.0)
+        with self._sending:
+            self._sock.send(FrameKind.NEARLY_DONE, b"", timeout_s=30.0)
 
     def send_fault(self, error: dict[str, str | None]) -> None:
-        """Tell the leader why this rank is about to end; best effort."""
+        """Tell the leader why this rank is about to end; best effort, from any thread."""
         fault = wire.Fault(rank=self._rank, error=error)
-        with contextlib.suppress(OSError):  # a leader that is gone will not miss it
+        # A leader that is gone will not miss it.
+        with contextlib.suppress(OSError), self._sending:
             self._sock.send(FrameKind.FAULT, wire.encode(fault), timeout_s=2.0)
 
     def close(self) -> None:

@@ -322,18 +322,20 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("rank", "pid", "node", "device", "actor_name")
+    __slots__ = ("rank", "pid", "node", "device", "actor_name", "group")
     RANK_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ACTOR_NAME_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     rank: int
     pid: int
     node: str
     device: str
     actor_name: str
-    def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., actor_name: _Optional[str] = ...) -> None: ...
+    group: int
+    def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., actor_name: _Optional[str] = ..., group: _Optional[int] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
     __slots__ = ("replica_id", "model", "state", "detail", "endpoint", "pid", "node", "epoch", "workers", "step", "num_running", "num_waiting", "kv_blocks_total", "kv_blocks_free", "startup_s", "generated_tokens", "num_preemptions", "prefix_hit_tokens", "prefix_query_tokens")

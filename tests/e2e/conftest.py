@@ -86,17 +86,21 @@ class ClusterFile:
     http: int
 
 
-def write_cluster(folder: Path, name: str, model: Path = MODEL) -> ClusterFile:
+def write_cluster(
+    folder: Path, name: str, model: Path = MODEL, template: str = CLUSTER
+) -> ClusterFile:
     """A cluster file on free ports."""
     grpc_port, http_port, dashboard = free_ports(3)
     path = folder / "cluster.yaml"
     ports = {"dashboard": dashboard, "grpc": grpc_port, "http": http_port}
-    path.write_text(CLUSTER.format(name=name, served=model.name, model=model, **ports))
+    path.write_text(template.format(name=name, served=model.name, model=model, **ports))
     return ClusterFile(path, grpc_port, http_port)
 
 
-def start_cluster(folder: Path, name: str, model: Path = MODEL) -> RunningCluster:
-    file = write_cluster(folder, name, model)
+def start_cluster(
+    folder: Path, name: str, model: Path = MODEL, template: str = CLUSTER
+) -> RunningCluster:
+    file = write_cluster(folder, name, model, template)
     env = {"PENSTOCK_STATE_DIR": str(folder / "state")}
     log = folder / "up.log"
     with log.open("w") as output:

@@ -104,12 +104,10 @@ WRONG = (
     _bad("null mapping", MODEL + "gateway:\n", 4, "gateway", "no value", "keys: host"),
     _bad("null number", MODEL + "    replicas:\n", 4, "models[0].replicas", "no value", "1 to 256"),
     _bad("null path", "models:\n  - name: m\n    path:\n", 3, "models[0].path", "no value"),
-    _bad("ep", MODEL + "    parallel: {ep: 2}\n", 4, "models[0].parallel.ep", "not available"),
-    _bad("dp", MODEL + "    parallel: {dp: 2}\n", 4, "models[0].parallel.dp", "`replicas`"),
-    _bad(
-        "later engine", MODEL + "    engine: expert_parallel\n", 4, "models[0].engine",
-        '"expert_parallel" is not available', "tensor_parallel",
-    ),
+    _bad("pp", MODEL + "    parallel: {pp: 2}\n", 4, "models[0].parallel.pp", "not available"),
+    _bad("no group", MODEL + "    parallel: {dp: 0}\n", 4, "models[0].parallel.dp", "from 1"),
+    _bad("odd ep", MODEL + "    parallel: {ep: all}\n", 4, "models[0].parallel.ep", "auto"),
+    _bad("exchange", MODEL + "    moe: {exchange: fast}\n", 4, "models[0].moe.exchange", "flat"),
     _bad(
         "offload without effect", MODEL + "    engine: tensor_parallel\n    offload: {}\n", 5,
         "models[0].offload", "has no effect with `engine: tensor_parallel`",

@@ -1,0 +1,159 @@
+"""How one replica is split over ranks: tensor parallel, or data-parallel groups that share experts.
+
+Decides `parallel.ep` and the kind of engine where the file left them open, and refuses what cannot
+work, with the arithmetic. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.base.errors import ConfigError
+from cluster.base.spec import ModelSpec
+from moe.expert_slots import ExpertSlots
+from replicas.models.arch import ArchConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The ranks of one replica: `dp_size` groups of `tp_size`."""
+
+    tp_size: int
+    dp_size: int = 1
+    spreads_experts: bool = False
+    """Experts are held whole, spread over all ranks; else each is sliced over the tp ranks."""
+    reason: str = ""
+    """Why this kind of engine, when the file left it open."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of one replica."""
+        return self.dp_size * self.tp_size
+
+    def held_by(self, arch: ArchConfig, rank: int) -> Sequence[Sequence[int]] | None:
+        """The routed experts of each layer that a rank holds whole; None: a slice of all."""
+        if not self.spreads_experts:
+            return None
+        return [
+            ExpertSlots.even(layer.moe.gate.num_experts, self.num_ranks).logical_by_rank[rank]
+            if layer.moe
+            else ()
+            for layer in arch.layers
+        ]
+
+    def experts_per_rank(self, arch: ArchConfig) -> tuple[int, ...]:
+        """Routed experts of each rank, in the layer that has most."""
+        most = max(layer.moe.gate.num_experts for layer in arch.layers if layer.moe)
+        return ExpertSlots.even(most, self.num_ranks).counts
+
+
+def choose_layout(spec: ModelSpec, arch: ArchConfig, param: str) -> Layout:
+    """The layout of `models[i]`.
+
+    Args:
+        param: key path of the entry, for errors.
+
+    Raises:
+        ConfigError: the entry contradicts itself or the model.
+    """
+    tp, dp, wanted = spec.parallel.tp, spec.parallel.dp, spec.engine
+    if wanted not in ("auto", "expert_parallel"):
+        _refuse_groups(spec, param)
+        return Layout(tp_size=tp)
+    if not arch.has_experts:
+        _refuse_dense(spec, param)
+        reason = "the model is dense: every rank takes part in every token"
+        return Layout(tp_size=tp, reason=reason if wanted == "auto" else "")
+    ep = _resolve_ep(spec)
+    _check_ep(spec, ep, arch, param)
+    if ep == 1:
+        reason = "ep is 1: every rank holds a slice of every expert"
+        return Layout(tp_size=tp, reason=reason if wanted == "auto" else "")
+    reason = f"ep is {ep}: dp x tp = {dp} x {tp} ranks hold the experts whole"
+    return Layout(
+        tp_size=tp, dp_size=dp, spreads_experts=True, reason=reason if wanted == "auto" else ""
+    )
+
+
+def _resolve_ep(spec: ModelSpec) -> int:
+    parallel = spec.parallel
+    if not isinstance(parallel.ep, str):
+        return parallel.ep
+    spreads = spec.engine == "expert_parallel" or parallel.dp > 1
+    return parallel.dp * parallel.tp if spreads else 1
+
+
+def _refuse_groups(spec: ModelSpec, param: str) -> None:
+    """dp and ep have no meaning for an engine that was asked for by another name."""
+    for key in ("dp", "ep"):
+        value = getattr(spec.parallel, key)
+        if value not in (1, "auto"):
+            raise ConfigError(
+                f"{key} is {value}, but engine is {spec.engine}, which has no expert-parallel "
+                "ranks.",
+                f"Set engine: expert_parallel, or leave {key} out.",
+                param=f"{param}.parallel.{key}",
+            )
+
+
+def _refuse_dense(spec: ModelSpec, param: str) -> None:
+    parallel = spec.parallel
+    if parallel.dp > 1:
+        raise ConfigError(
+            f"dp is {parallel.dp}, but the model has no experts for data-parallel groups to share.",
+            f"Use `replicas: {spec.replicas * parallel.dp}` for more copies of the model.",
+            param=f"{param}.parallel.dp",
+        )
+    if parallel.ep not in (1, "auto"):
+        raise ConfigError(
+            f"ep is {parallel.ep}, but the model is dense: it has no experts.",
+            "Leave ep out.",
+            param=f"{param}.parallel.ep",
+        )
+    if spec.engine == "expert_parallel":
+        raise ConfigError(
+            "engine is expert_parallel, but the model is dense: it has no experts.",
+            "Leave engine out.",
+            param=f"{param}.engine",
+        )
+
+
+def _check_ep(spec: ModelSpec, ep: int, arch: ArchConfig, param: str) -> None:
+    tp, dp = spec.parallel.tp, spec.parallel.dp
+    ranks = dp * tp
+    if ep == 1 and dp > 1:
+        raise ConfigError(
+            f"ep is 1 with dp {dp}: experts that are sliced over tp ranks cannot be shared by "
+            "several groups.",
+            f"Set ep to dp x tp = {ranks}, or leave it out.",
+            param=f"{param}.parallel.ep",
+        )
+    if ep not in (1, ranks):
+        raise ConfigError(
+            f"ep is {ep}, but the replica has dp x tp = {dp} x {tp} = {ranks} ranks, and all of "
+            "them share the experts.",
+            f"Leave ep out, or raise dp or tp until dp x tp is {ep}.",
+            param=f"{param}.parallel.ep",
+        )
+    if ep == 1 and spec.engine == "expert_parallel":
+        raise ConfigError(
+            f"engine is expert_parallel, but {ranks} rank(s) with ep {ep} share no experts.",
+            "Set parallel.dp or parallel.tp to at least 2 and leave ep out.",
+            param=f"{param}.engine",
+        )
+    most = max(layer.moe.gate.num_experts for layer in arch.layers if layer.moe)
+    if ep > most:
+        raise ConfigError(
+            f"dp x tp = {dp} x {tp} = {ep} ranks, but no layer has more than {most} experts: "
+            f"{ep - most} ranks would hold none.",
+            f"Use at most {most} ranks.",
+            param=f"{param}.parallel",
+        )
+    if ep > 1 and spec.device == "cuda":
+        raise ConfigError(
+            "device is cuda, but the ranks of an expert-parallel replica exchange tokens through "
+            "host memory and run on CPUs only.",
+            "Set device: cpu, or ep: 1 with dp: 1.",
+            param=f"{param}.device",
+        )

@@ -1,0 +1,57 @@
+"""A rank of a tensor-parallel replica: all ranks run the same plans, rank 0 answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cluster.dist.communicator import Communicator, SingleRank
+from cluster.dist.rendezvous import Rendezvous
+from cluster.dist.torch_communicator import TorchCommunicator
+from replicas.worker import wire
+from replicas.worker.model_runner import ModelRunner
+from replicas.worker.plan import WorkerPlan
+
+# A leader needs about this long to plan: a sign that comes later only costs two system calls.
+_SIGN_WORTH_S = 0.5e-3
+_TAIL_GAIN = 1 / 8
+
+
+def join_tensor_group(plan: WorkerPlan) -> Communicator:
+    """This rank's communicator over its tensor-parallel axis."""
+    if plan.tp_size == 1:
+        return SingleRank()
+    place = Rendezvous(host=plan.store_host, port=plan.store_port, group=f"tp/{plan.epoch}")
+    return TorchCommunicator(
+        rank=plan.tp_rank,
+        size=plan.tp_size,
+        backend="nccl" if plan.device == "cuda" else "gloo",
+        rendezvous=place,
+        timeout_s=plan.collective_timeout_s,
+    )
+
+
+class TensorParallelRank:
+    """Executes plans on one `ModelRunner`.
+
+    Args:
+        answers: whether this rank gives the answers.
+        signs: whether it says when a step is nearly done, where that is early enough to help.
+    """
+
+    def __init__(self, runner: ModelRunner, *, answers: bool, signs: bool) -> None:
+        self._runner = runner
+        self._answers = answers
+        self._signs = signs
+        self._tail_s = 0.0
+        self.facts: dict[str, object] = {}
+
+    def execute(self, payload: bytearray, say_nearly_done: Callable[[], None]) -> bytes | None:
+        """Run an encoded plan; the encoded answer on the rank that gives it, None elsewhere."""
+        says = self._signs and self._tail_s >= _SIGN_WORTH_S
+        output = self._runner.execute(wire.decode_plan(payload), say_nearly_done if says else None)
+        self._tail_s += _TAIL_GAIN * (output.timings_s.get("sample", 0.0) - self._tail_s)
+        return wire.encode(output) if self._answers else None
+
+    def settle(self) -> None:
+        """See `ModelRunner.settle`."""
+        self._runner.settle()

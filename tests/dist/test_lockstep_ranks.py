@@ -1,0 +1,176 @@
+"""Real expert-parallel ranks in lock-step: tokens, idle groups, and ranks that die or stop."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from cluster.base.errors import PenstockError
+from replicas.api import (
+    FinishReason,
+    GenerationDelta,
+    GenerationRequest,
+    ReplicaStats,
+    SamplingParams,
+)
+from replicas.engine.engine_loop import EngineLoop
+from tests.support.lockstep_ranks import LockstepRanks, model_plan
+
+pytestmark = pytest.mark.dist
+
+MODEL = Path(__file__).parents[2] / "examples" / "models" / "demo-moe"
+PROMPTS = [[5 + i, 6, 7] * (1 + 6 * i) for i in range(5)]
+NUM_TOKENS = 12
+LAYOUTS = {
+    "two groups": (2, 1, "flat", ()),
+    "one group of two": (1, 2, "flat", ()),
+    "two groups of two on two nodes": (2, 2, "hierarchical", ("a", "a", "b", "b")),
+    "four groups with posted receives": (4, 1, "preposted", ()),
+    "an expert per rank": (4, 2, "flat", ()),
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def ranks(request):
+    dp, tp, exchange, nodes = LAYOUTS[request.param]
+    group = LockstepRanks(model_plan(MODEL, dp=dp, tp=tp, exchange=exchange), nodes)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
+def two_groups():
+    group = LockstepRanks(model_plan(MODEL, dp=2, tp=1), ("a", "b"))
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
+def oracle() -> list[list[int]]:
+    """What transformers says to `PROMPTS`."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    answers = []
+    for prompt in PROMPTS:
+        output = model.generate(
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=NUM_TOKENS,
+            min_new_tokens=NUM_TOKENS,
+        )
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers
+
+
+def greedy(name: str, prompt: list[int], num_tokens: int = NUM_TOKENS) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=name,
+        prompt_token_ids=tuple(prompt),
+        params=SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True),
+    )
+
+
+class LoopRun:
+    """An engine loop over the ranks in a thread of its own, and what it said."""
+
+    def __init__(self, ranks: LockstepRanks) -> None:
+        self.tokens: dict[str, list[int]] = {}
+        self.ends: dict[str, FinishReason] = {}
+        self.causes: set[str] = set()
+        self.fatal: list[PenstockError] = []
+        self.stats = ReplicaStats()
+        self.loop = EngineLoop(
+            ranks.scheduler,
+            ranks.executor,
+            on_deltas=self._hear,
+            on_fatal=self.fatal.append,
+            step_timeout_s=15.0,
+        )
+        self.loop.start()
+
+    def _hear(self, deltas: list[GenerationDelta], stats: ReplicaStats) -> None:
+        self.stats = stats
+        for delta in deltas:
+            self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            if delta.finish_reason is not None:
+                self.ends[delta.request_id] = delta.finish_reason
+            if delta.error is not None:
+                self.causes.add(str(delta.error["cause"]))
+
+    def drain(self) -> None:
+        self.loop.drain()
+        assert self.loop.wait_drained(60.0), self.stats
+        assert self.loop.stop()
+
+    def wait_for_tokens(self, name: str, count: int) -> None:
+        deadline_s = time.monotonic() + 30.0
+        while len(self.tokens.get(name, ())) < count:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.005)
+
+
+def test_tokens_are_those_of_transformers_alone_and_together(ranks, oracle):
+    engine = ranks.engine()
+    # One at a time all groups but one idle; together no group does.
+    for number, prompt in enumerate(PROMPTS):
+        (alone,) = engine.generate([greedy(f"alone{number}", prompt)])
+        assert alone.token_ids == oracle[number]
+    together = engine.generate([greedy(f"all{n}", p) for n, p in enumerate(PROMPTS)])
+    assert [completion.token_ids for completion in together] == oracle
+
+
+def test_random_arrivals_with_idle_groups_neither_hang_nor_change_a_token(ranks, oracle):
+    run, rng = LoopRun(ranks), random.Random(4)
+    for number in range(24):
+        index = rng.randrange(len(PROMPTS))
+        run.loop.add_request(greedy(f"{number} {index}", PROMPTS[index]))
+        if rng.random() < 0.2:
+            run.loop.abort(f"{number} {index}")
+        time.sleep(rng.choice((0.0, 0.0, 0.01, 0.05)))
+    run.drain()
+    assert run.fatal == []
+    assert len(run.ends) == 24
+    for name, reason in run.ends.items():
+        answer = oracle[int(name.split()[1])]
+        said = run.tokens[name]
+        assert said == answer[: len(said)]
+        assert reason is FinishReason.ABORT or said == answer
+
+
+def test_idle_ranks_sleep(ranks):
+    time.sleep(0.5)
+    begun_s = time.monotonic()
+    before = [ranks.cpu_s(rank) for rank in range(ranks.plan.num_ranks)]
+    time.sleep(2.0)
+    elapsed_s = time.monotonic() - begun_s
+    for rank, cpu_s in enumerate(before):
+        assert (ranks.cpu_s(rank) - cpu_s) / elapsed_s < 0.05
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(("dp", "tp"), [(2, 1), (1, 2)])
+def test_a_lost_rank_is_named_with_node_and_operation_in_every_answer(dp, tp, signum):
+    ranks = LockstepRanks(model_plan(MODEL, dp=dp, tp=tp), ("a", "b") if tp == 1 else ("b", "b"))
+    try:
+        run = LoopRun(ranks)
+        for number in range(4):
+            run.loop.add_request(greedy(f"r{number}", PROMPTS[number], 400))
+        run.wait_for_tokens("r3", 3)
+        ranks.signal(1, signum)
+        lost_s = time.monotonic()
+        assert run.loop.wait_drained(10.0)
+        assert time.monotonic() - lost_s < 5.0
+    finally:
+        ranks.close()
+    assert [error.code for error in run.fatal] == ["worker_died"]
+    assert set(run.ends.values()) == {FinishReason.ERROR}
+    assert len(run.ends) == 4
+    (cause,) = run.causes
+    assert "ank 1" in cause
+    assert "node b" in cause
+    assert "layer" in cause or "tensor-parallel" in cause

@@ -1,0 +1,153 @@
+"""The ranks of an expert-parallel replica as real processes, with the leader's side in this one."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster.base.plan import (
+    EngineKind,
+    ExpertPlan,
+    KvPlan,
+    MemoryPlan,
+    ModelPlan,
+    SchedulerPlan,
+)
+from cluster.dist.rendezvous import pick_port
+from replicas.engine.lockstep_scheduler import LockstepScheduler
+from replicas.engine.sync_engine import SyncEngine
+from replicas.leader.engine_parts import scheduler_config, scheme_chooser
+from replicas.leader.worker_plans import Meetings, worker_plan
+from replicas.worker.leader_link import LinkListener
+from replicas.worker.lockstep_executor import LockstepExecutor
+from replicas.worker.plan import WorkerPlan
+from replicas.worker.worker import Worker
+
+HOST = "127.0.0.1"
+
+
+def run_worker(plan: WorkerPlan) -> None:
+    """One rank's process."""
+    with contextlib.suppress(Exception):  # the leader's side has been told
+        Worker(plan, lambda phase, fraction: None).run()
+
+
+def model_plan(
+    path: Path, *, dp: int, tp: int, exchange: str = "flat", num_experts: int = 8, **limits: int
+) -> ModelPlan:
+    """A plan as the planner would make it, small."""
+    defaults = {"max_running_requests": 8, "max_step_tokens": 64, "num_blocks": 64}
+    sizes = {**defaults, **limits}
+    return ModelPlan(
+        name="m",
+        path=str(path),
+        source=str(path),
+        family="qwen3_moe",
+        engine=EngineKind.EXPERT_PARALLEL,
+        replicas=1,
+        tp_size=tp,
+        dp_size=dp,
+        experts=ExpertPlan(
+            experts_per_rank=(), exchange=exchange, dispatch="exact", combine="fp32"
+        ),
+        device="cpu",
+        dtype="float32",
+        num_threads=1,
+        cpus_per_rank=1.0,
+        gpus_per_rank=0.0,
+        vocab_size=2048,
+        eos_token_ids=(),
+        kv=KvPlan(
+            block_size=16,
+            num_blocks=sizes["num_blocks"],
+            dtype="float32",
+            bytes_per_rank=0,
+            prefix_caching=True,
+        ),
+        scheduler=SchedulerPlan(
+            max_running_requests=sizes["max_running_requests"],
+            max_step_tokens=sizes["max_step_tokens"],
+            max_context=512,
+            max_waiting_requests=256,
+            step_timeout_s=10.0,
+        ),
+        memory=MemoryPlan(weights_bytes=0, kv_bytes=0, workspace_bytes=0, available_bytes=0),
+    )
+
+
+class LockstepRanks:
+    """Rank processes, the link to them and the schedulers that know their rows.
+
+    Args:
+        nodes: the node that each rank believes to be on; default: all on one.
+    """
+
+    def __init__(self, plan: ModelPlan, nodes: Sequence[str] = ()) -> None:
+        self.plan = plan
+        size = plan.num_ranks
+        names = tuple(nodes) or ("here",) * size
+        # Ranks are forked from a process that has loaded torch and nothing else of this one.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        listener = LinkListener(size=size, epoch="e", secret="s", host=HOST, nodes=names)
+        meetings = Meetings(
+            epoch="e",
+            link=listener.address,
+            secret="s",
+            tensor_groups=tuple((HOST, pick_port(HOST)) for _ in range(plan.dp_size)),
+            peers=(HOST, pick_port(HOST)),
+            nodes=names,
+        )
+        self.processes = [
+            context.Process(
+                target=run_worker, args=(worker_plan(plan, rank, meetings),), daemon=True
+            )
+            for rank in range(size)
+        ]
+        for process in self.processes:
+            process.start()
+        link = listener.accept_all(timeout_s=90)
+        listener.close()
+        self.executor = LockstepExecutor(link, dp_size=plan.dp_size, tp_size=plan.tp_size)
+        self.scheduler = LockstepScheduler(
+            scheduler_config(plan),
+            plan.dp_size,
+            choose_scheme=scheme_chooser([(64, self._scheme, "asked for")], plan.tp_size),
+        )
+
+    @property
+    def _scheme(self) -> str:
+        assert self.plan.experts is not None
+        return self.plan.experts.exchange
+
+    def engine(self) -> SyncEngine:
+        """One step at a time."""
+        return SyncEngine(self.scheduler, self.executor, step_timeout_s=15.0)
+
+    def signal(self, rank: int, signum: int) -> None:
+        """Send a signal to one rank."""
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, signum)
+
+    def cpu_s(self, rank: int) -> float:
+        """CPU seconds that a rank has used."""
+        fields = Path(f"/proc/{self.processes[rank].pid}/stat").read_text().rsplit(")", 1)[1]
+        ticks = sum(map(int, fields.split()[11:13]))
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def close(self) -> None:
+        """End all ranks, stopped ones too."""
+        self.executor.close()
+        for rank, process in enumerate(self.processes):
+            if process.is_alive():
+                with contextlib.suppress(ProcessLookupError):
+                    self.signal(rank, signal.SIGCONT)
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()

@@ -1,0 +1,151 @@
+"""Plans of mixture-of-experts models: layouts, memory, places over nodes, and every refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_checkpoints import TINY
+from planned_models import GIB, GPU_BOX, LAPTOP, node, plan_model, refused
+
+from cluster.base.plan import EngineKind, ModelPlan
+from cluster.dist.topology import Topology
+from cluster.planner.explain import explain
+
+MIXTURE: dict[str, Any] = {
+    **TINY,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 10,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "head_dim": 8,
+}
+LIMITS = {"max_context": 128, "max_step_tokens": 64}
+
+
+def planned(tmp_path: Path, topology: Topology = LAPTOP, **model: Any) -> ModelPlan:
+    entry = {"engine": "auto", "limits": LIMITS, **model}
+    (plan,) = plan_model(tmp_path, topology, MIXTURE, **entry).models
+    return plan
+
+
+def test_groups_share_the_experts_and_each_has_its_own_cache(tmp_path: Path):
+    plan = planned(tmp_path, parallel={"dp": 2, "tp": 2})
+    assert plan.engine is EngineKind.EXPERT_PARALLEL
+    assert (plan.dp_size, plan.tp_size, plan.num_ranks) == (2, 2, 4)
+    assert plan.experts is not None
+    assert plan.experts.experts_per_rank == (3, 3, 2, 2)
+    assert "dp x tp = 2 x 2" in plan.reasons["engine"]
+    # Every running request of every group at full context.
+    assert plan.kv.num_blocks == 64 * 128 // 16
+    (table,) = [table for table in explain(_cluster(tmp_path)) if "Expert" in table.title]
+    assert table.rows[0] == ("m", "2 x 2 = 4", "2 x 3 + 2 x 2", "auto", "exact, fp32 back")
+
+
+def _cluster(tmp_path: Path):
+    layout = {"dp": 2, "tp": 2}
+    return plan_model(tmp_path, LAPTOP, MIXTURE, engine="auto", limits=LIMITS, parallel=layout)
+
+
+def test_weights_of_a_rank_are_its_experts_and_its_share_of_the_rest(tmp_path: Path):
+    expert_bytes = 3 * 64 * 96 * 4
+    sliced = planned(tmp_path).memory.weights_bytes
+    spread = planned(tmp_path, parallel={"dp": 4}).memory.weights_bytes
+    # Two layers of ten experts; the fullest of four ranks holds three of each.
+    assert sliced - spread == 2 * (10 - 3) * expert_bytes
+
+
+def test_workspace_counts_the_rows_of_all_ranks(tmp_path: Path):
+    one = planned(tmp_path).memory.workspace_bytes
+    two = planned(tmp_path, parallel={"dp": 2}).memory.workspace_bytes
+    assert two - one >= 2 * 64 * 64 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("parallel", "engine", "kind"),
+    [
+        ({"tp": 2}, "auto", "tensor_parallel"),
+        ({"tp": 2, "ep": 1}, "tensor_parallel", "tensor_parallel"),
+        ({"tp": 2, "ep": 2}, "auto", "expert_parallel"),
+        ({"tp": 2}, "expert_parallel", "expert_parallel"),
+        ({"dp": 2}, "auto", "expert_parallel"),
+        ({"dp": 2, "tp": 2, "ep": 4}, "auto", "expert_parallel"),
+    ],
+)
+def test_the_kind_of_engine_follows_the_layout(tmp_path: Path, parallel, engine, kind):
+    assert planned(tmp_path, parallel=parallel, engine=engine).engine.value == kind
+
+
+@pytest.mark.parametrize(
+    ("model", "param", "cause"),
+    [
+        ({"parallel": {"dp": 2, "ep": 1}}, "parallel.ep", "ep is 1 with dp 2"),
+        ({"parallel": {"dp": 2, "tp": 2, "ep": 2}}, "parallel.ep", "dp x tp = 2 x 2 = 4 ranks"),
+        ({"parallel": {"dp": 3, "tp": 4}}, "parallel", "12 ranks, but no layer has more than 10"),
+        ({"engine": "expert_parallel"}, "engine", "1 rank(s) with ep 1 share no experts"),
+        (
+            {"engine": "tensor_parallel", "parallel": {"dp": 2}},
+            "parallel.dp",
+            "dp is 2, but engine is tensor_parallel",
+        ),
+        ({"device": "cuda", "parallel": {"dp": 2}}, "device", "run on CPUs only"),
+        ({"parallel": {"dp": 2, "tp": 3}}, "parallel.tp", "8 attention heads are not divisible"),
+        ({"moe": {"exchange": "flat"}}, "moe", "not expert-parallel"),
+    ],
+)
+def test_layouts_that_cannot_work_are_refused_with_the_arithmetic(
+    tmp_path: Path, model, param, cause
+):
+    error = refused(tmp_path, LAPTOP, MIXTURE, **{"engine": "auto", **model})
+    assert error.param == f"models[0].{param}"
+    assert cause in error.cause
+    assert error.remedy
+
+
+@pytest.mark.parametrize(
+    ("model", "param"),
+    [
+        ({"parallel": {"dp": 2}}, "parallel.dp"),
+        ({"parallel": {"ep": 2, "tp": 2}}, "parallel.ep"),
+        ({"engine": "expert_parallel", "parallel": {"tp": 2}}, "engine"),
+    ],
+)
+def test_a_dense_model_has_no_experts_to_share(tmp_path: Path, model, param):
+    error = refused(tmp_path, LAPTOP, TINY, **{"engine": "auto", **model})
+    assert error.param == f"models[0].{param}"
+    assert "no experts" in error.cause
+
+
+def test_ranks_stay_on_cpus_and_say_why(tmp_path: Path):
+    plan = planned(tmp_path, GPU_BOX, parallel={"dp": 2})
+    assert plan.device == "cpu"
+    assert "host memory" in plan.reasons["device"]
+
+
+def test_groups_fill_few_nodes_up_to_a_rank_per_core(tmp_path: Path):
+    nodes = tuple(node(4, 32, name=f"n{index}") for index in range(3))
+    plan = planned(tmp_path, Topology(nodes=nodes), parallel={"dp": 3, "tp": 2})
+    assert plan.nodes == ("n0", "n0", "n1")
+    # No node has cores left: memory alone decides.
+    crowded = planned(tmp_path, Topology(nodes=nodes[:1]), parallel={"dp": 4, "tp": 2})
+    assert crowded.nodes == ("n0",) * 4
+
+
+def test_a_replica_that_no_nodes_hold_together_is_refused(tmp_path: Path):
+    nodes = tuple(node(4, 2.3, name=f"n{index}") for index in range(2))
+    error = refused(
+        tmp_path,
+        Topology(nodes=nodes),
+        MIXTURE,
+        engine="auto",
+        parallel={"dp": 4},
+        limits=LIMITS,
+        kv_cache={"memory": GIB // 2},
+    )
+    assert "4 ranks x (weights" in error.cause
+    assert "the nodes have" in error.cause
+    assert "kv_cache.memory" in error.remedy
