@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -22,6 +23,7 @@ from cluster.dist.rank_topology import RankTopology
 from moe.exchange.link_costs import LinkCosts
 from moe.exchange.peers import Peers
 from moe.exchange.preposted import SlotHop
+from moe.exchange.simulate import rail_exchange
 from moe.plan import RowPlan
 
 _SMALL_BYTES = 8
@@ -96,13 +98,34 @@ def _between_nodes(
     world_messages = largest * (topology.num_ranks - largest)
     more = world_messages - rail_messages
     per_message_s = max(0.0, world_s - rail_s) / (_WIRE_MESSAGES * more) if more else 0.0
-    spent_s = max(_LEAST_S, rail_large_s - rail_s)
-    fixed_s = rail_s - _WIRE_MESSAGES * rail_messages * per_message_s - found.get("call_s", 0.0)
+    known = LinkCosts(node_message_s=per_message_s, call_s=found.get("call_s", 0.0))
+
+    # Handshakes, queues and delays overlap; virtual time knows how, so it is fitted, not solved.
+    def with_delay(delay_s: float) -> float:
+        return rail_exchange(topology, replace(known, node_delay_s=delay_s), _SMALL_BYTES)
+
+    delay_s = _fit(with_delay, rail_s, rail_s)
+    known = replace(known, node_delay_s=delay_s)
+
+    def with_byte(byte_s: float) -> float:
+        costs = replace(known, node_bytes_per_s=1 / max(byte_s, 1e-15))
+        return rail_exchange(topology, costs, _LARGE_BYTES)
+
+    byte_s = _fit(with_byte, rail_large_s, rail_large_s / _LARGE_BYTES)
     return {
         "node_message_s": per_message_s,
-        "node_bytes_per_s": rail_messages * _LARGE_BYTES / spent_s,
-        "node_delay_s": max(_LEAST_S, fixed_s / 2),
+        "node_bytes_per_s": 1 / max(byte_s, 1e-15),
+        "node_delay_s": max(_LEAST_S, delay_s),
     }
+
+
+def _fit(predicted: Callable[[float], float], measured: float, most: float) -> float:
+    """The cost between 0 and `most` at which a rising prediction meets a measurement."""
+    low, high = 0.0, most
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if predicted(middle) < measured else (low, middle)
+    return (low + high) / 2
 
 
 class _Probe:

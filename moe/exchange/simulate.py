@@ -12,6 +12,7 @@ the receiver's word; where the receive was posted before it costs one, and the w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from moe.exchange.schemes import Scheme
 
 _COUNT_BYTES = 8.0
 _HEADER_BYTES = 16.0
+PACKET_BYTES = 65_000.0
+"""What TCP hands to the card at once; a longer message is several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +122,8 @@ class _Network:
             done_s = max(ready_s, self._local[message.source]) + busy_s
             self._local[message.source] = done_s
             return done_s + costs.local_delay_s
-        busy_s = costs.node_message_s + message.num_bytes / costs.node_bytes_per_s
+        packets = max(1.0, math.ceil(message.num_bytes / PACKET_BYTES))
+        busy_s = packets * costs.node_message_s + message.num_bytes / costs.node_bytes_per_s
         done_s = max(ready_s, self._out[source]) + busy_s
         self._out[source] = done_s
         # It passes the way in as it comes; only several senders to one node queue there.
@@ -152,6 +156,14 @@ def simulate(
         answers = [_Message(a, b, rows * traffic.answer_bytes) for a, b in pairs]
         network.hop(answers, asked_before=preposted)
         network.work(num_targets * rows * traffic.answer_bytes)
+    return max(network.now)
+
+
+def rail_exchange(topology: RankTopology, costs: LinkCosts, num_bytes: float) -> float:
+    """Seconds of one collective along all rails; for fitting costs to a measured one."""
+    network = _Network(topology, costs)
+    messages = [_Message(a, b, num_bytes) for a, b in _rails(topology)]
+    network.hop(messages, asked_before=False)
     return max(network.now)
 
 
