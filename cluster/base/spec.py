@@ -237,8 +237,8 @@ class OffloadSpec(Section):
     )
     disk_path: Annotated[str | Auto, Text("a directory", r".+", 4096)] = Field(
         default="auto",
-        description="Directory for the packed weights, relative to this file; on a fast local "
-        "disk. auto: `weights` in the cache directory.",
+        description="Directory for the packed weights, relative to this file (`~` is your home), "
+        "on a fast local disk. auto: `weights` in the cache directory.",
     )
     precision: Annotated[
         Literal["native", "int8", "int4", "auto"], Choice(("native", "int8", "int4", "auto"))

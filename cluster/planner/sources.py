@@ -57,7 +57,7 @@ def open_source(index: int, spec: ModelSpec, directory: Path, hub: Hub) -> Model
     key = "path" if spec.repo is None else "repo"
     try:
         if spec.repo is None:
-            folder = (directory / (spec.path or "")).resolve()
+            folder = (directory / Path(spec.path or "").expanduser()).resolve()
         else:
             folder = hub.resolve(spec.repo, spec.revision)
         checkpoint = read_checkpoint(folder)

@@ -111,7 +111,7 @@ class Streamer:
     def _disk_path(self, asked: OffloadSpec) -> str:
         if asked.disk_path == "auto":
             return str(default_cache_dir() / "weights")
-        return str((self.directory / asked.disk_path).absolute())
+        return str((self.directory / Path(asked.disk_path).expanduser()).absolute())
 
 
 def least_draft(draft: Draft) -> Draft:
@@ -287,6 +287,15 @@ def _streamed(draft: Draft, streaming: Streaming, kv_asked: int | str) -> Draft:
 def _too_small(trial: _Trial, choices: Choices) -> ConfigError:
     """The least that could work, part by part, and what would make it less."""
     draft = trial.draft
+    fixed, longest = draft.kv.memory, trial.demand.max_context
+    one_request = longest * trial.model.kv_bytes_per_token
+    if isinstance(fixed, int) and draft.kv.fixed_bytes and fixed < one_request:
+        return ConfigError(
+            f"A cache of {size_text(fixed)} is asked for each rank, and one request of {longest} "
+            f"tokens takes {size_text(one_request)}.",
+            f"Raise kv_cache.memory to {size_text(one_request)}, or lower limits.max_context.",
+            param=draft.source.param("kv_cache.memory"),
+        )
     precision = min(choices.precisions, key=trial.model.layer_bytes)
     parts = _least_parts(trial, choices, precision)
     need, have = sum(parts.values()), trial.budgets.device_bytes

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from cluster.base.errors import InternalError
 from cluster.base.plan import from_json
 from cluster.dist.rendezvous import pick_port
 from replicas.worker.plan import WorkerPlan
@@ -59,7 +60,13 @@ class WorkerActor:
         }
 
     def worker_options(self, plan: WorkerPlan) -> dict[str, Any]:
-        """Further arguments of `Worker`; what other kinds of replica override."""
+        """Further arguments of `Worker`; what other kinds of replica override.
+
+        Raises:
+            InternalError: the plan streams weights, which this kind of rank does not.
+        """
+        if plan.offload is not None:
+            raise InternalError("A plan that streams weights reached a rank that holds them all.")
         return {}
 
     def run(self) -> None:

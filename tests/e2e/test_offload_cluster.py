@@ -8,7 +8,6 @@ import transformers
 
 from router.proto import penstock_pb2 as pb
 from router.proto import penstock_pb2_grpc as pb_grpc
-from tests.e2e import conftest
 from tests.e2e.conftest import MODEL, penstock, start_cluster, stop_cluster
 
 pytestmark = pytest.mark.e2e
@@ -33,9 +32,7 @@ NUM_TOKENS = 16
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conftest, "CLUSTER", OFFLOADED)
-        running = start_cluster(tmp_path_factory.mktemp("offload"), "offload")
+    running = start_cluster(tmp_path_factory.mktemp("offload"), "offload", MODEL, OFFLOADED)
     yield running
     assert stop_cluster(running) == 0
 

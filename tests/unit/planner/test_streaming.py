@@ -126,6 +126,8 @@ def test_settings_reach_the_plan(tmp_path: Path) -> None:
     }
     offload = streamed(tmp_path, offload=asked).offload
     assert offload.disk_path == str(tmp_path / "stores")
+    at_home = streamed(tmp_path, offload={"disk_path": "~/stores"}).offload
+    assert at_home.disk_path == str(Path.home() / "stores")
     assert (offload.precision, offload.ring_slots) == ("int8", 4)
     assert sum(name.startswith("layer.") for name in offload.resident_units) == 5
 
@@ -136,6 +138,7 @@ def test_settings_reach_the_plan(tmp_path: Path) -> None:
         ({"offload": {"host_memory": "1GiB"}}, "offload.host_memory", "no effect on the CPU"),
         ({"offload": {"device_memory": "900GiB"}}, "offload.device_memory", "are left for it"),
         ({"offload": {"device_memory": "1GiB"}}, "offload.device_memory", "asked ring of 2"),
+        ({"kv_cache": {"memory": "8MiB"}}, "kv_cache.memory", "one request of 2048 tokens takes"),
         ({"offload": {"resident": 32}}, "offload.resident", "0 are left to stream"),
         ({"offload": {"resident": 30, "ring_slots": 3}}, "offload.ring_slots", "3 slots"),
     ],

@@ -27,7 +27,7 @@ def test_pins_drop_build_labels_and_accelerator_packages() -> None:
     names = [
         ("torch", "2.13.0+cpu"),
         ("nvidia-cublas-cu12", "12.1"),
-        ("triton", "3.9"),
+        ("nvidia-nccl-cu13", "2.29"),
         ("A_b", "1"),
     ]
     report = {"install": [{"metadata": {"name": n, "version": v}} for n, v in names]}
