@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from bench.idle import wait_until_idle
 from bench.peers.protocol import Engine, PeerError
 from bench.report import Row, Samples, compared, measured, not_measured
 
@@ -96,8 +97,12 @@ def take_turns(
     run: Callable[[Opened, int], Sample],
     show: Callable[[Sample], str],
     repeats: int,
+    settle: Callable[[], object] = wait_until_idle,
 ) -> Turns[Sample]:
     """`repeats` rounds after one that warms up; `run` gets the engine and the round's number.
+
+    Args:
+        settle: called before each turn: nobody is measured beside another's idle threads.
 
     Raises:
         PeerError: the first engine, ours, failed.
@@ -106,6 +111,7 @@ def take_turns(
     reasons = {contender.name: contender.reason for contender in contenders if contender.reason}
     for round_number in range(repeats + 1):
         for name, opened in _running(contenders, reasons):
+            settle()
             try:
                 sample = run(opened, round_number)
             except PeerError as error:

@@ -27,6 +27,10 @@ def opened(*engines):
         return open_all(engines, online=False, opening=lambda e: e.offline(None), stack=stack)
 
 
+def nobody_waits() -> None:
+    """The machine counts as idle."""
+
+
 def test_they_alternate_and_the_first_round_does_not_count():
     order = []
 
@@ -34,7 +38,7 @@ def test_they_alternate_and_the_first_round_does_not_count():
         order.append((engine, number))
         return 10.0 * number
 
-    turns = take_turns(opened(Fake("ours"), Fake("peer")), run, str, 2)
+    turns = take_turns(opened(Fake("ours"), Fake("peer")), run, str, 2, settle=nobody_waits)
     assert order == [(name, number) for number in (0, 1, 2) for name in ("ours", "peer")]
     assert turns.samples == {"ours": [10.0, 20.0], "peer": [10.0, 20.0]}
 
@@ -46,7 +50,7 @@ def test_who_is_missing_or_broken_or_fails_later_keeps_a_row_with_the_reason():
         return 5.0
 
     peers = Fake("absent", missing="not installed"), Fake("broken", broken=True), Fake("late")
-    turns = take_turns(opened(Fake("ours"), *peers, Fake("fine")), run, str, 2)
+    turns = take_turns(opened(Fake("ours"), *peers, Fake("fine")), run, str, 2, settle=nobody_waits)
     rows = turns.rows("model decode", ("rate", "tok/s"), float, 1.2)
     assert [row.against for row in rows] == [
         "absent: not measured, not installed",
@@ -67,7 +71,7 @@ def test_ours_must_run():
         raise PeerError("ended")
 
     with pytest.raises(PeerError, match="ended"):
-        take_turns([Contender(name="ours", opened="ours")], run, str, 1)
+        take_turns([Contender(name="ours", opened="ours")], run, str, 1, settle=nobody_waits)
 
 
 def test_of_milliseconds_less_is_better_and_ours_alone_is_one_row():
@@ -75,3 +79,15 @@ def test_of_milliseconds_less_is_better_and_ours_alone_is_one_row():
     assert turns.rows("m online", ("TTFT p50", "ms"), float, 1.2)[0].ratio == 1.5
     [alone] = Turns(samples={"ours": [10.0]}).rows("m online", ("output", "tok/s"), float, 1.2)
     assert (alone.ours, alone.against) == (10.0, "")
+
+
+def test_every_turn_waits_for_a_quiet_machine() -> None:
+    order: list[str] = []
+    take_turns(
+        [Contender(name="ours", opened="ours"), Contender(name="peer", opened="peer")],
+        lambda name, _: order.append(name),
+        str,
+        1,
+        settle=lambda: order.append("-"),
+    )
+    assert order == ["-", "ours", "-", "peer"] * 2
