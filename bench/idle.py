@@ -23,6 +23,6 @@ def wait_until_idle(patience_s: float = _PATIENCE_S) -> float:
     """
     deadline_s = time.monotonic() + patience_s
     while True:
-        cores = psutil.cpu_percent(_SLICE_S) / 100 * (psutil.cpu_count() or 1)
+        cores = float(psutil.cpu_percent(_SLICE_S)) / 100 * (psutil.cpu_count() or 1)
         if cores < BUSY_CORES or time.monotonic() > deadline_s:
             return cores
