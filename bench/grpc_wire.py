@@ -22,6 +22,7 @@ _END_STREAM, _ACK, _END_HEADERS, _PADDED = 0x1, 0x1, 0x4, 0x8
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DEFAULT_WINDOW = 65_535
 _LARGEST_WINDOW = 2**31 - 1
+_MAX_FRAME = 16_384
 _FRAME_HEADER = 9
 _GRPC_HEADER = 5
 
@@ -139,7 +140,11 @@ class StreamingClient(asyncio.Protocol):
         while self._unsent and len(self._unsent[0][1]) <= self._window:
             stream, body = self._unsent.popleft()
             self._window -= len(body)
-            self._write(_frame(_DATA, _END_STREAM, stream, body))
+            # No frame is longer than what every server takes before its settings are known.
+            for at in range(0, len(body), _MAX_FRAME):
+                is_last = at + _MAX_FRAME >= len(body)
+                part = body[at : at + _MAX_FRAME]
+                self._write(_frame(_DATA, _END_STREAM if is_last else 0, stream, part))
 
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
