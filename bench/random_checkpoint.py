@@ -87,9 +87,15 @@ class RandomCheckpoint:
         return self.weight_bytes_per_token + self.kv_bytes_per_position * context
 
 
-def random_checkpoint(name: str, folder: Path, seed: int = 0) -> RandomCheckpoint:
-    """The seeded checkpoint of a shape in `folder`, written unless it is there already."""
-    config = SHAPES[name]
+def random_checkpoint(
+    name: str, folder: Path, seed: int = 0, config: Mapping[str, Any] | None = None
+) -> RandomCheckpoint:
+    """The seeded checkpoint of a shape in `folder`, written unless it is there already.
+
+    Args:
+        config: a shape that is not one of `SHAPES`.
+    """
+    config = SHAPES[name] if config is None else config
     digest = hashlib.sha256(json.dumps([config, seed]).encode()).hexdigest()[:8]
     path = folder / f"{name}-{digest}"
     if not path.is_dir():
