@@ -175,6 +175,8 @@ class CpuLibrary:
             )
         dtype = torch.float32 if wide else input_TI.dtype
         output_TO = torch.empty((num_rows, out_features), dtype=dtype)
+        if not num_rows:  # matrix tiles cannot be configured for no rows
+            return output_TO
         narrow = dtype is input_TI.dtype
         call = self._calls[dtype].linear if narrow else self._linear_wide
         call(
@@ -207,6 +209,8 @@ class CpuLibrary:
                 f"of {input_TI.dtype}."
             )
         output_TO = torch.empty((num_rows, out_features), dtype=input_TI.dtype)
+        if not num_rows:
+            return output_TO
         self._calls[input_TI.dtype].gated_mlp(
             input_TI.data_ptr(),
             up.packed.data_ptr(),

@@ -284,3 +284,16 @@ def test_wrong_tensors_are_refused(cpu_kernels: CpuKernels) -> None:
         cpu_kernels.silu_mul(torch.ones(2, 6, dtype=torch.float16))
     with pytest.raises(InternalError, match="packed for other kernels"):
         TORCH_KERNELS.linear(torch.ones(2, 6), tensors, "w")
+
+
+@each_dtype
+def test_no_rows_are_no_work(cpu_kernels: CpuKernels, dtype: torch.dtype) -> None:
+    """A rank without tokens still calls its layers."""
+    tensors = {
+        **cpu_kernels.pack("up", noise(128, 64, dtype=dtype)),
+        **cpu_kernels.pack("down", noise(64, 64, dtype=dtype)),
+    }
+    nothing = torch.empty((0, 64), dtype=dtype)
+    assert cpu_kernels.linear(nothing, tensors, "up").shape == (0, 128)
+    assert cpu_kernels.linear(nothing, tensors, "up", wide=True).dtype is torch.float32
+    assert cpu_kernels.silu_mlp(nothing, tensors, MLP).shape == (0, 64)
