@@ -64,7 +64,9 @@ def _mapped(num_bytes: int) -> torch.Tensor:
     """At least so many bytes that begin on a large page."""
     whole = -(-num_bytes // _HUGE_BYTES) * _HUGE_BYTES
     try:
-        pages = mmap.mmap(-1, whole + _HUGE_BYTES)
+        # Private: shared memory gets large pages only where the system allows it for shmem too.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        pages = mmap.mmap(-1, whole + _HUGE_BYTES, flags=flags)
     except OSError as error:  # in torch's own words, which callers know
         raise RuntimeError(f"can't allocate memory: {whole} bytes") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
