@@ -26,9 +26,9 @@ LOCK := requirements.lock
 STAMP := $(VENV)/.installed-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d' ' -f1)
 
 # A CPU benchmark is a module of bench/ that writes a report; device benchmarks live in bench/gpu/.
-# bench.offload needs root and a memory cgroup: run it by name.
+# bench.offload and bench.moe need root (a memory cgroup, network namespaces): run them by name.
 REPORTING := $(shell grep -lw write_report bench/*.py)
-BENCHES := $(or $(NAME),$(filter-out report offload,$(basename $(notdir $(REPORTING)))))
+BENCHES := $(or $(NAME),$(filter-out report offload moe,$(basename $(notdir $(REPORTING)))))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup ops demo test lint types format proto bench lock clean
