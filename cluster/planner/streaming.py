@@ -76,6 +76,12 @@ class Streamer:
                 "Set device: cpu.",
                 param=draft.source.param("engine"),
             )
+        if any(layer.moe is not None for layer in draft.source.arch.layers):
+            raise ConfigError(
+                "The experts of a mixture are not planned for streaming in this version.",
+                "Give the ranks more memory, or spread the experts with parallel: {dp: ..}.",
+                param=draft.source.param("engine"),
+            )
         draft = _own_dtype(draft)
         disk = self._disk_path(asked)
         budgets = _budgets(draft, asked, room)

@@ -149,3 +149,9 @@ def test_a_replica_that_no_nodes_hold_together_is_refused(tmp_path: Path):
     assert "4 ranks x (weights" in error.cause
     assert "the nodes have" in error.cause
     assert "kv_cache.memory" in error.remedy
+
+
+def test_streaming_a_mixture_of_experts_is_refused(tmp_path: Path):
+    error = refused(tmp_path, LAPTOP, MIXTURE, engine="offload")
+    assert error.param == "models[0].engine"
+    assert "experts of a mixture" in error.cause
