@@ -28,7 +28,7 @@ from replicas.models.hf_config import arch_from_hf
 from replicas.worker import wire
 from replicas.worker.model_runner import ModelRunner
 from replicas.worker.plan import ExpertRankPlan, WorkerPlan
-from replicas.worker.scheme_table import scheme_table
+from replicas.worker.scheme_table import SchemeRow, scheme_table
 from replicas.worker.tensor_rank import join_tensor_group
 
 log = logging.getLogger(__name__)
@@ -90,26 +90,37 @@ def spread_experts(groups: LockstepGroups, model_path: str, dtype: str) -> Sprea
     return SpreadExperts(slots, exchanges, groups.peers.world.rank)
 
 
+def measured_schemes(groups: LockstepGroups, experts: SpreadExperts) -> list[SchemeRow]:
+    """The exchange for every size of step; all ranks call it together.
+
+    Soon after they have met: the measurement has a step's deadline, and loading weights may take
+    one rank far longer than another.
+    """
+    return scheme_table(groups.place.exchange, experts.exchanges, groups.place.max_rows)
+
+
 class LockstepRank:
-    """Executes its part of lock-steps; all ranks make theirs together (links are measured).
+    """Executes its part of lock-steps.
 
     Args:
         experts: the layout that `runner`'s model was built with.
+        schemes: see `measured_schemes`; for the leader.
     """
 
-    def __init__(self, plan: WorkerPlan, experts: SpreadExperts, runner: ModelRunner) -> None:
-        place = plan.experts
-        if place is None:
-            raise InternalError("This rank has no place in an expert-parallel replica.")
+    def __init__(
+        self,
+        plan: WorkerPlan,
+        experts: SpreadExperts,
+        schemes: list[SchemeRow],
+        runner: ModelRunner,
+    ) -> None:
         self._rank = plan.rank
         self._group = plan.rank // plan.tp_size
         self._answers = plan.tp_rank == 0
         self._exchanges = experts.exchanges
         self._runner = runner
         self._scheme = ""
-        self.facts: dict[str, object] = {
-            "schemes": scheme_table(place.exchange, self._exchanges, place.max_rows)
-        }
+        self.facts: dict[str, object] = {"schemes": schemes}
 
     def execute(self, payload: bytearray, say_nearly_done: Callable[[], None]) -> bytes | None:
         """Run an encoded lock-step; the encoded answer on a group's first rank, None elsewhere.

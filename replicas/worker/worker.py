@@ -15,6 +15,7 @@ import torch
 
 from cluster.base.errors import InternalError, PenstockError
 from cluster.dist.communicator import Communicator
+from moe.spread_experts import SpreadExperts
 from replicas.kernels.ops import Kernels
 from replicas.worker import device as devices
 from replicas.worker.assembly import RankSpec, WeightsFactory, build_runner, resident_weights
@@ -23,9 +24,11 @@ from replicas.worker.lockstep_rank import (
     LockstepGroups,
     LockstepRank,
     join_lockstep_groups,
+    measured_schemes,
     spread_experts,
 )
 from replicas.worker.plan import WorkerPlan
+from replicas.worker.scheme_table import SchemeRow
 from replicas.worker.tensor_rank import TensorParallelRank, join_tensor_group
 from replicas.worker.worker_link import WorkerLink
 
@@ -126,7 +129,12 @@ class Worker:
             num_blocks=plan.num_blocks,
             max_context=plan.max_context,
         )
-        experts = None if groups is None else spread_experts(groups, spec.model_path, spec.dtype)
+        experts: SpreadExperts | None = None
+        schemes: list[SchemeRow] = []
+        if groups is not None:
+            on_progress("measuring links", 0.0)
+            experts = spread_experts(groups, spec.model_path, spec.dtype)
+            schemes = measured_schemes(groups, experts)
         runner = build_runner(
             spec,
             communicator,
@@ -141,8 +149,7 @@ class Worker:
             return TensorParallelRank(
                 runner, answers=plan.rank == 0, signs=plan.rank == 0 and plan.device == "cpu"
             )
-        on_progress("measuring links", 1.0)
-        return LockstepRank(plan, experts, runner)
+        return LockstepRank(plan, experts, schemes, runner)
 
 
 def _as_fault(error: Exception) -> PenstockError:
