@@ -112,6 +112,7 @@ class PeerWatch:
             if self._failure is None:
                 self._fail(self._diagnose(what, str(error)))
             self.check()
+            raise  # a closed watch takes no more failures
         finally:
             self._last, self._waiting = what, ""
             self._num_waits += 1
