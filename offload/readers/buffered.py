@@ -7,7 +7,7 @@ dropped from the page cache, which would otherwise hold the whole model a second
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from offload.host_memory import allocate_block
 from offload.readers.engine import ReaderUnavailableError, ReadTimeoutError
 
 _PIECE_BYTES = 16 * 2**20
+_CLOSE_TIMEOUT_S = 10.0
 
 
 class BufferedEngine:
@@ -70,8 +71,12 @@ class BufferedEngine:
         if self._closed:
             return
         self._closed = True
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        os.close(self._file)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        pending = [read for read in self._reads if read is not None and not read.done()]
+        _, hung = wait(pending, _CLOSE_TIMEOUT_S)
+        # A read that hangs keeps its descriptor: its number must not come to mean another file.
+        if not hung:
+            os.close(self._file)
 
     def _read(self, memory: memoryview, offset: int) -> None:
         done = 0

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cluster.base.errors import DeviceOutOfMemoryError
 from replicas.attention.backend import AttentionMetadata
 from replicas.kernels.ops import Kernels
 from replicas.kernels.triton_ops import TritonKernels
@@ -115,6 +116,7 @@ class GraphedModel:
         self._capture = capture
         self._captured: dict[int, tuple[_Buffers, Replay]] = {}
         self._wanted: dict[int, tuple[WeightProvider, Sequence[torch.Tensor]]] = {}
+        self._refused: set[int] = set()
 
     @staticmethod
     def why_not(model: DecoderModel, weights: WeightProvider, device: str) -> list[str]:
@@ -149,7 +151,8 @@ class GraphedModel:
         if bucket is None:
             return self._model.forward(batch, weights, kv_caches)
         if bucket not in self._captured:
-            self._wanted[bucket] = (weights, kv_caches)
+            if bucket not in self._refused:
+                self._wanted[bucket] = (weights, kv_caches)
             return self._model.forward(batch, weights, kv_caches)
         buffers, replay = self._captured[bucket]
         buffers.fill(batch)
@@ -173,6 +176,12 @@ class GraphedModel:
         bucket = next(iter(self._wanted))
         weights, kv_caches = self._wanted.pop(bucket)
         buffers = _Buffers(bucket, self._limits, self._device)
-        replay = self._capture(lambda: self._model.forward(buffers.batch, weights, kv_caches))
+        try:
+            replay = self._capture(lambda: self._model.forward(buffers.batch, weights, kv_caches))
+        except DeviceOutOfMemoryError as error:
+            # The step has been answered; later ones of this size go on as they were.
+            self._refused.add(bucket)
+            log.warning("decode steps of up to %d requests stay uncaptured: %s", bucket, error)
+            return
         self._captured[bucket] = (buffers, replay)
         log.info("captured decode steps of up to %d requests", bucket)

@@ -14,7 +14,8 @@ import torch
 from cluster.base.env import default_cache_dir
 from cluster.base.errors import ConfigError, InternalError, WeightStreamError
 from offload.host_memory import allocate_block, container_limit_bytes
-from offload.readers import aio_build, choose
+from offload.readers import aio_build, buffered, choose
+from offload.readers.buffered import BufferedEngine
 from offload.readers.choose import READERS, choose_reader, measure, openers
 from offload.readers.engine import ReadEngine, ReaderUnavailableError, ReadTimeoutError
 
@@ -195,3 +196,15 @@ def test_asynchronous_io_is_never_built_while_serving(tmp_path: Path) -> None:
     with pytest.raises(ReaderUnavailableError, match="make ops"):
         aio_build.find_ops(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_closing_does_not_wait_for_a_disk_that_hangs(file: Path, monkeypatch) -> None:
+    let_go = threading.Event()
+    monkeypatch.setattr(buffered, "_CLOSE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(BufferedEngine, "_read", lambda *_: let_go.wait(20))
+    engine = BufferedEngine(file, 1)
+    engine.submit(0, engine.allocate(4096), 0)
+    started_s = time.monotonic()
+    engine.close()
+    assert time.monotonic() - started_s < 5
+    let_go.set()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.base.errors import DeviceOutOfMemoryError
 from replicas.worker.decode_graphs import GraphedModel, GraphLimits
 from tests.support.stepping import BLOCK_SIZE, Stepper
 from tests.support.tiny_models import prompt_tokens, write_checkpoint
@@ -108,3 +109,20 @@ def test_every_reason_is_given(checkpoint: Path) -> None:
     reasons = " / ".join(GraphedModel.why_not(plain._model, object(), "cpu"))
     for part in ("no graphs on cpu", "torch kernels launch by", "the weights move"):
         assert part in reasons
+
+
+def test_a_graph_that_does_not_fit_costs_no_step(checkpoint: Path) -> None:
+    stepper = _stepper(checkpoint)
+    tries = []
+
+    def capture(_: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        tries.append(1)
+        raise DeviceOutOfMemoryError("The device ran out of memory.")
+
+    model = GraphedModel(stepper._model, LIMITS, torch.device("cpu"), capture)
+    stepper._model = model
+    stepper.step({"a": [1, 2]})
+    for token in range(3):
+        stepper.step({"a": [token]})
+        model.settle()
+    assert (len(tries), model.num_captured) == (1, 0)
