@@ -193,6 +193,8 @@ def _plain(message: Message) -> dict[str, Any]:
             fields[descriptor.name] = dict(value)
         elif descriptor.message_type is not None:
             fields[descriptor.name] = [_plain(entry) for entry in value]
+        elif descriptor.is_repeated:
+            fields[descriptor.name] = list(value)
         else:
             fields[descriptor.name] = value
     return fields

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from replicas.leader.record import ExpertRecord
 from router.api import ModelInfo
 from router.directory import Member, ReplicaDirectory
 from router.served_model import ServedModel
@@ -44,6 +45,7 @@ def _replica(member: Member) -> dict[str, Any]:
     detail = record.detail
     if not detail and member.stream is not None and not member.stream.connected:
         detail = member.stream.last_error
+    experts = record.experts or ExpertRecord()
     return {
         "replica_id": record.replica_id,
         "model": record.model,
@@ -55,6 +57,8 @@ def _replica(member: Member) -> dict[str, Any]:
         "epoch": record.epoch,
         "workers": [dataclasses.asdict(worker) for worker in record.workers],
         "startup_s": dict(record.startup_s),
+        "expert_layers": [dataclasses.asdict(layer) for layer in experts.layers],
+        "expert_rows_dropped": experts.num_dropped,
         **{
             name: value
             for name, value in dataclasses.asdict(load).items()

@@ -24,6 +24,8 @@ class MetricSource(enum.StrEnum):
 
     GATEWAY = "gateway"
     LEADER = "leader"
+    EXPERTS = "experts"
+    """The leader of an expert-parallel replica."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +140,25 @@ ENGINE_TOKENS = _counter(
     "engine_generated_tokens_total", _LEADER, "Tokens sampled, resent ones included."
 )
 
+EXPERT_ROWS = _counter(
+    "expert_rows_total",
+    MetricSource.EXPERTS,
+    "Rows routed to an expert (one per token and expert it visits), by decoder layer.",
+    labels=("layer", "expert"),
+)
+EXPERT_DROPPED = _counter(
+    "expert_rows_dropped_total",
+    MetricSource.EXPERTS,
+    "Rows that skipped an expert because of moe.capacity_factor.",
+)
+EXPERT_IMBALANCE = Metric(
+    name="penstock_expert_imbalance",
+    kind=MetricKind.GAUGE,
+    source=MetricSource.EXPERTS,
+    help="Rows of the busiest rank over the mean of all ranks, lately, by decoder layer.",
+    labels=("model", "layer"),
+)
+
 METRICS: tuple[Metric, ...] = (
     REQUESTS,
     ACTIVE_REQUESTS,
@@ -162,5 +183,8 @@ METRICS: tuple[Metric, ...] = (
     STEP_SECONDS,
     STEP_TOKENS,
     ENGINE_TOKENS,
+    EXPERT_ROWS,
+    EXPERT_DROPPED,
+    EXPERT_IMBALANCE,
 )
 """Every metric, gateway's first."""

@@ -141,6 +141,8 @@ class ExpertPlan:
     """How hidden states travel: exact, int8 or fp8."""
     combine: str
     """How partial sums travel back: fp32 or bf16."""
+    capacity_factor: float | None = None
+    """Bound on the rows a rank sends to one expert, over their mean; None: nothing is dropped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -158,6 +158,12 @@ class MoeSectionSpec(Section):
         description="Number format of experts' sums on their way back; bf16 changes answers "
         "slightly.",
     )
+    capacity_factor: Annotated[float | None, Real(0.01, 1024)] = Field(
+        default=None,
+        description="Most rows a rank sends to one expert in a step, as a multiple of the mean. "
+        "Rows beyond it, those with the least gate weight first, skip that expert and are counted: "
+        "answers then depend on what else runs. Default: no limit, nothing is dropped.",
+    )
 
 
 class KvCacheSpec(Section):

@@ -203,6 +203,7 @@ def _experts(draft: Draft) -> ExpertPlan | None:
         exchange=moe.exchange,
         dispatch=moe.dispatch,
         combine=moe.combine,
+        capacity_factor=moe.capacity_factor,
     )
 
 

@@ -8,6 +8,7 @@ else in this package is dropless.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -36,17 +37,25 @@ class CapacityExchange:
         inner: what moves the rows that remain.
         factor: capacity over the mean rows per expert of a rank's batch.
         num_experts: physical experts of the layer.
+        on_dropped: told how many pairs a batch lost, when it lost any.
 
     Raises:
         ConfigError: the factor is not positive.
     """
 
-    def __init__(self, inner: Exchange, factor: float, num_experts: int) -> None:
+    def __init__(
+        self,
+        inner: Exchange,
+        factor: float,
+        num_experts: int,
+        on_dropped: Callable[[int], None] = lambda number: None,
+    ) -> None:
         if factor <= 0:
             raise ConfigError("A capacity factor is above zero.", param="capacity_factor")
         self._inner = inner
         self._factor = factor
         self._num_experts = num_experts
+        self._on_dropped = on_dropped
         self.num_dropped = 0
         """Pairs of row and expert dropped so far."""
 
@@ -61,7 +70,9 @@ class CapacityExchange:
         """See `Exchange.dispatch`; dropped pairs add nothing to their row."""
         capacity = math.ceil(self._factor * expert_TK.numel() / self._num_experts)
         kept_TK = keep_within(expert_TK, weight_TK, capacity)
-        self.num_dropped += int((kept_TK != expert_TK).sum())
+        if dropped := int((kept_TK != expert_TK).sum()):
+            self.num_dropped += dropped
+            self._on_dropped(dropped)
         return self._inner.dispatch(hidden_TD, kept_TK, weight_TK)
 
     def combine(self, partial_AD: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:

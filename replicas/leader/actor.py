@@ -9,25 +9,32 @@ one. It never waits for a collective to notice.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 
 from cluster.base import names
 from cluster.base.errors import CollectiveTimeoutError, InternalError, PenstockError
 from cluster.base.ids import new_epoch
 from cluster.base.plan import ModelPlan, from_json
+from moe.expert_table import ExpertTable
 from replicas.api import GenerationDelta, ReplicaStats
 from replicas.leader.engine_parts import make_engine
+from replicas.leader.expert_metrics import ExpertMetrics
+from replicas.leader.expert_watch import ExpertWatch
 from replicas.leader.load_metrics import LoadMetrics
 from replicas.leader.record import LoadRecord, ReplicaRecord, ReplicaState
 from replicas.leader.reporter import DirectoryReporter
 from replicas.leader.stream_server import ReplicaStreamServicer, start_replica_server
 from replicas.leader.worker_group import WorkerGroup
 from replicas.worker.actor import WorkerActor
+
+log = logging.getLogger(__name__)
 
 _LAST_WORDS_S = 0.25
 _DRAIN_S = 4.0
@@ -59,6 +66,7 @@ class LeaderReplica:
         self._stats = ReplicaStats()
         self._dying = False
         replica_id = serve.get_replica_context().replica_id.unique_id
+        self._replica_id = replica_id
         host = host or ray.util.get_node_ip_address()
         epoch = new_epoch("leader")
         self._reporter = DirectoryReporter(
@@ -106,7 +114,9 @@ class LeaderReplica:
         self._server, port = await start_replica_server(self._servicer, host)
         self._engine.start()
         self._watcher = asyncio.create_task(self._watch_workers())
-        self._exporter = asyncio.create_task(self._export_metrics())
+        self._background = [asyncio.create_task(self._export_metrics())]
+        if self._plan.experts is not None:
+            self._background.append(asyncio.create_task(self._watch_experts()))
         self._reporter.update(
             state=ReplicaState.READY,
             detail="",
@@ -140,7 +150,8 @@ class LeaderReplica:
         self._reporter.update(state=ReplicaState.DRAINING)
         await self._servicer.drain(_DRAIN_S)
         self._watcher.cancel()
-        self._exporter.cancel()
+        for task in self._background:
+            task.cancel()
         await self._asyncio_loop.run_in_executor(None, self._engine.stop)
         await self._server.stop(grace=0.5)
         self._group.kill()
@@ -175,6 +186,27 @@ class LeaderReplica:
         while True:
             await asyncio.sleep(_METRICS_PERIOD_S)
             self._metrics.flush(self._stats, self._engine.times)
+
+    async def _watch_experts(self) -> None:
+        """Ask the ranks for their counts while steps run; never in a step's way."""
+        assert self._plan.experts is not None
+        tables = [from_json(ExpertTable, table) for table in self._group.facts["experts"]]
+        watch = ExpertWatch(tables)
+        metrics = ExpertMetrics(self._plan.name, self._replica_id)
+        asked_at_step = 0
+        while True:
+            await asyncio.sleep(_METRICS_PERIOD_S)
+            if (step := self._stats.step) == asked_at_step:
+                continue
+            try:
+                watch.add(await self._group.expert_states())
+            except (RayError, TimeoutError) as error:
+                log.warning("the ranks did not say what their experts do: %s", error)
+                continue
+            asked_at_step = step
+            record = watch.record()
+            metrics.flush(record)
+            self._reporter.update(experts=record)
 
     def _die(self, error: PenstockError) -> None:
         """Leave so that Serve starts a new replica; the clients hear the cause first."""

@@ -49,6 +49,27 @@ class LoadRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLayerRecord:
+    """The load of one mixture layer's experts."""
+
+    layer: int
+    """Index of the decoder layer."""
+    rows: tuple[int, ...] = ()
+    """Rows routed to each logical expert since the replica started."""
+    imbalance: float = 1.0
+    """Rows of the busiest rank over the mean of all ranks, lately; 1 is perfect."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertRecord:
+    """What the experts of an expert-parallel replica have to do, and where they are."""
+
+    layers: tuple[ExpertLayerRecord, ...] = ()
+    num_dropped: int = 0
+    """Rows that skipped an expert for want of capacity."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaRecord:
     """One replica as its leader last described it."""
 
@@ -69,5 +90,7 @@ class ReplicaRecord:
     startup_s: dict[str, float] = field(default_factory=dict)
     """Start-up ledger: phase -> seconds."""
     load: LoadRecord = field(default_factory=LoadRecord)
+    experts: ExpertRecord | None = None
+    """Only of an expert-parallel replica; a few seconds old."""
     error: dict[str, str | None] | None = None
     """`PenstockError.to_dict()` of what ended it."""

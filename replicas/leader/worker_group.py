@@ -40,6 +40,7 @@ _CREATE_TIMEOUT_S = 120.0
 _LOAD_TIMEOUT_S = 3600.0
 _CONNECT_TIMEOUT_S = 30.0
 _POLL_S = 0.2
+_STATE_TIMEOUT_S = 5.0
 
 OnProgress = Callable[[str, float], None]
 
@@ -120,6 +121,16 @@ class WorkerGroup:
                 call.cancel()
         rank = next(rank for rank, call in enumerate(calls) if call.done() and not call.cancelled())
         return _as_error(calls[rank].result(), rank)
+
+    async def expert_states(self) -> list[dict[str, Any]]:
+        """What each rank of an expert-parallel replica knows of its experts.
+
+        Raises:
+            TimeoutError: a rank does not answer.
+            RayError: a rank is gone.
+        """
+        calls = [actor.expert_state.remote() for actor in self._actors]
+        return list(await asyncio.wait_for(asyncio.gather(*calls), _STATE_TIMEOUT_S))
 
     def kill(self) -> None:
         """End every rank now; safe to call twice."""

@@ -68,4 +68,5 @@ def _expert_place(
         exchange=plan.experts.exchange,
         dispatch=plan.experts.dispatch,
         combine=plan.experts.combine,
+        capacity_factor=plan.experts.capacity_factor,
     )

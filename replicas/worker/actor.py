@@ -8,6 +8,7 @@ is imported where it runs, when the actor is constructed.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,12 @@ class WorkerActor:
         if self._worker is None:
             raise RuntimeError("load() comes before run()")
         self._worker.run()
+
+    def expert_state(self) -> dict[str, Any]:
+        """The fields of this rank's `ExpertState`; answered beside `run`."""
+        if self._worker is None:
+            raise RuntimeError("load() comes before expert_state()")
+        return dataclasses.asdict(self._worker.expert_state())
 
     def progress(self) -> tuple[str, float]:
         """What the rank is doing, and how far it is (0..1)."""

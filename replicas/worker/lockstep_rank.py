@@ -7,6 +7,7 @@ exchange, with zero rows when its group has nothing to compute; it never decides
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -21,11 +22,12 @@ from cluster.dist.rendezvous import Rendezvous
 from cluster.dist.watched_communicator import WatchedCommunicator
 from moe.exchange.exchanges import Exchanges
 from moe.exchange.wire import Combine, Dispatch, WireFormat
-from moe.expert_slots import ExpertSlots
+from moe.expert_table import starting_tables
 from moe.spread_experts import SpreadExperts
 from replicas.models.context import torch_dtype
 from replicas.models.hf_config import arch_from_hf
 from replicas.worker import wire
+from replicas.worker.expert_state import ExpertState
 from replicas.worker.model_runner import ModelRunner
 from replicas.worker.plan import ExpertRankPlan, WorkerPlan
 from replicas.worker.scheme_table import SchemeRow, scheme_table
@@ -83,11 +85,11 @@ def spread_experts(groups: LockstepGroups, model_path: str, dtype: str) -> Sprea
             combine=Combine(groups.place.combine),
         ),
     )
-    slots = {
-        index: ExpertSlots.even(moe.gate.num_experts, groups.topology.num_ranks)
-        for index, moe in mixtures.items()
-    }
-    return SpreadExperts(slots, exchanges, groups.peers.world.rank)
+    tables = starting_tables(
+        [(index, moe.gate.num_experts) for index, moe in mixtures.items()],
+        groups.topology.num_ranks,
+    )
+    return SpreadExperts(tables, exchanges, groups.peers.world.rank, groups.place.capacity_factor)
 
 
 def measured_schemes(groups: LockstepGroups, experts: SpreadExperts) -> list[SchemeRow]:
@@ -118,9 +120,21 @@ class LockstepRank:
         self._group = plan.rank // plan.tp_size
         self._answers = plan.tp_rank == 0
         self._exchanges = experts.exchanges
+        self._counter = experts.counter
         self._runner = runner
         self._scheme = ""
-        self.facts: dict[str, object] = {"schemes": schemes}
+        self.facts: dict[str, object] = {
+            "schemes": schemes,
+            "experts": [dataclasses.asdict(table) for table in experts.tables],
+        }
+
+    def expert_state(self) -> ExpertState:
+        """What this rank knows of its experts; from any thread, also while a step runs."""
+        return ExpertState(
+            layers=self._counter.layers,
+            rows=self._counter.rows,
+            num_dropped=self._counter.num_dropped,
+        )
 
     def execute(self, payload: bytearray, say_nearly_done: Callable[[], None]) -> bytes | None:
         """Run an encoded lock-step; the encoded answer on a group's first rank, None elsewhere.

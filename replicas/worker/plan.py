@@ -21,6 +21,7 @@ class ExpertRankPlan:
     exchange: str
     dispatch: str
     combine: str
+    capacity_factor: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from moe.spread_experts import SpreadExperts
 from replicas.kernels.ops import Kernels
 from replicas.worker import device as devices
 from replicas.worker.assembly import RankSpec, WeightsFactory, build_runner, resident_weights
+from replicas.worker.expert_state import ExpertState
 from replicas.worker.frames import LinkAddress
 from replicas.worker.lockstep_rank import (
     LockstepGroups,
@@ -86,6 +87,16 @@ class Worker:
     def facts(self) -> dict[str, object]:
         """What the leader needs to know of a rank that it cannot know by itself; plain values."""
         return self._rank.facts
+
+    def expert_state(self) -> ExpertState:
+        """What this rank knows of its experts; from any thread.
+
+        Raises:
+            InternalError: the replica is not expert-parallel.
+        """
+        if not isinstance(self._rank, LockstepRank):
+            raise InternalError("Only ranks of an expert-parallel replica share experts.")
+        return self._rank.expert_state()
 
     def run(self) -> None:
         """Execute plans in order of arrival until the leader stops or goes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import time
@@ -122,6 +123,34 @@ def test_tokens_are_those_of_transformers_alone_and_together(ranks, oracle):
         assert alone.token_ids == oracle[number]
     together = engine.generate([greedy(f"all{n}", p) for n, p in enumerate(PROMPTS)])
     assert [completion.token_ids for completion in together] == oracle
+
+
+def test_every_routed_row_is_counted_once(ranks):
+    before = ranks.expert_states()
+    engine = ranks.engine()
+    engine.generate([greedy(f"counted{n}", p, 5) for n, p in enumerate(PROMPTS)])
+    after = ranks.expert_states()
+    layers = range(len(after[0].layers))
+    rows = [
+        sum(sum(now.rows[i]) - sum(then.rows[i]) for then, now in zip(before, after, strict=True))
+        for i in layers
+    ]
+    # The last token of an answer is not computed with, and prefixes may be cached by now.
+    num_tokens = sum(len(prompt) + 4 for prompt in PROMPTS)
+    top_k = json.loads((MODEL / "config.json").read_text())["num_experts_per_tok"]
+    assert len(set(rows)) == 1
+    assert 4 * len(PROMPTS) * top_k < rows[0] <= num_tokens * top_k
+    assert sum(state.num_dropped for state in after) == 0
+
+
+def test_capacity_drops_and_counts_what_is_beyond_it():
+    ranks = LockstepRanks(model_plan(MODEL, dp=2, tp=1, capacity_factor=0.5))
+    try:
+        (answer,) = ranks.engine().generate([greedy("r", PROMPTS[4])])
+        assert len(answer.token_ids) == NUM_TOKENS
+        assert sum(state.num_dropped for state in ranks.expert_states()) > 0
+    finally:
+        ranks.close()
 
 
 def test_random_arrivals_with_idle_groups_neither_hang_nor_change_a_token(ranks, oracle):

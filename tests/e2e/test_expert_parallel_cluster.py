@@ -88,6 +88,18 @@ def test_status_shows_the_groups_of_ranks(moe_cluster):
     assert "expert_parallel" in table
 
 
+def test_the_load_of_each_expert_is_in_status_and_metrics(moe_cluster, stub):
+    stream(stub, "def ", 8)
+
+    def layers():
+        return moe_cluster.replicas()[0]["expert_layers"]
+
+    moe_cluster.wait_for(lambda: layers() and sum(layers()[0]["rows"]) > 0, 30.0)
+    assert len({sum(layer["rows"]) for layer in layers()}) == 1
+    assert all(layer["imbalance"] >= 1.0 for layer in layers())
+    assert moe_cluster.replicas()[0]["expert_rows_dropped"] == 0
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 def test_streams_hear_which_rank_was_lost_and_the_replica_returns(moe_cluster, stub, signum):
     moe_cluster.wait_for(lambda: len(moe_cluster.replicas()) == 1, 90.0)

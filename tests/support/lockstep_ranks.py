@@ -6,7 +6,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from cluster.base.plan import (
@@ -22,6 +24,7 @@ from replicas.engine.lockstep_scheduler import LockstepScheduler
 from replicas.engine.sync_engine import SyncEngine
 from replicas.leader.engine_parts import scheduler_config, scheme_chooser
 from replicas.leader.worker_plans import Meetings, worker_plan
+from replicas.worker.expert_state import ExpertState
 from replicas.worker.leader_link import LinkListener
 from replicas.worker.lockstep_executor import LockstepExecutor
 from replicas.worker.plan import WorkerPlan
@@ -30,14 +33,28 @@ from replicas.worker.worker import Worker
 HOST = "127.0.0.1"
 
 
-def run_worker(plan: WorkerPlan) -> None:
-    """One rank's process."""
+def run_worker(plan: WorkerPlan, questions: Connection) -> None:
+    """One rank's process; answers each message on `questions` with its `ExpertState`."""
     with contextlib.suppress(Exception):  # the leader's side has been told
-        Worker(plan, lambda phase, fraction: None).run()
+        worker = Worker(plan, lambda phase, fraction: None)
+        threading.Thread(target=_answer, args=(worker, questions), daemon=True).start()
+        worker.run()
+
+
+def _answer(worker: Worker, questions: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        while questions.recv():
+            questions.send(worker.expert_state())
 
 
 def model_plan(
-    path: Path, *, dp: int, tp: int, exchange: str = "flat", num_experts: int = 8, **limits: int
+    path: Path,
+    *,
+    dp: int,
+    tp: int,
+    exchange: str = "flat",
+    capacity_factor: float | None = None,
+    **limits: int,
 ) -> ModelPlan:
     """A plan as the planner would make it, small."""
     defaults = {"max_running_requests": 8, "max_step_tokens": 64, "num_blocks": 64}
@@ -52,7 +69,11 @@ def model_plan(
         tp_size=tp,
         dp_size=dp,
         experts=ExpertPlan(
-            experts_per_rank=(), exchange=exchange, dispatch="exact", combine="fp32"
+            experts_per_rank=(),
+            exchange=exchange,
+            dispatch="exact",
+            combine="fp32",
+            capacity_factor=capacity_factor,
         ),
         device="cpu",
         dtype="float32",
@@ -102,11 +123,13 @@ class LockstepRanks:
             peers=(HOST, pick_port(HOST)),
             nodes=names,
         )
+        pipes = [context.Pipe() for _ in range(size)]
+        self._questions = [ours for ours, _ in pipes]
         self.processes = [
             context.Process(
-                target=run_worker, args=(worker_plan(plan, rank, meetings),), daemon=True
+                target=run_worker, args=(worker_plan(plan, rank, meetings), theirs), daemon=True
             )
-            for rank in range(size)
+            for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self.processes:
             process.start()
@@ -127,6 +150,12 @@ class LockstepRanks:
     def engine(self) -> SyncEngine:
         """One step at a time."""
         return SyncEngine(self.scheduler, self.executor, step_timeout_s=15.0)
+
+    def expert_states(self) -> list[ExpertState]:
+        """What each rank says of its experts."""
+        for pipe in self._questions:
+            pipe.send(True)
+        return [pipe.recv() for pipe in self._questions]
 
     def signal(self, rank: int, signum: int) -> None:
         """Send a signal to one rank."""

@@ -41,6 +41,7 @@ BOUNDARIES = (
             "actor.py",
             "*_actor.py",
             "cluster/control/",
+            "replicas/leader/expert_metrics.py",
             "replicas/leader/load_metrics.py",
             "replicas/leader/reporter.py",
             "replicas/leader/worker_group.py",

@@ -1,0 +1,46 @@
+"""The leader's series about experts in Ray's metrics; one series per layer and expert.
+
+Only what has changed since the last flush is touched, and an idle replica flushes nothing.
+"""
+
+from __future__ import annotations
+
+from ray.util import metrics as ray_metrics
+
+from cluster.base import metrics as table
+from cluster.base.metrics import Metric
+from replicas.leader.record import ExpertRecord
+
+
+class ExpertMetrics:
+    """Counters and gauges of one replica's experts."""
+
+    def __init__(self, model: str, replica_id: str) -> None:
+        self._tags = {"model": model, "replica": replica_id}
+        self._rows = _counter(table.EXPERT_ROWS)
+        self._dropped = _counter(table.EXPERT_DROPPED)
+        self._imbalance = ray_metrics.Gauge(
+            table.EXPERT_IMBALANCE.name,
+            table.EXPERT_IMBALANCE.help,
+            tag_keys=(*table.EXPERT_IMBALANCE.labels, "replica"),
+        )
+        self._last = ExpertRecord()
+        self._last_rows: dict[tuple[int, int], int] = {}
+
+    def flush(self, record: ExpertRecord) -> None:
+        """Export the newest totals; counters grow by what was added since the last flush."""
+        for layer in record.layers:
+            tags = {**self._tags, "layer": str(layer.layer)}
+            self._imbalance.set(layer.imbalance, tags=tags)
+            for expert, rows in enumerate(layer.rows):
+                key = (layer.layer, expert)
+                if (added := rows - self._last_rows.get(key, 0)) > 0:
+                    self._rows.inc(added, tags={**tags, "expert": str(expert)})
+                    self._last_rows[key] = rows
+        if (dropped := record.num_dropped - self._last.num_dropped) > 0:
+            self._dropped.inc(dropped, tags=self._tags)
+        self._last = record
+
+
+def _counter(metric: Metric) -> ray_metrics.Counter:
+    return ray_metrics.Counter(metric.name, metric.help, tag_keys=(*metric.labels, "replica"))
