@@ -13,15 +13,15 @@ combine, whatever the number of rows, so that ranks stay in step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from cluster.dist.communicator import Communicator
 from moe.exchange.base import Arrivals, Exchange
-from moe.experts import ExpertMath, ExpertRunner, ExpertWeights
-from moe.gating import exact_sigmoid, route
+from moe.experts import ExpertMath, ExpertRunner, ExpertWeights, Tensors
+from moe.gating import exact_sigmoid
 from moe.layout import ExpertLayout
 from moe.spec import MoeSpec
 
@@ -29,7 +29,6 @@ ROUTER, ROUTER_BIAS, CORRECTION = "router.weight", "router.bias", "router.correc
 SHARED_GATE = "shared_gate.weight"
 MIX, MIX_BIAS = "coefficient.weight", "coefficient.bias"
 
-Tensors = Mapping[str, torch.Tensor]
 SharedMlp = Callable[[torch.Tensor, Tensors], torch.Tensor]
 """(T, D) rows and the layer's tensors -> this rank's partial output, (T, D) fp32."""
 
@@ -57,7 +56,7 @@ class MixtureBlock:
         self._spec = spec
         self._parts = parts
         adds_bias = not parts.sliced or parts.communicator.rank == 0
-        self._experts = ExpertRunner(math=parts.math, down_bias=adds_bias)
+        self._experts = ExpertRunner(parts.math, down_bias=adds_bias)
 
     def forward(
         self, hidden_TD: torch.Tensor, tensors: Tensors, experts: ExpertWeights
@@ -104,7 +103,7 @@ class MixtureBlock:
     def _route(self, rows_TD: torch.Tensor, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
         bias_E = tensors.get(ROUTER_BIAS)
         logits_TE = self._parts.math.linear(rows_TD, tensors, ROUTER, bias_E, wide=True)
-        return route(logits_TE, self._spec.gate, tensors.get(CORRECTION))
+        return self._parts.math.route(logits_TE, self._spec.gate, tensors.get(CORRECTION))
 
     def _finish(
         self, exchange: Exchange, arrivals: Arrivals, experts: ExpertWeights

@@ -3,21 +3,42 @@
 Experts are taken in ascending logical id and their weighted outputs added up in fp32, so a row's
 sum does not depend on the slots its experts lie in. A row is computed by itself: its bits depend
 neither on the rows beside it nor on how many there are (as far as the linears keep that promise).
+
+Two ways with the same bits: all experts in one call, where the kernels can and the weights stay in
+place, which was never slower in any measured shape; else one expert after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from moe.exchange.base import Arrivals
+from moe.spec import GateSpec
 
 UP, DOWN = "gate_up.weight", "down.weight"
 UP_BIAS, DOWN_BIAS = "gate_up.bias", "down.bias"
+
+Tensors = Mapping[str, torch.Tensor]
+Made = TypeVar("Made")
+Make = Callable[[Sequence[Tensors], tuple[int, ...]], Made | None]
+
+
+class GroupedExperts(Protocol):
+    """A rank's experts of one layer, computed in one call."""
+
+    def forward(
+        self, hidden_AD: torch.Tensor, slot_AK: torch.Tensor, weight_AK: torch.Tensor
+    ) -> torch.Tensor:
+        """For each row the weighted sum over its local experts by ascending id, (A, D) fp32.
+
+        Args:
+            slot_AK, weight_AK: as in `Arrivals`.
+        """
+        ...
 
 
 class ExpertMath(Protocol):
@@ -39,6 +60,23 @@ class ExpertMath(Protocol):
         """The gated activation of fused gate and up halves, (T, F / 2)."""
         ...
 
+    def route(
+        self, logits_TE: torch.Tensor, spec: GateSpec, bias_E: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts and weights of every token; see `moe.gating.route`."""
+        ...
+
+    def grouped(
+        self, experts: Sequence[Tensors], held: Sequence[int], *, down_bias: bool
+    ) -> GroupedExperts | None:
+        """The experts as one call with the bits of one by one; None where there is no such thing.
+
+        Args:
+            experts: tensors of each slot, which stay as they are.
+            held: logical expert of each slot.
+        """
+        ...
+
 
 class ExpertWeights(Protocol):
     """The routed experts' weights of one layer, by logical expert."""
@@ -47,48 +85,72 @@ class ExpertWeights(Protocol):
         """`gate_up.weight` (2F, D), `down.weight` (D, F) and biases, valid until released."""
         ...
 
+    def lasting(self, held: tuple[int, ...], make: Make[Made]) -> Made | None:
+        """`make(tensors of each held expert, held)`, kept for the next time with the same `held`.
+
+        None: the tensors do not stay in one place.
+        """
+        ...
+
     def release(self, expert: int) -> None:
         """The step is done with this expert."""
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertRunner:
-    """Computes the experts of one layer."""
+    """Computes the experts of one layer.
 
-    math: ExpertMath
-    down_bias: bool = True
-    """Whether this rank adds the bias of `down`: one of the ranks that share an expert does."""
+    Args:
+        down_bias: whether this rank adds the bias of `down`: one of the ranks that share an expert
+            does.
+    """
+
+    def __init__(self, math: ExpertMath, *, down_bias: bool = True) -> None:
+        self._math = math
+        self._down_bias = down_bias
 
     def forward(
-        self, arrivals: Arrivals, held: Sequence[int], weights: ExpertWeights
+        self, arrivals: Arrivals, held: tuple[int, ...], weights: ExpertWeights
     ) -> torch.Tensor:
         """For each arrived row the weighted sum over its local experts, (A, D) fp32.
 
         Args:
             held: logical expert of each local slot.
         """
+        together = weights.lasting(held, self._together)
+        if together is None:
+            return self.one_by_one(arrivals, held, weights)
+        return together.forward(arrivals.hidden_AD, arrivals.slot_AK, arrivals.weight_AK)
+
+    def one_by_one(
+        self, arrivals: Arrivals, held: tuple[int, ...], weights: ExpertWeights
+    ) -> torch.Tensor:
+        """`forward` in a loop over the experts that are visited."""
         partial_AD = torch.zeros_like(arrivals.hidden_AD, dtype=torch.float32)
-        offsets = arrivals.offsets_L1.tolist()
+        pairs = arrivals.pairs()
+        offsets = pairs.offsets_L1.tolist()
         for slot in sorted(range(len(held)), key=held.__getitem__):
-            pairs = slice(offsets[slot], offsets[slot + 1])
-            if pairs.start == pairs.stop:
+            own = slice(offsets[slot], offsets[slot + 1])
+            if own.start == own.stop:
                 continue
-            row_M = arrivals.row_M[pairs]
+            row_M = pairs.row_M[own]
             with _acquired(weights, held[slot]) as tensors:
                 output_MD = self._expert(arrivals.hidden_AD[row_M], tensors)
             # A row visits an expert once, so no two additions meet in one element.
-            partial_AD.index_add_(0, row_M, output_MD * arrivals.weight_M[pairs, None])
+            partial_AD.index_add_(0, row_M, output_MD * pairs.weight_M[own, None])
         return partial_AD
 
-    def _expert(self, hidden_MD: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        gate_up_MF = self.math.linear(hidden_MD, tensors, UP, tensors.get(UP_BIAS))
-        bias_D = tensors.get(DOWN_BIAS) if self.down_bias else None
-        return self.math.linear(self.math.gate(gate_up_MF), tensors, DOWN, bias_D, wide=True)
+    def _together(self, experts: Sequence[Tensors], held: tuple[int, ...]) -> GroupedExperts | None:
+        return self._math.grouped(experts, held, down_bias=self._down_bias)
+
+    def _expert(self, hidden_MD: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        gate_up_MF = self._math.linear(hidden_MD, tensors, UP, tensors.get(UP_BIAS))
+        bias_D = tensors.get(DOWN_BIAS) if self._down_bias else None
+        return self._math.linear(self._math.gate(gate_up_MF), tensors, DOWN, bias_D, wide=True)
 
 
 @contextmanager
-def _acquired(weights: ExpertWeights, expert: int) -> Iterator[Mapping[str, torch.Tensor]]:
+def _acquired(weights: ExpertWeights, expert: int) -> Iterator[Tensors]:
     tensors = weights.acquire(expert)
     try:
         yield tensors

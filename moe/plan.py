@@ -65,24 +65,27 @@ class RowPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """Rows and the local experts they visit, sorted by expert and then by row."""
+    """Rows and the local experts they visit, sorted by expert and then by row.
+
+    Expert `e` owns `pairs[offsets_L1[e] : offsets_L1[e + 1]]`.
+    """
 
     row_M: torch.Tensor
+    """int64."""
     weight_M: torch.Tensor
+    """fp32 gate weights."""
     offsets_L1: torch.Tensor
+    """int64 on the CPU; L + 1 entries."""
 
     @classmethod
-    def build(
-        cls, expert_AK: torch.Tensor, weight_AK: torch.Tensor, first: int, num_local: int
-    ) -> Pairs:
-        """Keep the physical experts `first .. first + num_local - 1`; the others are elsewhere."""
-        local_AK = expert_AK - first
-        here_AK = (local_AK >= 0) & (local_AK < num_local)
+    def build(cls, slot_AK: torch.Tensor, weight_AK: torch.Tensor, num_local: int) -> Pairs:
+        """Keep the local experts `0 .. num_local - 1`; the others are elsewhere."""
+        here_AK = (slot_AK >= 0) & (slot_AK < num_local)
         row_M, choice_M = here_AK.nonzero(as_tuple=True)
-        local_M = local_AK[row_M, choice_M]
+        local_M = slot_AK[row_M, choice_M]
         order = torch.argsort(local_M, stable=True)
         offsets = torch.zeros(num_local + 1, dtype=torch.int64)
-        torch.cumsum(torch.bincount(local_M, minlength=num_local), 0, out=offsets[1:])
+        torch.cumsum(torch.bincount(local_M, minlength=num_local).cpu(), 0, out=offsets[1:])
         return cls(
             row_M=row_M[order],
             weight_M=weight_AK[row_M, choice_M][order],

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 from cluster.base.errors import InternalError
+from moe.experts import GroupedExperts
+from moe.spec import GateSpec
 from offload.dequant_library import DequantLibrary
 from offload.pack import layout_digest
 from offload.precision import Precision
@@ -31,6 +33,7 @@ from offload.quant import (
 )
 from replicas.kernels.build import KernelsUnavailableError
 from replicas.kernels.cpu_ops import CpuKernels
+from replicas.kernels.expert_ops import ExpertSet
 from replicas.kernels.ops import HeadShape, HeadTensors, Kernels, MlpNames
 from replicas.kernels.torch_ops import silu_mlp_in_steps
 
@@ -192,6 +195,16 @@ class QuantKernels:
     ) -> torch.Tensor:
         """See `Kernels.silu_mlp`; step by step, as the weights may be quantised."""
         return silu_mlp_in_steps(self, input_TD, tensors, names)
+
+    def route(
+        self, logits_TE: torch.Tensor, spec: GateSpec, bias_E: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Kernels.route`."""
+        return self.base.route(logits_TE, spec, bias_E)
+
+    def experts(self, experts: ExpertSet) -> GroupedExperts | None:
+        """See `Kernels.experts`; one by one, as the weights may be quantised."""
+        return None
 
 
 class QuantPacker:

@@ -17,24 +17,26 @@ from typing import Any, Protocol
 
 import torch
 
+from moe.plan import Pairs
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrivals:
-    """The rows that reached this rank, and which of its experts each of them visits.
-
-    The M pairs are sorted by local expert, then by arrived row, so that expert `e` owns
-    `pairs[offsets_L1[e] : offsets_L1[e + 1]]`.
-    """
+    """The rows that reached this rank, and which of its experts each of them visits."""
 
     hidden_AD: torch.Tensor
-    row_M: torch.Tensor
-    """int64: index into `hidden_AD`."""
-    weight_M: torch.Tensor
+    slot_AK: torch.Tensor
+    """int64: local experts, distinct within a row; what is not 0 ... L - 1 is elsewhere."""
+    weight_AK: torch.Tensor
     """fp32 gate weights."""
-    offsets_L1: torch.Tensor
-    """int64 on the CPU: where each local expert's pairs begin; L + 1 entries."""
+    num_local: int
+    """Local experts, L."""
     ticket: Any = None
     """What the exchange that made it needs for `combine`; nobody else looks inside."""
+
+    def pairs(self) -> Pairs:
+        """Rows with the local experts they visit, sorted by expert; worked out anew."""
+        return Pairs.build(self.slot_AK, self.weight_AK, self.num_local)
 
 
 class Pending(Protocol):

@@ -14,7 +14,7 @@ from moe.exchange.base import Arrivals
 from moe.exchange.hops import Hop, Trip
 from moe.exchange.wire import WireFormat
 from moe.expert_slots import ExpertSlots
-from moe.plan import NOWHERE, Pairs, RowPlan
+from moe.plan import NOWHERE, RowPlan
 
 
 class SlotHomes:
@@ -101,11 +101,10 @@ def unpack_arrivals(
     rows: torch.Tensor, where: SlotHomes, format: WireFormat, ticket: object
 ) -> Arrivals:
     """What a rank computes with, from the rows that reached it."""
-    pairs = Pairs.build(format.experts(rows), format.weights(rows), where.first, where.num_local)
     return Arrivals(
         hidden_AD=format.hidden(rows),
-        row_M=pairs.row_M,
-        weight_M=pairs.weight_M,
-        offsets_L1=pairs.offsets_L1,
+        slot_AK=format.experts(rows) - where.first,
+        weight_AK=format.weights(rows),
+        num_local=where.num_local,
         ticket=ticket,
     )

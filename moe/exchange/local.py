@@ -1,4 +1,4 @@
-"""The exchange of a group of one: rows stay where they are and are only put in order."""
+"""The exchange of a group of one: rows stay where they are."""
 
 from __future__ import annotations
 
@@ -23,18 +23,12 @@ class LocalExchange:
         self, hidden_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> LocalPending:
         """See `Exchange.dispatch`; the rows are not copied."""
-        pair_expert = expert_TK.flatten()
-        # Stable: pairs of one expert stay in the order of their rows.
-        order_M = pair_expert.argsort(stable=True)
-        counts_L = torch.bincount(pair_expert, minlength=self._num_local)
-        offsets_L1 = torch.zeros(self._num_local + 1, dtype=torch.int64)
-        torch.cumsum(counts_L.cpu(), 0, out=offsets_L1[1:])
         return LocalPending(
             Arrivals(
                 hidden_AD=hidden_TD,
-                row_M=order_M // max(1, expert_TK.shape[1]),
-                weight_M=weight_TK.flatten()[order_M],
-                offsets_L1=offsets_L1,
+                slot_AK=expert_TK,
+                weight_AK=weight_TK,
+                num_local=self._num_local,
             )
         )
 

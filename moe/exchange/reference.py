@@ -37,12 +37,13 @@ def reference_sums(inputs: Sequence[Routed], expert: Expert) -> list[torch.Tenso
 def partial_sums(arrivals: Arrivals, first_slot: int, expert: Expert) -> torch.Tensor:
     """What a mixture block does with the rows that arrived, the slow and plain way: fp32 (A, D)."""
     partial_AD = torch.zeros(arrivals.hidden_AD.shape, dtype=torch.float32)
-    offsets = arrivals.offsets_L1.tolist()
+    pairs = arrivals.pairs()
+    offsets = pairs.offsets_L1.tolist()
     for local, (begin, end) in enumerate(itertools.pairwise(offsets)):
-        rows = arrivals.row_M[begin:end]
+        rows = pairs.row_M[begin:end]
         if rows.numel():
             answers = expert(first_slot + local, arrivals.hidden_AD[rows])
-            partial_AD[rows] += arrivals.weight_M[begin:end, None] * answers
+            partial_AD[rows] += pairs.weight_M[begin:end, None] * answers
     return partial_AD
 
 

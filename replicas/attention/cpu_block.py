@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from replicas.attention.backend import AttentionMetadata, AttentionSpec
-from replicas.kernels.cpu_ops import PACKED
 from replicas.kernels.loader import (
+    PACKED,
     AttentionShape,
     BlockShape,
     CpuLibrary,

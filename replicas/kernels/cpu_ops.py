@@ -11,12 +11,14 @@ from collections.abc import Mapping
 
 import torch
 
-from replicas.kernels.loader import DTYPES, CpuLibrary, PackedLinear
+from moe.experts import GroupedExperts
+from moe.spec import GateSpec
+from replicas.kernels.cpu_experts import CpuExperts
+from replicas.kernels.cpu_gates import CpuGates
+from replicas.kernels.expert_ops import ExpertSet
+from replicas.kernels.loader import DTYPES, PACKED, CpuLibrary, PackedLinear
 from replicas.kernels.ops import HeadShape, HeadTensors, MlpNames
 from replicas.kernels.torch_ops import TORCH_KERNELS, silu_mlp_in_steps, split_heads
-
-PACKED = ".packed"
-"""Suffix of the tensor with a packed weight's bytes."""
 
 
 class CpuKernels:
@@ -26,6 +28,7 @@ class CpuKernels:
 
     def __init__(self, library: CpuLibrary) -> None:
         self.library = library
+        self._gates = CpuGates(library)
 
     @staticmethod
     def why_not(dtype: torch.dtype, device: str) -> list[str]:
@@ -127,3 +130,15 @@ class CpuKernels:
             ),
             PackedLinear(packed=down, shape=tensors[names.down].shape, bias_O=bias_D),
         )
+
+    def route(
+        self, logits_TE: torch.Tensor, spec: GateSpec, bias_E: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Kernels.route`."""
+        return self._gates.route(logits_TE, spec, bias_E)
+
+    def experts(self, experts: ExpertSet) -> GroupedExperts | None:
+        """See `Kernels.experts`; for packed weights whose halves are whole blocks."""
+        if CpuExperts.why_not(self.library, experts):
+            return None
+        return CpuExperts(self.library, experts)

@@ -8,9 +8,10 @@ in this program and raises `InternalError`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,9 +19,11 @@ from cluster.base.errors import InternalError
 from replicas.kernels.build import KernelsUnavailableError
 from replicas.kernels.memory import HugePages, ScratchMemory
 
+PACKED = ".packed"
+"""Suffix of the tensor with a packed weight's bytes, in its unit."""
 _ABI = 2
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
-_SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
+SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _SIGNATURES = {
     "pack": [_P, _L, _L, _P, _I],
     "linear": [_P, _P, _P, _P, _L, _L, _L, _P, _I],
@@ -33,7 +36,7 @@ _SIGNATURES = {
     "attention": [_P, _P, _P, _P, _P, _I],
     "attention_block": [_P, _P, _P, _P, _P, _P, _I],
 }
-DTYPES = tuple(_SUFFIX)
+DTYPES = tuple(SUFFIX)
 _Call = Callable[..., None]
 
 
@@ -129,7 +132,8 @@ class CpuLibrary:
                 raise KernelsUnavailableError(f"{path} has another interface")
             if not library.pk_start():
                 raise TilesRefusedError("the system does not grant matrix tiles")
-            self._calls = {dtype: _calls(library, suffix) for dtype, suffix in _SUFFIX.items()}
+            self._library = library
+            self._calls = {dtype: _calls(library, suffix) for dtype, suffix in SUFFIX.items()}
             self._linear_wide: _Call = _function(library, "linear", "bf16_f32")
             library.pk_isa.restype = ctypes.c_char_p
             self.isa: str = library.pk_isa().decode()
@@ -142,6 +146,15 @@ class CpuLibrary:
     def calls(self, dtype: torch.dtype) -> Calls:
         """Bare functions for callers that check once and call often."""
         return self._calls[dtype]
+
+    def function(
+        self, name: str, arguments: Sequence[type], result: type | None = None
+    ) -> Callable[..., Any]:
+        """A function of the library, for who declares its signature and checks its arguments."""
+        function = getattr(self._library, name)
+        function.argtypes, function.restype = list(arguments), result
+        call: Callable[..., Any] = function
+        return call
 
     def pack(self, weight_OI: torch.Tensor) -> torch.Tensor:
         """(O, I) weight -> (blocks, words of 32 bit, width, values per word), zero-padded."""
@@ -307,7 +320,7 @@ def _function(library: ctypes.CDLL, name: str, suffix: str) -> _Call:
 
 def _check(tensor: torch.Tensor, *, dim: int) -> None:
     if (
-        tensor.dtype not in _SUFFIX
+        tensor.dtype not in SUFFIX
         or tensor.dim() != dim
         or not tensor.is_contiguous()
         or not tensor.is_cpu

@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from moe.experts import GroupedExperts
+    from moe.spec import GateSpec
+    from replicas.kernels.expert_ops import ExpertSet
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadShape:
@@ -103,4 +107,17 @@ class Kernels(Protocol):
         self, input_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor], names: MlpNames
     ) -> torch.Tensor:
         """down(silu(gate(x)) * up(x)), (T, D); the same bits as the three calls one by one."""
+        ...
+
+    def route(
+        self, logits_TE: torch.Tensor, spec: GateSpec, bias_E: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts (T, K) int64 and weights (T, K) fp32 of every token; see `moe.gating.route`."""
+        ...
+
+    def experts(self, experts: ExpertSet) -> GroupedExperts | None:
+        """Routed experts as one call, with the bits of `linear` and `silu_mul` one by one.
+
+        None: this set has none for them.
+        """
         ...

@@ -8,6 +8,10 @@ import torch
 from torch.nn import functional
 
 from cluster.base.errors import InternalError
+from moe.experts import GroupedExperts
+from moe.gating import route
+from moe.spec import GateSpec
+from replicas.kernels.expert_ops import ExpertSet
 from replicas.kernels.ops import HeadShape, HeadTensors, Kernels, MlpNames
 
 
@@ -76,6 +80,16 @@ class TorchKernels:
     ) -> torch.Tensor:
         """See `Kernels.silu_mlp`."""
         return silu_mlp_in_steps(self, input_TD, tensors, names)
+
+    def route(
+        self, logits_TE: torch.Tensor, spec: GateSpec, bias_E: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Kernels.route`."""
+        return route(logits_TE, spec, bias_E)
+
+    def experts(self, experts: ExpertSet) -> GroupedExperts | None:
+        """See `Kernels.experts`; one by one."""
+        return None
 
 
 def silu_mlp_in_steps(

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 import torch
 
 from cluster.base.env import triton_interpreter
+from moe.experts import GroupedExperts
+from moe.spec import GateSpec
+from replicas.kernels.expert_ops import ExpertSet
 from replicas.kernels.fp8 import Fp8Weights
 from replicas.kernels.ops import HeadShape, HeadTensors, MlpNames
 from replicas.kernels.torch_ops import TORCH_KERNELS, silu_mlp_in_steps, split_heads
@@ -126,6 +129,16 @@ class TritonKernels:
     ) -> torch.Tensor:
         """See `Kernels.silu_mlp`; step by step."""
         return silu_mlp_in_steps(self, input_TD, tensors, names)
+
+    def route(
+        self, logits_TE: torch.Tensor, spec: GateSpec, bias_E: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Kernels.route`; torch's."""
+        return TORCH_KERNELS.route(logits_TE, spec, bias_E)
+
+    def experts(self, experts: ExpertSet) -> GroupedExperts | None:
+        """See `Kernels.experts`; one by one."""
+        return None
 
     def _norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight_D: torch.Tensor, eps: float

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
+from moe.experts import GroupedExperts, Made, Make, Tensors
+from replicas.kernels.expert_ops import ExpertSet
 from replicas.layers.activations import activation
+from replicas.layers.weights import ResidentWeights
 
 if TYPE_CHECKING:
     from moe.spec import MoeSpec
@@ -60,10 +63,30 @@ class KernelMath:
     """
 
     def __init__(self, kernels: Kernels, spec: MoeSpec, activation_name: str) -> None:
+        self._kernels = kernels
+        self._spec = spec
+        self._silu = bool(spec.glu_limit) or activation(activation_name) is functional.silu
         self.linear = kernels.linear
+        self.route = kernels.route
         self.gate: Gate = gated(kernels, activation_name)
         if spec.glu_limit:
             self.gate = ClampedGlu(kernels=kernels, limit=spec.glu_limit, alpha=spec.glu_alpha)
+
+    def grouped(
+        self, experts: Sequence[Tensors], held: Sequence[int], *, down_bias: bool
+    ) -> GroupedExperts | None:
+        """The experts as one call, where the kernels have one for their activation and layout."""
+        if not self._silu or not experts:
+            return None
+        return self._kernels.experts(
+            ExpertSet(
+                tensors=tuple(experts),
+                held=tuple(held),
+                down_bias=down_bias,
+                glu_limit=self._spec.glu_limit,
+                glu_alpha=self._spec.glu_alpha,
+            )
+        )
 
 
 class SharedExperts:
@@ -95,3 +118,11 @@ class ExpertUnits:
     def release(self, expert: int) -> None:
         """The step is done with this expert."""
         self._weights.release(f"{self._prefix}{expert}")
+
+    def lasting(self, held: tuple[int, ...], make: Make[Made]) -> Made | None:
+        """See `ExpertWeights.lasting`; streamed experts come and go."""
+        if not isinstance(self._weights, ResidentWeights):
+            return None
+        return self._weights.derived(
+            make, held, lambda: make([self.acquire(expert) for expert in held], held)
+        )

@@ -9,13 +9,15 @@ streamed through a ring) is the provider's affair.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
     import torch
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +105,7 @@ class ResidentWeights:
 
     def __init__(self, units: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         self._units = units
+        self._derived: dict[Hashable, tuple[Hashable, object]] = {}
 
     def acquire(self, unit: str) -> Mapping[str, torch.Tensor]:
         """The unit's tensors; no cost."""
@@ -110,3 +113,10 @@ class ResidentWeights:
 
     def release(self, unit: str) -> None:
         """Nothing to give back."""
+
+    def derived(self, key: Hashable, version: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` made of some units' tensors under this key, anew when the version changes."""
+        known = self._derived.get(key)
+        if known is None or known[0] != version:
+            known = self._derived[key] = (version, make())
+        return cast("Made", known[1])

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional
 
+from moe.experts import GroupedExperts, Made, Make
 from moe.gating import route
-from moe.spec import MoeSpec
+from moe.spec import GateSpec, MoeSpec
 
 
 class SiluMath:
@@ -33,6 +34,16 @@ class SiluMath:
         gate, up = gate_up_TF.chunk(2, dim=-1)
         return functional.silu(gate) * up
 
+    def route(
+        self, logits_TE: torch.Tensor, spec: GateSpec, bias_E: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gate that is tested elsewhere."""
+        return route(logits_TE, spec, bias_E)
+
+    def grouped(self, experts: object, held: object, *, down_bias: bool) -> GroupedExperts | None:
+        """Never."""
+        return None
+
 
 class HeldExperts:
     """`ExpertWeights` over a dict; notes who was asked for, and refuses to leak."""
@@ -51,6 +62,10 @@ class HeldExperts:
     def release(self, expert: int) -> None:
         """Back again."""
         self.open.remove(expert)
+
+    def lasting(self, held: tuple[int, ...], make: Make[Made]) -> Made | None:
+        """They come and go."""
+        return None
 
 
 def random_experts(

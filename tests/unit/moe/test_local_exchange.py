@@ -23,11 +23,12 @@ def test_pairs_are_a_sorted_permutation_with_their_weights(data: st.DataObject) 
     weights_TK = torch.arange(ids_TK.numel()).float().view(ids_TK.shape)
     hidden_TD = torch.arange(len(rows) * 2.0).view(-1, 2)
     arrivals = LocalExchange(num_experts).dispatch(hidden_TD, ids_TK, weights_TK).wait()
-    offsets = arrivals.offsets_L1.tolist()
+    pairs = arrivals.pairs()
+    offsets = pairs.offsets_L1.tolist()
     assert offsets[0] == 0
     assert offsets[-1] == ids_TK.numel()
     got = [
-        (expert, int(arrivals.row_M[pair]), float(arrivals.weight_M[pair]))
+        (expert, int(pairs.row_M[pair]), float(pairs.weight_M[pair]))
         for expert in range(num_experts)
         for pair in range(offsets[expert], offsets[expert + 1])
     ]

@@ -58,7 +58,7 @@ def test_what_was_gathered_is_summed_back_to_the_row_it_came_from(case):
 def test_pairs_are_sorted_and_complete(case, first, num_local):
     expert_AK, _ = case
     weight_AK = torch.arange(expert_AK.numel(), dtype=torch.float32).view(expert_AK.shape)
-    pairs = Pairs.build(expert_AK, weight_AK, first, num_local)
+    pairs = Pairs.build(expert_AK - first, weight_AK, num_local)
     wanted = sorted(
         (slot - first, row, float(weight_AK[row, k]))
         for row, chosen in enumerate(expert_AK.tolist())

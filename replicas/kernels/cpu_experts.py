@@ -1,0 +1,114 @@
+"""The compiled routed experts of a layer: one call for all experts that a step's rows visit.
+
+Bits are those of the packed linears and the gate called expert by expert. Neither the batch, the
+number of threads nor the slots of the experts change a row's sum.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+
+import torch
+
+from cluster.base.errors import InternalError
+from moe.experts import DOWN, DOWN_BIAS, UP, UP_BIAS
+from replicas.kernels.expert_ops import ExpertSet
+from replicas.kernels.loader import PACKED, SUFFIX, CpuLibrary
+
+_P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+_SIGNATURE = [_P, _P, _P, _L, _L, _P, _P, _L, _L, _L, _F, _F, _P, _P, _I]
+
+
+class CpuExperts:
+    """Implements `moe.experts.GroupedExperts` on packed weights.
+
+    Args:
+        experts: a set that `why_not` has nothing against.
+    """
+
+    def __init__(self, library: CpuLibrary, experts: ExpertSet) -> None:
+        first = experts.tensors[0]
+        self._dtype = first[UP].dtype
+        self._dim, self._ffn = first[DOWN].shape
+        self._library = library
+        self._experts = experts  # keeps the memory that the addresses lead to
+        self._addresses = torch.tensor(
+            [_addresses(tensors, down_bias=experts.down_bias) for tensors in experts.tensors]
+        )
+        self._order = torch.tensor(experts.order)
+        suffix = SUFFIX[self._dtype]
+        self._call = library.function(f"pk_experts_{suffix}", _SIGNATURE)
+        self._bytes = library.function(f"pk_experts_bytes_{suffix}", [_L] * 5, _L)
+
+    @staticmethod
+    def why_not(library: CpuLibrary, experts: ExpertSet) -> list[str]:
+        """All reasons why the experts cannot go together; empty when they can."""
+        first, reasons = experts.tensors[0], []
+        shapes = {(tensors[UP].shape, tensors[DOWN].shape) for tensors in experts.tensors}
+        dtypes = {tensors[name].dtype for tensors in experts.tensors for name in (UP, DOWN)}
+        biases = {tensors[name].dtype for tensors in experts.tensors for name in _biases(tensors)}
+        if any(name + PACKED not in tensors for tensors in experts.tensors for name in (UP, DOWN)):
+            reasons.append("their weights are not packed")
+        if len(shapes) > 1 or len(dtypes | biases) > 1 or not dtypes <= SUFFIX.keys():
+            reasons.append("they differ in shape or dtype, or have one that there is no kernel for")
+        dim, ffn = first[DOWN].shape
+        if first[UP].shape != (2 * ffn, dim) or ffn % library.width:
+            reasons.append(f"an inner width of {ffn} is not whole blocks of {library.width}")
+        return reasons
+
+    def forward(
+        self, hidden_AD: torch.Tensor, slot_AK: torch.Tensor, weight_AK: torch.Tensor
+    ) -> torch.Tensor:
+        """See `GroupedExperts.forward`.
+
+        Raises:
+            InternalError: the rows are not of these experts' width and dtype.
+        """
+        num_rows, top_k = slot_AK.shape
+        hidden_AD, slot_AK = hidden_AD.contiguous(), slot_AK.contiguous()
+        weight_AK = weight_AK.contiguous()
+        if (
+            hidden_AD.shape != (num_rows, self._dim)
+            or weight_AK.shape != slot_AK.shape
+            or (hidden_AD.dtype, slot_AK.dtype, weight_AK.dtype)
+            != (self._dtype, torch.int64, torch.float32)
+        ):
+            raise InternalError(
+                f"Experts of width {self._dim} in {self._dtype} got rows {tuple(hidden_AD.shape)} "
+                f"in {hidden_AD.dtype} for {slot_AK.dtype} slots {tuple(slot_AK.shape)} with "
+                f"{weight_AK.dtype} weights {tuple(weight_AK.shape)}."
+            )
+        partial_AD = torch.empty((num_rows, self._dim), dtype=torch.float32)
+        if not num_rows:
+            return partial_AD
+        threads, num_slots = torch.get_num_threads(), len(self._experts.tensors)
+        needed = self._bytes(num_rows * top_k, num_slots, self._dim, self._ffn, threads)
+        self._call(
+            hidden_AD.data_ptr(),
+            slot_AK.data_ptr(),
+            weight_AK.data_ptr(),
+            num_rows,
+            top_k,
+            self._addresses.data_ptr(),
+            self._order.data_ptr(),
+            num_slots,
+            self._dim,
+            self._ffn,
+            self._experts.glu_limit,
+            self._experts.glu_alpha,
+            partial_AD.data_ptr(),
+            self._library.scratch.at_least(needed),
+            threads,
+        )
+        return partial_AD
+
+
+def _biases(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    return [name for name in (UP_BIAS, DOWN_BIAS) if name in tensors]
+
+
+def _addresses(tensors: Mapping[str, torch.Tensor], *, down_bias: bool) -> list[int]:
+    """The C side's `Expert`; 0 for what there is not."""
+    names = [UP + PACKED, UP_BIAS, DOWN + PACKED, DOWN_BIAS if down_bias else ""]
+    return [tensors[name].data_ptr() if name in tensors else 0 for name in names]
