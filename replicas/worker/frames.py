@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import select
 import socket
 import struct
 import time
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 
 _HEADER = struct.Struct("<IB")
 _MAX_FRAME_BYTES = 1 << 30
+_READ_AHEAD_BYTES = 1 << 16
+_LARGEST_READ_BYTES = 1 << 20
 
 
 class FrameKind(enum.IntEnum):
@@ -40,10 +43,19 @@ class LinkAddress:
 
 
 class FrameSocket:
-    """Frames over a connected stream socket; one reader and one writer at a time."""
+    """Frames over a connected stream socket; one reader and one writer at a time.
 
-    def __init__(self, sock: socket.socket) -> None:
+    The socket stays blocking and every call asks the kernel not to wait: a frame then mostly costs
+    one system call, where Python's own timeouts poll before each and switch the socket's mode
+    between readers and writers of different patience.
+    """
+
+    def __init__(self, sock: socket.socket, *, reads_ahead: bool = False) -> None:
+        """`reads_ahead`: take whatever has arrived with one call; not for who polls `fileno`."""
         self._sock = sock
+        self._unread = bytearray()
+        self._at_once = _READ_AHEAD_BYTES if reads_ahead else 0
+        sock.settimeout(None)
         if sock.family == socket.AF_INET:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -58,8 +70,15 @@ class FrameSocket:
             ConnectionError: the peer is gone.
             TimeoutError: the peer did not take the bytes in time.
         """
-        self._sock.settimeout(timeout_s)
-        self._sock.sendall(_HEADER.pack(len(payload), kind) + payload)
+        data = _HEADER.pack(len(payload), kind) + payload
+        sent = self._send_some(data)
+        if sent == len(data):
+            return
+        deadline_s = time.monotonic() + timeout_s
+        view = memoryview(data)[sent:]
+        while view:
+            self._wait(select.POLLOUT, deadline_s)
+            view = view[self._send_some(view) :]
 
     def receive(self, timeout_s: float | None) -> tuple[FrameKind, bytearray]:
         """Receive one frame; None waits until the peer speaks or goes.
@@ -68,23 +87,22 @@ class FrameSocket:
             ConnectionError: the peer is gone, or sent something that is no frame.
             TimeoutError: nothing complete arrived in time.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        length, kind = _HEADER.unpack(self._read(_HEADER.size, deadline))
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        length, kind = _HEADER.unpack(self._read(_HEADER.size, deadline_s))
         if length > _MAX_FRAME_BYTES or kind not in FrameKind._value2member_map_:
             raise ConnectionError(f"not a frame: kind {kind}, {length} bytes")
-        return FrameKind(kind), self._read(length, deadline)
+        return FrameKind(kind), self._read(length, deadline_s)
 
     def skip(self, kind: FrameKind) -> bool:
         """Take an empty frame of this kind off the socket if it comes next; never waits."""
         header = _HEADER.pack(0, kind)
-        self._sock.settimeout(0.0)
         try:
-            found = self._sock.recv(_HEADER.size, socket.MSG_PEEK)
+            found = self._sock.recv(_HEADER.size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
         if found != header:
             return False
-        self._read(_HEADER.size, deadline=None)
+        self._read(_HEADER.size, deadline_s=None)
         return True
 
     def close(self) -> None:
@@ -93,16 +111,40 @@ class FrameSocket:
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
 
-    def _read(self, size: int, deadline: float | None) -> bytearray:
-        data = bytearray(size)
-        view = memoryview(data)
-        while view:
-            if deadline is None:
-                self._sock.settimeout(None)
-            else:
-                self._sock.settimeout(max(1e-4, deadline - time.monotonic()))
-            count = self._sock.recv_into(view)
-            if count == 0:
-                raise ConnectionResetError("the peer closed the link")
-            view = view[count:]
+    def _send_some(self, data: bytes | memoryview) -> int:
+        try:
+            return self._sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+
+    def _read(self, size: int, deadline_s: float | None) -> bytearray:
+        unread = self._unread
+        while len(unread) < size:
+            unread += self._receive_some(max(size - len(unread), self._at_once), deadline_s)
+        if len(unread) == size:
+            self._unread = bytearray()
+            return unread
+        data = unread[:size]
+        del unread[:size]
         return data
+
+    def _receive_some(self, at_most: int, deadline_s: float | None) -> bytes:
+        at_most = min(at_most, _LARGEST_READ_BYTES)
+        if deadline_s is None:
+            data = self._sock.recv(at_most)
+        else:
+            try:
+                data = self._sock.recv(at_most, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self._wait(select.POLLIN, deadline_s)
+                data = self._sock.recv(at_most)
+        if not data:
+            raise ConnectionResetError("the peer closed the link")
+        return data
+
+    def _wait(self, event: int, deadline_s: float) -> None:
+        left_s = deadline_s - time.monotonic()
+        poll = select.poll()
+        poll.register(self._sock.fileno(), event)
+        if not poll.poll(max(0.0, left_s) * 1e3):
+            raise TimeoutError("the peer did not keep the deadline")

@@ -27,6 +27,8 @@ from replicas.worker.frames import FrameKind, FrameSocket, LinkAddress
 
 _ACCEPT_SLICE_S = 0.5
 _ACCOUNT_S = 1.0
+_NAP_S = 100e-6
+_MOST_NAPS = 16
 
 
 class LinkListener:
@@ -168,6 +170,17 @@ class LeaderLink:
             time.sleep(rest_ms * 1e-3)
             return bool(self._poll.poll(0)) and self._has_more_than_a_sign()
         return False
+
+    def nap(self) -> None:
+        """Sleep, for a few milliseconds at most, until a rank has more to say than a sign.
+
+        For who is in no hurry: a rank that answers pays for waking whoever waits on its socket (45
+        us right after it has read its weights through the caches); now there is nobody to wake.
+        """
+        for _ in range(_MOST_NAPS):
+            if self._poll.poll(0) and self._has_more_than_a_sign():
+                return
+            time.sleep(_NAP_S)
 
     def receive_result(self, timeout_s: float) -> bytearray:
         """The next result of rank 0; raises as `receive_from_any`."""

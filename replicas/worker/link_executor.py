@@ -46,6 +46,8 @@ class LinkExecutor:
 
     def collect(self, timeout_s: float) -> StepOutput:
         """Wait for rank 0's answer to the oldest plan; see `Executor.collect` for errors."""
+        if len(self._in_flight) > 1 and not self._unsent:
+            self._link.nap()  # the ranks have their next step
         payload = self._link.receive_result(timeout_s)
         expected = self._in_flight.popleft()
         if self._unsent:

@@ -60,6 +60,8 @@ class LockstepExecutor:
     def collect(self, timeout_s: float) -> LockstepOutput:
         """Wait for all groups' answers to the oldest plan; see `StepExecutor.collect`."""
         deadline_s = time.monotonic() + timeout_s
+        if len(self._in_flight) > 1 and not self._unsent:
+            self._link.nap()  # the ranks have their next step
         while not all(self._answers):
             self._take_answer(deadline_s)
         expected = self._in_flight.popleft()

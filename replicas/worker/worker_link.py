@@ -33,7 +33,7 @@ class WorkerLink:
         sock.settimeout(timeout_s)
         try:
             sock.connect(address.path if address.path else (address.host, address.port))
-            frames = FrameSocket(sock)
+            frames = FrameSocket(sock, reads_ahead=True)
             hello = wire.Hello(rank=rank, epoch=epoch, secret=secret)
             frames.send(FrameKind.HELLO, wire.encode(hello), timeout_s)
         except OSError as error:

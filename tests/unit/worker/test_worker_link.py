@@ -120,6 +120,39 @@ def test_poll_tells_whether_an_answer_is_there_and_never_minds_lateness():
     assert executor.collect(timeout_s=5.0) == RESULT
 
 
+def test_a_nap_ends_with_an_answer_not_with_a_sign_and_never_lasts():
+    leader, (worker,) = open_links(1)
+    started_s = time.monotonic()
+    leader.nap()
+    assert 0.001 < time.monotonic() - started_s < 1.0
+    worker.send_nearly_done()
+    leader.nap()
+    worker.send_result(wire.encode(RESULT))
+    leader.nap()
+    assert wire.decode_result(leader.receive_result(5.0)) == RESULT
+
+
+def test_with_its_next_step_sent_a_rank_is_awaited_all_the_same():
+    leader, (worker,) = open_links(1)
+    executor = LinkExecutor(leader)
+    executor.submit(PLAN)
+    executor.submit(dataclasses.replace(PLAN, step=8))
+    late = threading.Timer(0.1, worker.send_result, (wire.encode(RESULT),))
+    late.start()
+    assert executor.collect(timeout_s=5.0) == RESULT
+    worker.close()
+    with pytest.raises(WorkerDiedError):
+        executor.collect(timeout_s=5.0)
+
+
+def test_plans_that_arrive_together_are_read_one_by_one():
+    leader, (worker,) = open_links(1)
+    plans = [dataclasses.replace(PLAN, step=step) for step in range(300)]
+    for plan in plans:
+        leader.send_plan(wire.encode(plan), timeout_s=5.0)
+    assert [wire.decode_plan(worker.receive_plan()) for _ in plans] == plans
+
+
 def test_a_sign_ends_a_poll_once_and_leaves_the_answer_alone():
     leader, workers = open_links(2)
     executor = LinkExecutor(leader)
