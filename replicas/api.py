@@ -129,3 +129,7 @@ class ReplicaStats:
     prefix_query_tokens: int = 0
     num_preemptions: int = 0
     generated_tokens: int = 0
+    draft_tokens: int = 0
+    """Tokens that steps were given to check, see `replicas/engine/speculation.py`."""
+    accepted_draft_tokens: int = 0
+    """Those of them that were right."""

@@ -17,7 +17,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cluster.base.problems import shown
-from cluster.base.spec import ClusterSpec, DashboardSpec, GatewaySpec, Section
+from cluster.base.spec import (
+    ClusterSpec,
+    DashboardSpec,
+    GatewaySpec,
+    Section,
+    SpeculationSpec,
+)
 
 Loc = tuple[int | str, ...]
 
@@ -125,6 +131,26 @@ def cross_findings(data: Mapping[str, Any], directory: Path) -> Iterator[Finding
             message = f"`offload` has no effect with `engine: {shown(engine)[1:-1]}`"
             hint = "delete it, or set `engine: offload`"
             yield Finding(loc=("models", index, "offload"), message=message, hint=hint)
+        yield from _speculation_findings(model, index)
+
+
+def _speculation_findings(model: Mapping[str, Any], index: int) -> Iterator[Finding]:
+    section = model.get("speculation")
+    if not isinstance(section, dict):
+        return
+    loc: Loc = ("models", index, "speculation")
+    others = [key for key in section if key != "method"]
+    if section.get("method") == "none" and others:
+        message = f"`{others[0]}` has no effect with `method: none`"
+        yield Finding(loc=(*loc, others[0]), message=message, hint="delete it, or the method")
+    keys = ("prompt_lookup_min", "prompt_lookup_max")
+    shortest, longest = (
+        section.get(key, SpeculationSpec.model_fields[key].default) for key in keys
+    )
+    if isinstance(shortest, int) and isinstance(longest, int) and shortest > longest:
+        key = keys[1] if keys[1] in section else keys[0]
+        message = f"prompt_lookup_min {shortest} is more than prompt_lookup_max {longest}"
+        yield Finding(loc=(*loc, key), message=message, hint="set both")
 
 
 def _port_findings(data: Mapping[str, Any]) -> Iterator[Finding]:

@@ -139,6 +139,12 @@ STEP_TOKENS = _counter(
 ENGINE_TOKENS = _counter(
     "engine_generated_tokens_total", _LEADER, "Tokens sampled, resent ones included."
 )
+DRAFT_TOKENS = _counter(
+    "draft_tokens_total", _LEADER, "Tokens guessed and checked by speculative decoding."
+)
+ACCEPTED_DRAFT_TOKENS = _counter(
+    "accepted_draft_tokens_total", _LEADER, "Guessed tokens that were right."
+)
 
 EXPERT_ROWS = _counter(
     "expert_rows_total",
@@ -186,5 +192,7 @@ METRICS: tuple[Metric, ...] = (
     EXPERT_ROWS,
     EXPERT_DROPPED,
     EXPERT_IMBALANCE,
+    DRAFT_TOKENS,
+    ACCEPTED_DRAFT_TOKENS,
 )
 """Every metric, gateway's first."""

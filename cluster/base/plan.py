@@ -38,6 +38,18 @@ class KvPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationPlan:
+    """How tokens are drafted from where the latest ones stood before."""
+
+    num_tokens: int
+    """Most drafted tokens of a request in a step."""
+    min_ngram: int
+    """Tokens that have to match."""
+    max_ngram: int
+    """Tokens that are compared to choose between matches."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerPlan:
     """Limits of one engine's scheduler."""
 
@@ -47,6 +59,8 @@ class SchedulerPlan:
     max_waiting_requests: int
     step_timeout_s: float
     """A step without an answer for this long means a hung rank."""
+    speculation: SpeculationPlan | None = None
+    """None: no tokens are drafted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -271,6 +271,29 @@ class OffloadSpec(Section):
     )
 
 
+class SpeculationSpec(Section):
+    """Guesses at the next tokens, checked together in one step; answers are the same without."""
+
+    method: Annotated[Literal["ngram", "none"], Choice(("ngram", "none"))] = Field(
+        default="ngram",
+        description="ngram: what followed the latest tokens where they stood before, in the "
+        "prompt or the output (prompt lookup); pays where answers quote their prompt. none: no "
+        "guesses.",
+    )
+    num_speculative_tokens: Annotated[int, Whole(1, 64)] = Field(
+        default=16,
+        description="Most guessed tokens of a request in a step. Fewer are tried while guesses "
+        "come true less often, and none where they hardly do.",
+    )
+    prompt_lookup_min: Annotated[int, Whole(1, 16)] = Field(
+        default=2, description="Tokens that have to be the same for a guess."
+    )
+    prompt_lookup_max: Annotated[int, Whole(1, 16)] = Field(
+        default=4,
+        description="Tokens that are compared to choose the best of several places.",
+    )
+
+
 class ModelSpec(Section):
     """One served model and its replicas."""
 
@@ -328,6 +351,11 @@ class ModelSpec(Section):
         default=None,
         description="How weights are streamed. With `engine: auto`, `device_memory` is also the "
         "size above which the model is streamed.",
+    )
+    speculation: SpeculationSpec | None = Field(
+        default=None,
+        description="Speculative decoding. Default: on (`method: ngram`) where weights are "
+        "streamed, since a step costs the same with a few tokens more; off elsewhere.",
     )
     limits: EngineLimitsSpec = Field(
         default=EngineLimitsSpec(), description="Limits of the scheduler."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from cluster.base.plan import ClusterPlan, ModelPlan
+from cluster.base.plan import ClusterPlan, ModelPlan, SpeculationPlan
 from cluster.base.quantities import duration_text, size_text
 from cluster.planner.explain_streaming import frontier_tables, streaming_tables
 from cluster.planner.table import Table
@@ -129,8 +129,13 @@ def _reasons(model: ModelPlan) -> Iterator[tuple[str, str, str, str]]:
         value: object = model
         for part in setting.split("."):
             value = getattr(value, part)
-        text = f"{value:g}" if isinstance(value, float) else str(value)
-        yield model.name, setting, text, reason
+        yield model.name, setting, _value_text(value), reason
+
+
+def _value_text(value: object) -> str:
+    if isinstance(value, SpeculationPlan):
+        return f"ngram of {value.min_ngram}-{value.max_ngram}, up to {value.num_tokens} tokens"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _limits(plan: ClusterPlan) -> Table:
@@ -148,6 +153,7 @@ def _limits(plan: ClusterPlan) -> Table:
             (model.name, "running requests", str(scheduler.max_running_requests)),
             (model.name, "waiting requests", str(scheduler.max_waiting_requests)),
             (model.name, "tokens per step", str(scheduler.max_step_tokens)),
+            (model.name, "speculation", _value_text(scheduler.speculation or "none")),
             (model.name, "step timeout", duration_text(scheduler.step_timeout_s)),
         ]
     return Table(title="Limits", columns=("WHERE", "LIMIT", "VALUE"), rows=tuple(rows))

@@ -20,8 +20,9 @@ from cluster.base.plan import (
     MemoryPlan,
     ModelPlan,
     SchedulerPlan,
+    SpeculationPlan,
 )
-from cluster.base.spec import ClusterSpec, MoeSectionSpec
+from cluster.base.spec import ClusterSpec, MoeSectionSpec, SpeculationSpec
 from cluster.dist.topology import Topology
 from cluster.planner.caches import Cache, size_caches
 from cluster.planner.cpus import CpuDemand, front_share, share_cpus
@@ -163,6 +164,7 @@ def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topolog
             max_context=cache.size.max_context.value,
             max_waiting_requests=spec.limits.max_waiting_requests,
             step_timeout_s=_step_timeout_s(draft),
+            speculation=_speculation(draft),
         ),
         memory=MemoryPlan(
             weights_bytes=draft.weights_bytes,
@@ -185,6 +187,21 @@ def _step_timeout_s(draft: Draft) -> float:
         return asked
     found = draft.streaming.found
     return max(asked, math.ceil(_TIMEOUT_STEPS * max(found.best.tpot_s, found.ttft_s)))
+
+
+def _speculation(draft: Draft) -> SpeculationPlan | None:
+    """The user's, or where nothing is said: on where weights are streamed."""
+    asked = draft.source.spec.speculation
+    if asked is None and draft.streaming is None:
+        return None
+    chosen = asked or SpeculationSpec()
+    if chosen.method == "none":
+        return None
+    return SpeculationPlan(
+        num_tokens=chosen.num_speculative_tokens,
+        min_ngram=chosen.prompt_lookup_min,
+        max_ngram=chosen.prompt_lookup_max,
+    )
 
 
 def _engine(draft: Draft) -> EngineKind:
@@ -223,7 +240,7 @@ def _reasons(draft: Draft, compute: Compute, cache: Cache) -> dict[str, str]:
 
 
 def _step_reasons(draft: Draft) -> dict[str, str]:
-    """Why a streamed model's steps have their size and deadline."""
+    """Why a streamed model's steps have their size, their deadline and drafts in them."""
     if draft.streaming is None:
         return {}
     spec = draft.source.spec
@@ -233,6 +250,11 @@ def _step_reasons(draft: Draft) -> dict[str, str]:
         "scheduler.max_step_tokens": size if spec.limits.max_step_tokens == "auto" else "",
         "scheduler.step_timeout_s": (
             deadline if _step_timeout_s(draft) > spec.limits.step_timeout else ""
+        ),
+        "scheduler.speculation": (
+            "a streamed step costs the same with a few tokens more"
+            if spec.speculation is None
+            else ""
         ),
     }
 

@@ -5,7 +5,8 @@ Sole user of the pool and the prefix cache. For a request between plans
     [ answered, full, maybe cached | answered     | planned      | nothing ]
     0                                num_answered   num_computed   len(table) * block_size
 
-the table is exactly long enough for `num_computed_tokens`. A step is planned to write to a block
+the table is long enough for `num_computed_tokens`, and exactly so but for blocks that a rejected
+draft left for the tokens to come; nobody else holds those. A step is planned to write to a block
 only while the block has one reference and is not cached; `allocate_slots` makes that so. Until the
 step has run the block may get sharers (forks) that do not read what it writes, or be freed and
 handed out again: ranks execute plans in order, so a later plan's copies and writes come after it.
@@ -144,9 +145,11 @@ class KvManager:
         table = self._tables.get(request.key)
         blocks = table.blocks if table else []
         start = request.num_computed_tokens if table else len(prefix) * size
-        num_new = -(-(start + num_tokens) // size) - len(blocks) - len(prefix)
-        # Only the tail can be written to: all blocks before it are full and computed.
-        tail = blocks[-1] if start % size and blocks else None
+        num_new = max(0, -(-(start + num_tokens) // size) - len(blocks) - len(prefix))
+        # Only the tail can be shared or cached and written to: all blocks before it are full and
+        # computed, and those behind it, left by a rejected draft, nobody else has seen.
+        tail_index = start // size if start % size and blocks else None
+        tail = blocks[tail_index] if tail_index is not None else None
         copies_tail = tail is not None and pool.num_references(tail) > 1
         need = num_new + copies_tail
         if prefix:
@@ -159,7 +162,7 @@ class KvManager:
             table = self._tables[request.key] = _Table(list(prefix), len(prefix))
         if num_new == 0 and tail is not None and not copies_tail and not pool.is_cached(tail):
             return _NOTHING
-        return self._extend(table, tail, num_new)
+        return self._extend(table, tail_index, num_new)
 
     def register_computed(self, request: EngineRequest) -> None:
         """Offer blocks that became full by an answered step to the prefix cache."""
@@ -231,15 +234,16 @@ class KvManager:
             if self._pool.is_cached(block) != (self._cache is not None and block in self._cache):
                 raise InternalError(f"Pool and cache disagree whether block {block} is cached.")
 
-    def _extend(self, table: _Table, tail: int | None, num_new: int) -> BlockGrant:
+    def _extend(self, table: _Table, tail_index: int | None, num_new: int) -> BlockGrant:
         """Make the tail writable and append blocks; the pool has enough of them."""
         pool, blocks = self._pool, table.blocks
         replaced: tuple[tuple[int, int], ...] = ()
         copies: tuple[tuple[int, int], ...] = ()
-        if tail is not None and pool.num_references(tail) > 1:
-            blocks[-1] = pool.copy_on_write(tail)
-            replaced = ((len(blocks) - 1, blocks[-1]),)
-            copies = ((tail, blocks[-1]),)
+        tail = blocks[tail_index] if tail_index is not None else None
+        if tail_index is not None and tail is not None and pool.num_references(tail) > 1:
+            blocks[tail_index] = pool.copy_on_write(tail)
+            replaced = ((tail_index, blocks[tail_index]),)
+            copies = ((tail, blocks[tail_index]),)
         elif tail is not None and self._cache is not None and pool.is_cached(tail):
             # The last sharer recomputes the last token of a full block in place.
             self._cache.evict(tail)

@@ -116,11 +116,14 @@ class LockstepScheduler:
         """Plan the next step of all groups; it has to be executed.
 
         Returns:
-            None when no group has something to compute now.
+            None when no group has something to compute now, or one waits for its answers: a step
+            without it would make it miss its turn.
 
         Raises:
             InternalError: a group is at a loss, see `Scheduler.schedule`.
         """
+        if any(group.waits_for_answers for group in self.groups):
+            return None
         step = self._step + 1
         plans = [group.schedule(step) for group in self.groups]
         if not any(plan is not None for plan in plans):

@@ -71,15 +71,14 @@ class OutputProcessor:
         result: RequestResult | None,
         scores: tuple[TokenLogprob | None, ...],
     ) -> GenerationDelta:
-        if result is None or result.token_id is None:
+        if result is None or not result.token_ids:
             raise InternalError(f"The step gave no token for request {request.request_id}.")
-        request.token_ids.append(result.token_id)
-        reason, stop_token_id = self._ending(request, result.token_id)
+        token_ids, (reason, stop_token_id) = self._append(request, result.token_ids)
         return GenerationDelta(
             request_id=request.request_id,
             index=request.index,
-            token_ids=(result.token_id,),
-            logprobs=() if result.logprob is None else (result.logprob,),
+            token_ids=token_ids,
+            logprobs=result.logprobs[: len(token_ids)],
             prompt_logprobs=scores,
             finish_reason=reason,
             stop_token_id=stop_token_id,
@@ -105,6 +104,18 @@ class OutputProcessor:
             finish_reason=FinishReason.STOP if embedding else FinishReason.LENGTH,
             num_cached_tokens=first_word(request),
         )
+
+    def _append(
+        self, request: EngineRequest, token_ids: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], _Ending]:
+        """Add tokens up to one that ends the choice; those added, and the end."""
+        ending = _GOES_ON
+        for count, token_id in enumerate(token_ids, start=1):
+            request.token_ids.append(token_id)
+            ending = self._ending(request, token_id)
+            if ending != _GOES_ON:
+                return token_ids[:count], ending
+        return token_ids, ending
 
     def _ending(self, request: EngineRequest, token_id: int) -> _Ending:
         """Whether the newest token ends the choice. A stop token wins over a length."""

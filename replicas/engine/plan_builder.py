@@ -36,14 +36,22 @@ class PlanBuilder:
         self._replaced: list[tuple[int, int, int]] = []
         self._copies: list[tuple[int, int]] = []
         self._samples: list[bool] = []
+        self._drafts: list[tuple[int, ...]] = []
+        self.num_sampled_rows = 0
+        """Rows of logits that the step samples from."""
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def add(
-        self, request: EngineRequest, num_tokens: int, grant: BlockGrant, table: Sequence[int]
+        self,
+        request: EngineRequest,
+        num_tokens: int,
+        grant: BlockGrant,
+        table: Sequence[int],
+        draft: tuple[int, ...] = (),
     ) -> None:
-        """Schedule the next `num_tokens` tokens of a request.
+        """Schedule the next `num_tokens` tokens of a request, and a draft of those after them.
 
         Args:
             grant: what changed in its block table for this step.
@@ -60,12 +68,15 @@ class PlanBuilder:
         start, end = request.num_computed_tokens, request.num_computed_tokens + num_tokens
         samples = request.generates and end == request.num_tokens + request.num_pending_tokens
         self._keys.append(request.key)
-        self._num_scheduled.append(num_tokens)
+        self._num_scheduled.append(num_tokens + len(draft))
         self._num_computed.append(start)
         self._samples.append(samples)
-        self.budget -= num_tokens
+        self._drafts.append(draft)
+        self.budget -= num_tokens + len(draft)
+        self.num_sampled_rows += samples + len(draft)
         request.has_row = True
-        request.num_computed_tokens = end
+        request.num_computed_tokens = end + len(draft)
+        request.num_draft_tokens = len(draft)
         request.num_pending_tokens += samples
         request.num_steps_in_flight += 1
 
@@ -81,6 +92,7 @@ class PlanBuilder:
             replaced_blocks=tuple(self._replaced),
             block_copies=tuple(self._copies),
             samples=tuple(self._samples),
+            draft_token_ids=tuple(self._drafts) if any(self._drafts) else (),
             finished_keys=tuple(finished_keys),
         )
 

@@ -6,6 +6,9 @@ so a request may have tokens that nobody knows yet. Invariants while alive:
     0 .. num_prompt_tokens   .. num_tokens                        the rest is output
     0 .. num_answered_tokens .. num_computed_tokens               KV exists | will, in plan order
     0 .. num_computed_tokens .. num_tokens + num_pending_tokens   pending ones are being sampled
+
+While a draft is being checked, `num_computed_tokens` is `num_tokens + num_draft_tokens`, and falls
+back to what was right when the step answers. Nothing is planned for the request meanwhile.
 """
 
 from __future__ import annotations
@@ -51,6 +54,8 @@ class EngineRequest:
     num_pending_tokens: int = 0
     """Tokens that steps in flight will give."""
     num_steps_in_flight: int = 0
+    num_draft_tokens: int = 0
+    """Drafted tokens in the step in flight; counted as computed until it has answered."""
     num_cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache; None before the first admission."""
     num_scored_tokens: int = 0

@@ -27,7 +27,7 @@ from replicas.engine.output_processor import OutputProcessor, error_delta, first
 from replicas.engine.prefix_cache import HashChain
 from replicas.engine.request import EngineRequest, RequestStatus, make_choices
 from replicas.engine.scheduler_config import SchedulerConfig, check_fits
-from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
+from replicas.engine.scheduler_output import RequestResult, SchedulerOutput, StepOutput
 from replicas.engine.step_planner import StepPlanner
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ class Scheduler:
         self._step = 0
         self._in_flight: deque[int] = deque()
         self._generated_tokens = 0
+        self._draft_tokens = 0
+        self._accepted_draft_tokens = 0
         self.num_discarded_tokens = 0
         """Tokens sampled for choices that had ended by then."""
 
@@ -59,6 +61,11 @@ class Scheduler:
     def num_unfinished(self) -> int:
         """Choices that have not ended."""
         return len(self._requests)
+
+    @property
+    def waits_for_answers(self) -> bool:
+        """Whether steps are in flight whose answers the next plan is better made with."""
+        return bool(self._in_flight) and self._planner.waits_for_answers
 
     @property
     def oldest_waiting_arrival_s(self) -> float | None:
@@ -142,12 +149,13 @@ class Scheduler:
             step: its number, larger than that of every plan before; None: the next one.
 
         Returns:
-            None when no request is left, or what is left depends on a step in flight.
+            None when no request is left, or what is left depends on a step in flight, or would get
+            further with its answer (see `waits_for_answers`).
 
         Raises:
             InternalError: requests are left and none can be scheduled (a fault of ours).
         """
-        if not self._requests:
+        if not self._requests or self.waits_for_answers:
             return None
         plan = self._planner.plan(self._step + 1 if step is None else step)
         if plan is None:
@@ -181,26 +189,46 @@ class Scheduler:
             plan.samples,
             strict=True,
         )
-        for key, start, num_scheduled, sampled in columns:
-            request = self._requests.get(key)
+        for at, (key, start, num_scheduled, sampled) in enumerate(columns):
+            request, result = self._requests.get(key), results.get(key)
             if request is None:
                 self.num_discarded_tokens += sampled
                 continue
-            query = range(start, start + num_scheduled)
+            num_rejected = self._settle_draft(request, plan.draft(at), result)
+            query = range(start, start + num_scheduled - num_rejected)
             request.num_steps_in_flight -= 1
             request.num_pending_tokens -= sampled
             # A preempted request has no KV any more, and is not let in again before this answer.
             if request.status is RequestStatus.RUNNING:
                 request.num_answered_tokens = query.stop
             try:
-                delta = self._outputs.process(request, results.get(key), query, sampled=sampled)
+                delta = self._outputs.process(request, result, query, sampled=sampled)
             except Exception as error:
                 # The fault boundary of one request: whatever went wrong, the others go on.
                 deltas.append(self._fail(request, as_penstock_error(error)))
                 continue
-            self._generated_tokens += sampled
+            if delta is not None:
+                self._generated_tokens += len(delta.token_ids)
+            self._planner.speculator.learn(request)
             self._conclude(request, delta, deltas)
         return deltas
+
+    def _settle_draft(
+        self, request: EngineRequest, draft: tuple[int, ...], result: RequestResult | None
+    ) -> int:
+        """A step that checked a draft has answered: how many of its tokens count as not computed.
+
+        What it wrote to the cache for them is overwritten when their positions are computed.
+        """
+        if not draft:
+            return 0
+        num_accepted = max(0, len(result.token_ids) - 1) if result is not None else 0
+        self._draft_tokens += len(draft)
+        self._accepted_draft_tokens += num_accepted
+        num_rejected = len(draft) - num_accepted
+        request.num_draft_tokens = 0
+        request.num_computed_tokens -= num_rejected
+        return num_rejected
 
     def stats(self) -> ReplicaStats:
         """The load now."""
@@ -216,6 +244,8 @@ class Scheduler:
             prefix_query_tokens=planner.prefix_query_tokens,
             num_preemptions=planner.num_preemptions,
             generated_tokens=self._generated_tokens,
+            draft_tokens=self._draft_tokens,
+            accepted_draft_tokens=self._accepted_draft_tokens,
         )
 
     def check_invariants(self) -> None:
@@ -241,14 +271,21 @@ class Scheduler:
             0
             <= request.num_answered_tokens
             <= num_computed
-            <= request.num_tokens + request.num_pending_tokens
+            <= request.num_tokens + max(request.num_pending_tokens, request.num_draft_tokens)
         ):
             raise InternalError(f"The counts of request {request.key} contradict each other.")
         if not 0 <= request.num_pending_tokens <= request.num_steps_in_flight:
             raise InternalError(f"Request {request.key} expects tokens of no step.")
         if request.num_steps_in_flight > len(self._in_flight):
             raise InternalError(f"Request {request.key} is in a step that is not in flight.")
-        if len(kv.block_table(request)) != kv.num_blocks_for(num_computed):
+        speculation = self.config.speculation
+        num_spare = speculation.num_tokens if speculation is not None else 0
+        num_blocks = len(kv.block_table(request))
+        if not (
+            kv.num_blocks_for(num_computed)
+            <= num_blocks
+            <= kv.num_blocks_for(num_computed + (num_spare if num_computed else 0))
+        ):
             raise InternalError(f"Request {request.key} holds too many or too few blocks.")
 
     def _conclude(

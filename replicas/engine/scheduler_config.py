@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from cluster.base.errors import ConfigError, ContextTooLongError, InvalidRequestError
 from replicas.api import GenerationRequest
+from replicas.engine.speculation import SpeculationConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,8 @@ class SchedulerConfig:
     prefix_caching: bool = True
     max_waiting_requests: int = 256
     """Choices that may wait when another request arrives."""
+    speculation: SpeculationConfig | None = None
+    """How tokens are drafted; None: they are not."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -8,7 +8,9 @@ within an engine's life.
 
 A plan may be made before the step ahead of it has answered. So it carries no sampled tokens: every
 rank samples the same token from the same logits and appends it to its own row at the end of the
-step. A request whose sampling failed may be in one more plan, whose answer about it nobody reads.
+step. A request with a draft (see `replicas/engine/speculation.py`) is planned only when all its
+tokens are known, and again only when the step has answered. A request whose sampling failed may be
+in one more plan, whose answer about it nobody reads.
 
 Plain values of ints, floats, strings and tuples, so that any codec can carry them.
 """
@@ -59,8 +61,13 @@ class SchedulerOutput:
     samples: tuple[bool, ...] = ()
     """Parallel to `keys`: whether the last query token's logits give a new token.
 
-    Then the last query token is the last one of the row, which is one token longer after the step.
+    Then the last query token, but for drafts, is the last one of the row, which is one token longer
+    after the step, or more where drafts were right.
     """
+    draft_token_ids: tuple[tuple[int, ...], ...] = ()
+    """Parallel to `keys`, or empty when no request has one: guesses at the tokens after the row's
+    last one. They are the last query tokens of the step, and each query token from the row's last
+    one on gives a token; those up to the first that differs from the draft are kept."""
     finished_keys: tuple[int, ...] = ()
     """Rows to free before the step: finished, aborted or preempted requests."""
 
@@ -68,6 +75,10 @@ class SchedulerOutput:
     def num_tokens(self) -> int:
         """Query tokens of the whole step."""
         return sum(self.num_scheduled_tokens)
+
+    def draft(self, index: int) -> tuple[int, ...]:
+        """The draft of the request at `index` of `keys`."""
+        return self.draft_token_ids[index] if self.draft_token_ids else ()
 
     @property
     def heaviest(self) -> tuple[int, int]:
@@ -80,8 +91,10 @@ class RequestResult:
     """What a step computed for one request; only for requests that have something to say."""
 
     key: int
-    token_id: int | None = None
-    logprob: TokenLogprob | None = None
+    token_ids: tuple[int, ...] = ()
+    """One where the request samples; with a draft, its tokens that were right and one more."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Parallel to `token_ids`, when they are wanted."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """For prompt positions p in [computed+1, computed+scheduled] that lie in the prompt."""
     embedding: tuple[float, ...] = ()

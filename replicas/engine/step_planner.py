@@ -16,6 +16,7 @@ from replicas.engine.request import EngineRequest, RequestStatus
 from replicas.engine.request_queue import RequestQueue
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.scheduler_output import SchedulerOutput
+from replicas.engine.speculation import MAX_SAMPLED_ROWS, Speculator
 from replicas.engine.waitlist import Waitlist
 
 
@@ -33,10 +34,19 @@ class StepPlanner:
         self.kv = KvManager(config.num_blocks, config.block_size, config.prefix_caching)
         self.running = RequestQueue()
         self.waiting = Waitlist()
+        self.speculator = Speculator(config.speculation)
+        self._max_sampled_rows = max(config.max_running_requests, MAX_SAMPLED_ROWS)
         self._finished_keys: list[int] = []
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
         self.prefix_query_tokens = 0
+
+    @property
+    def waits_for_answers(self) -> bool:
+        """Whether a step planned now would have to leave out a request that the answers of the
+        steps in flight let go on by more than one token."""
+        room = min(self._config.max_step_tokens, self._max_sampled_rows) - len(self.running)
+        return room > 0 and any(self.speculator.waits(request) for request in self.running)
 
     def plan(self, step: int) -> SchedulerOutput | None:
         """Plan a step, which has to be sent; None when there is nothing to compute now."""
@@ -75,6 +85,7 @@ class StepPlanner:
             self.waiting.add(heirs[0])
             self.waiting.add_forks(heirs[0], heirs[1:])
         self.kv.forget(request)
+        self.speculator.forget(request)
         self._drop_row(request)
 
     def _schedule_running(self, builder: PlanBuilder) -> None:
@@ -91,11 +102,32 @@ class StepPlanner:
             num_following = len(ready) - index - 1
             share = max(1, builder.budget - num_following)
             num_tokens = min(request.num_uncomputed_tokens, share)
-            grant = self._allocate_or_preempt(request, num_tokens, ready, ending)
-            if grant is None:
-                return
-            builder.add(request, num_tokens, grant, self.kv.block_table(request))
+            if not self._add_with_draft(request, builder, share, num_following):
+                grant = self._allocate_or_preempt(request, num_tokens, ready, ending)
+                if grant is None:
+                    return
+                builder.add(request, num_tokens, grant, self.kv.block_table(request))
             index += 1
+
+    def _add_with_draft(
+        self, request: EngineRequest, builder: PlanBuilder, share: int, num_following: int
+    ) -> bool:
+        """Schedule a decoding request with a draft, if there is one and there is room for it.
+
+        A draft never costs another request anything: `num_following` ones keep a row of logits and
+        a block each.
+        """
+        if request.num_pending_tokens or request.num_uncomputed_tokens != 1:
+            return False
+        rows = self._max_sampled_rows - builder.num_sampled_rows - num_following
+        draft = self.speculator.draft(request, min(share, rows) - 1)
+        if not draft:
+            return False
+        grant = self.kv.allocate_slots(request, 1 + len(draft), headroom=num_following)
+        if grant is None:
+            return False
+        builder.add(request, 1, grant, self.kv.block_table(request), draft)
+        return True
 
     def _allocate_or_preempt(
         self,
@@ -124,6 +156,8 @@ class StepPlanner:
     def _schedule_waiting(self, builder: PlanBuilder) -> None:
         # Running requests that are not in the plan end with a step in flight.
         while builder.budget > 0 and len(builder) < self._config.max_running_requests:
+            if builder.num_sampled_rows >= self._max_sampled_rows:
+                return
             request = self.waiting.first
             if request is None or request.num_steps_in_flight:
                 return

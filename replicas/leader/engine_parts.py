@@ -11,6 +11,7 @@ from replicas.engine.engine_loop import EngineLoop, OnDeltas, OnFatal
 from replicas.engine.lockstep_scheduler import ChooseScheme, LockstepScheduler
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
+from replicas.engine.speculation import SpeculationConfig
 from replicas.worker.leader_link import LeaderLink
 from replicas.worker.link_executor import LinkExecutor
 from replicas.worker.lockstep_executor import LockstepExecutor
@@ -75,7 +76,7 @@ def scheme_chooser(table: Sequence[Sequence[Any]], tp_size: int) -> ChooseScheme
 
 def scheduler_config(plan: ModelPlan) -> SchedulerConfig:
     """Limits of each of the replica's schedulers."""
-    limits = plan.scheduler
+    limits, drafts = plan.scheduler, plan.scheduler.speculation
     return SchedulerConfig(
         max_running_requests=limits.max_running_requests,
         max_step_tokens=limits.max_step_tokens,
@@ -84,4 +85,9 @@ def scheduler_config(plan: ModelPlan) -> SchedulerConfig:
         num_blocks=plan.kv.num_blocks,
         prefix_caching=plan.kv.prefix_caching,
         max_waiting_requests=limits.max_waiting_requests,
+        speculation=None
+        if drafts is None
+        else SpeculationConfig(
+            num_tokens=drafts.num_tokens, min_ngram=drafts.min_ngram, max_ngram=drafts.max_ngram
+        ),
     )

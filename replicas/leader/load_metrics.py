@@ -62,4 +62,6 @@ def leader_values(stats: ReplicaStats, times: StepTimes) -> Mapping[Metric, floa
         table.STEP_SECONDS: times.schedule_s + times.execute_s + times.update_s,
         table.STEP_TOKENS: times.num_tokens,
         table.ENGINE_TOKENS: stats.generated_tokens,
+        table.DRAFT_TOKENS: stats.draft_tokens,
+        table.ACCEPTED_DRAFT_TOKENS: stats.accepted_draft_tokens,
     }

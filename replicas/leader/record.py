@@ -46,6 +46,8 @@ class LoadRecord:
     prefix_query_tokens: int = 0
     num_preemptions: int = 0
     generated_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -212,6 +212,8 @@ def stats_to_proto(stats: ReplicaStats, *, draining: bool) -> pb.Load:
         prefix_query_tokens=stats.prefix_query_tokens,
         num_preemptions=stats.num_preemptions,
         generated_tokens=stats.generated_tokens,
+        draft_tokens=stats.draft_tokens,
+        accepted_draft_tokens=stats.accepted_draft_tokens,
         draining=draining,
     )
 
@@ -229,4 +231,6 @@ def stats_from_proto(message: pb.Load) -> ReplicaStats:
         prefix_query_tokens=message.prefix_query_tokens,
         num_preemptions=message.num_preemptions,
         generated_tokens=message.generated_tokens,
+        draft_tokens=message.draft_tokens,
+        accepted_draft_tokens=message.accepted_draft_tokens,
     )

@@ -28,10 +28,23 @@ class StepInput:
     query_start: IntArray
     """R + 1 entries: first packed token of each request, then the end."""
     seq_lens: IntArray
-    """Context length including this step's tokens; the position a sampled token will have."""
+    """Context length including this step's tokens."""
     sampling: IntArray
     """Requests (indices into the batch) that want a new token."""
+    sampled: SampledRows
     scored: PromptScoring
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledRows:
+    """Packed rows whose logits give a token, ordered by request: the last row of each that wants a
+    token, and with a draft as many before it as there are drafted tokens."""
+
+    request: IntArray
+    """Index into the batch."""
+    hidden_row: IntArray
+    position: IntArray
+    """Where the token would stand: that of the row and one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +71,13 @@ def build_step_input(
     slots = rows.slots(plan.keys)
     scheduled = np.array(plan.num_scheduled_tokens, np.int64)
     computed = np.array(plan.num_computed_tokens, np.int64)
+    drafted = np.fromiter(map(len, plan.draft_token_ids), np.int64, len(plan.draft_token_ids))
+    if not drafted.size:
+        drafted = np.zeros(len(slots), np.int64)
     seq_lens = computed + scheduled
     sampling = np.flatnonzero(np.array(plan.samples, np.bool_)).astype(np.int64)
-    _check(plan, rows, slots, seq_lens)
-    _check_sampling(plan, rows, slots[sampling], seq_lens[sampling])
+    _check(plan, rows, slots, seq_lens, drafted)
+    _check_sampling(plan, rows, slots[sampling], (seq_lens - drafted)[sampling])
     query_start = np.concatenate((np.zeros(1, np.int64), np.cumsum(scheduled)))
     owner_T, positions_T = ragged_ranges(computed, scheduled)
     slot_T = slots[owner_T]
@@ -86,7 +102,22 @@ def build_step_input(
         query_start=query_start,
         seq_lens=seq_lens,
         sampling=sampling,
+        sampled=_sampled_rows(sampling, drafted, seq_lens, query_start),
         scored=_prompt_scoring(rows, slots, computed, seq_lens, query_start),
+    )
+
+
+def _sampled_rows(
+    sampling: IntArray, drafted: IntArray, seq_lens: IntArray, query_start: IntArray
+) -> SampledRows:
+    """Positions p in (seq_len - 1 - drafted, seq_len] of the requests that sample."""
+    length = drafted[sampling] + 1
+    owner, position = ragged_ranges(seq_lens[sampling] - drafted[sampling], length)
+    request = sampling[owner]
+    return SampledRows(
+        request=request,
+        hidden_row=query_start[request + 1] - 1 - (seq_lens[request] - position),
+        position=position,
     )
 
 
@@ -110,15 +141,22 @@ def _prompt_scoring(
     )
 
 
-def _check(plan: SchedulerOutput, rows: RequestRows, slots: IntArray, seq_lens: IntArray) -> None:
+def _check(
+    plan: SchedulerOutput,
+    rows: RequestRows,
+    slots: IntArray,
+    seq_lens: IntArray,
+    drafted: IntArray,
+) -> None:
     """Reading beyond a row would compute garbage into blocks that others may share."""
     capacity = rows.num_blocks_S[slots] * rows.block_size
-    wrong = np.flatnonzero((seq_lens > rows.num_tokens_S[slots]) | (seq_lens > capacity))
+    num_tokens = rows.num_tokens_S[slots] + drafted
+    wrong = np.flatnonzero((seq_lens > num_tokens) | (seq_lens > capacity))
     if wrong.size:
         index = int(wrong[0])
         raise InternalError(
             f"Step {plan.step} wants request {plan.keys[index]} computed to {seq_lens[index]} "
-            f"tokens, but its row has {rows.num_tokens_S[slots[index]]} tokens and room for "
+            f"tokens, but its row has {num_tokens[index]} tokens and room for "
             f"{capacity[index]}."
         )
 

@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
+import numpy as np
 import torch
 
 from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
 from replicas.layers.weights import WeightProvider
 from replicas.models.decoder import DecoderModel
+from replicas.sampling.acceptance import accepted
 from replicas.sampling.logprobs import token_logprobs
 from replicas.sampling.sampler import NOT_FINITE, Sampler
 from replicas.worker.decode_graphs import GraphedModel
@@ -181,21 +184,28 @@ class ModelRunner:
         hidden_TD: torch.Tensor,
         answers: StepAnswers,
     ) -> None:
-        sampling = inputs.sampling
+        sampling, rows = inputs.sampling, inputs.sampled
         if not sampling.size:
             return
-        last_rows = torch.from_numpy(inputs.query_start[sampling + 1] - 1).to(self._device)
-        logits_RV = self._model.logits(hidden_TD[last_rows], self._weights)
-        slots = inputs.slots[sampling]
-        batch = self._rows.sampling_batch(slots, inputs.seq_lens[sampling])
-        sampled = self._sampler.sample(logits_RV, batch)
-        self._rows.append_sampled(slots, [row.token_id for row in sampled])
-        for index, row in zip(sampling.tolist(), sampled, strict=True):
-            key = plan.keys[index]
-            if row.error:
-                self._rows.fail(key, row.error, plan.step)
+        hidden_rows = torch.from_numpy(rows.hidden_row).to(self._device)
+        logits_RV = self._model.logits(hidden_TD[hidden_rows], self._weights)
+        batch = self._rows.sampling_batch(inputs.slots[rows.request], rows.position)
+        sampled = iter(self._sampler.sample(logits_RV, batch))
+        verdicts = []
+        for index in sampling.tolist():
+            draft = plan.draft(index)
+            verdicts.append(accepted(draft, list(islice(sampled, len(draft) + 1))))
+        self._rows.append_sampled(
+            inputs.slots[sampling],
+            [verdict[-1].token_id for verdict in verdicts],
+            np.array([len(verdict) - 1 for verdict in verdicts], np.int64),
+        )
+        for index, verdict in zip(sampling.tolist(), verdicts, strict=True):
+            key, error = plan.keys[index], verdict[-1].error
+            if error:
+                self._rows.fail(key, error, plan.step)
             if self._is_output_rank:
-                answers.add_sampled(key, row)
+                answers.add_sampled(key, verdict)
 
     def _score_prompts(
         self,

@@ -3,7 +3,8 @@
 Owns token ids, block tables, lengths and sampling parameters by slot; every rank holds the same
 rows, sampled tokens included. It never decides anything: a diff that contradicts the rows is an
 `InternalError`, because scheduler and worker then disagree about what is in the KV cache.
-Invariant: block table entries beyond a row's own blocks are 0.
+Invariant: block table entries beyond a row's own blocks are 0. A draft lies behind a row's tokens
+for the step that checks it.
 """
 
 from __future__ import annotations
@@ -80,14 +81,23 @@ class RequestRows:
             if not 0 <= index < self.num_blocks_S[slot]:
                 raise InternalError(f"Request {key} has no block at index {index} to replace.")
             self.block_tables_SN[slot, index] = block_id
+        for key, draft in zip(plan.keys, plan.draft_token_ids, strict=bool(plan.draft_token_ids)):
+            if draft:
+                self._write_tokens(self._slot(key), draft)
 
-    def append_sampled(self, slots_R: IntArray, token_ids: Sequence[int]) -> None:
-        """Make each row one token longer; ids below 0 (there is none) become 0.
+    def append_sampled(
+        self, slots_R: IntArray, token_ids: Sequence[int], num_accepted_R: IntArray
+    ) -> None:
+        """Make each row longer by what was right of its draft and one token more.
+
+        Args:
+            token_ids: the last token of each row; ids below 0 (there is none) become 0.
+            num_accepted_R: tokens of the step's draft that stay, where there is one.
 
         Raises:
             InternalError: a row is at its longest.
         """
-        positions = self.num_tokens_S[slots_R]
+        positions = self.num_tokens_S[slots_R] + num_accepted_R
         self._widen(int(positions.max(initial=-1)) + 1)
         self.token_ids_SC[slots_R, positions] = np.maximum(token_ids, 0)
         self.num_tokens_S[slots_R] = positions + 1
@@ -185,13 +195,17 @@ class RequestRows:
         self._free_slots.append(slot)
 
     def _append_tokens(self, slot: int, token_ids: Sequence[int]) -> None:
+        self.num_tokens_S[slot] = self._write_tokens(slot, token_ids)
+
+    def _write_tokens(self, slot: int, token_ids: Sequence[int]) -> int:
+        """Write tokens behind a row's own without making it longer; where they end."""
         start = int(self.num_tokens_S[slot])
         stop = start + len(token_ids)
         self._widen(stop)
         tokens = np.array(token_ids, np.int64)
         tokens[(tokens < 0) | (tokens >= self._vocab_size)] = 0
         self.token_ids_SC[slot, start:stop] = tokens
-        self.num_tokens_S[slot] = stop
+        return stop
 
     def _widen(self, num_tokens: int) -> None:
         """Make room for rows of so many tokens."""

@@ -6,6 +6,7 @@ a request wins and replaces everything else about it: a failed request gets no t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from replicas.api import TokenLogprob
@@ -16,8 +17,8 @@ from replicas.worker.pooling import Pooled
 
 @dataclass(slots=True, kw_only=True)
 class _Draft:
-    token_id: int | None = None
-    logprob: TokenLogprob | None = None
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     embedding: tuple[float, ...] = ()
     error: str = ""
@@ -38,13 +39,14 @@ class StepAnswers:
         """The next scored prompt token of a request, in order of position."""
         self._draft(key).prompt_logprobs.append(logprob)
 
-    def add_sampled(self, key: int, row: SampledRow) -> None:
-        """The sampler's verdict on a request."""
-        if row.error:
-            self.fail(key, row.error)
+    def add_sampled(self, key: int, rows: Sequence[SampledRow]) -> None:
+        """The sampler's verdict on a request: its tokens, of which the last one may be an error."""
+        if rows[-1].error:
+            self.fail(key, rows[-1].error)
             return
         draft = self._draft(key)
-        draft.token_id, draft.logprob = row.token_id, row.logprob
+        draft.token_ids = tuple(row.token_id for row in rows)
+        draft.logprobs = tuple(row.logprob for row in rows if row.logprob is not None)
 
     def add_pooled(self, key: int, pooled: Pooled) -> None:
         """A finished embedding."""
@@ -69,8 +71,8 @@ def _result(key: int, draft: _Draft) -> RequestResult:
         return RequestResult(key=key, error=draft.error)
     return RequestResult(
         key=key,
-        token_id=draft.token_id,
-        logprob=draft.logprob,
+        token_ids=draft.token_ids,
+        logprobs=draft.logprobs,
         prompt_logprobs=tuple(draft.prompt_logprobs),
         embedding=draft.embedding,
     )

@@ -28,6 +28,7 @@ def in_process_engine(
     path: Path,
     weights_factory: WeightsFactory = resident_weights,
     *,
+    dtype: str = "float32",
     kernels: str = "auto",
     attention: str = "auto",
     **limits: Any,
@@ -45,8 +46,8 @@ def in_process_engine(
     )
     spec = RankSpec(
         model_path=str(path),
-        dtype="float32",
-        kv_dtype="float32",
+        dtype=dtype,
+        kv_dtype=dtype,
         block_size=config.block_size,
         num_blocks=config.num_blocks,
         max_context=config.max_context,

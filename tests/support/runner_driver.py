@@ -81,9 +81,9 @@ class RunnerDriver:
         self.output = self.runner.execute(plan)
         results = {result.key: result for result in self.output.results}
         for key, samples in zip(plan.keys, plan.samples, strict=True):
-            token_id = results[key].token_id if key in results else None
+            sampled = results[key].token_ids if key in results else ()
             if samples:
-                self.tokens[key].append(0 if token_id is None else token_id)
+                self.tokens[key] += sampled or (0,)
         return results
 
     def _row(self, key: int, count: int) -> tuple[int, tuple[int, ...], bool]:

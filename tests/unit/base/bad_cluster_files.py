@@ -109,6 +109,15 @@ WRONG = (
     _bad("odd ep", MODEL + "    parallel: {ep: all}\n", 4, "models[0].parallel.ep", "auto"),
     _bad("exchange", MODEL + "    moe: {exchange: fast}\n", 4, "models[0].moe.exchange", "flat"),
     _bad(
+        "speculation without effect",
+        MODEL + "    speculation:\n      method: none\n      prompt_lookup_min: 3\n", 6,
+        "models[0].speculation.prompt_lookup_min", "has no effect with `method: none`",
+    ),
+    _bad(
+        "n-grams the wrong way round", MODEL + "    speculation: {prompt_lookup_min: 5}\n", 4,
+        "models[0].speculation.prompt_lookup_min", "5 is more than prompt_lookup_max 4",
+    ),
+    _bad(
         "offload without effect", MODEL + "    engine: tensor_parallel\n    offload: {}\n", 5,
         "models[0].offload", "has no effect with `engine: tensor_parallel`",
     ),

@@ -11,6 +11,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from replicas.api import FinishReason, GenerationRequest, Pooling, SamplingParams, TokenLogprob
 from replicas.engine.scheduler_config import SchedulerConfig
@@ -23,6 +24,8 @@ from replicas.engine.scheduler_output import (
 
 VOCAB = 50
 EOS = (7,)
+COPYING = 100
+"""Requests with this seed or a larger one repeat themselves, but for a token now and then."""
 _MASK = (1 << 64) - 1
 
 
@@ -33,6 +36,8 @@ def mix(state: int, value: int) -> int:
 
 def next_token(kv: int, params: SamplingParams, index: int, position: int, num_output: int) -> int:
     token = mix(mix(mix(kv, params.seed), index), position) % VOCAB
+    if params.seed >= COPYING and kv % 7:
+        token = 10 + position % 6
     banned = set(params.stop_token_ids) | (set() if params.ignore_eos else set(EOS))
     while num_output < params.min_tokens and token in banned:
         token = (token + 1) % VOCAB
@@ -108,7 +113,7 @@ class SimulatedExecutor:
         """Key -> step from which on it fails."""
         self.fail_with: Exception | None = None
         self.before_collect: Callable[[], None] = lambda: None
-        self.num_copies = self.num_replaced = 0
+        self.num_copies = self.num_replaced = self.num_drafted = 0
 
     def submit(self, plan: SchedulerOutput) -> None:
         # One of several groups in lock-step idles in some steps.
@@ -132,15 +137,18 @@ class SimulatedExecutor:
         for i, key in enumerate(plan.keys):
             start, count = plan.num_computed_tokens[i], plan.num_scheduled_tokens[i]
             row = self.rows[key]
-            result = self.compute(row, start, count, sample=plan.samples[i])
+            result = self.compute(row, start, count, sample=plan.samples[i], draft=plan.draft(i))
             if self.errors_from.get(key, plan.step + 1) <= plan.step:
                 self.errors[str(key)] = "NaN logits"
             if str(key) in self.errors:
                 # A failed request may be in the one step that was planned on top.
                 row.failed_step = row.failed_step or plan.step
                 assert plan.step <= row.failed_step + 1
+                result_tokens = result.token_ids
                 result = RequestResult(key=key, error=self.errors[str(key)])
                 if plan.samples[i]:
+                    # A draft is not checked further than the failure.
+                    del row.token_ids[len(row.token_ids) - len(result_tokens) + 1 :]
                     row.token_ids[-1] = 0
             if result != RequestResult(key=key):
                 results.append(result)
@@ -158,6 +166,8 @@ class SimulatedExecutor:
             plan.samples,
         ):
             assert len(column) == num_rows
+        assert len(plan.draft_token_ids) in (0, num_rows)
+        assert sum(plan.samples) + sum(map(len, plan.draft_token_ids)) <= 256
         assert len(set(plan.keys)) == num_rows
         assert 0 < plan.num_tokens <= self.config.max_step_tokens
         assert num_rows <= self.config.max_running_requests
@@ -184,14 +194,23 @@ class SimulatedExecutor:
                 if source * size + offset in self.kv:
                     self.kv[target * size + offset] = self.kv[source * size + offset]
 
-    def compute(self, row: Row, start: int, count: int, *, sample: bool) -> RequestResult:
+    def compute(
+        self, row: Row, start: int, count: int, *, sample: bool, draft: tuple[int, ...] = ()
+    ) -> RequestResult:
         key, params = row.new.key, row.new.params
         num_prompt, size = row.new.num_prompt_tokens, self.config.block_size
-        assert start + count <= len(row.token_ids) <= self.config.max_context
-        assert len(row.blocks) == -(-(start + count) // size)
+        assert start + count <= len(row.token_ids) + len(draft) <= self.config.max_context
+        # If all of a draft is right, there is still a token to come.
+        assert not draft or len(row.token_ids) + len(draft) < num_prompt + params.max_tokens
+        spare = self.config.speculation.num_tokens if self.config.speculation else 0
+        assert 0 <= len(row.blocks) - -(-(start + count) // size) <= -(-spare // size)
+        if draft:
+            assert sample
+            assert start == len(row.token_ids) - 1
         if row.first_computed is None:
             row.first_computed = start
         kv = self.read_context(row, start)
+        count -= len(draft)
         scores = []
         for position in range(start, start + count):
             kv = self.write(row, position, kv)
@@ -205,19 +224,43 @@ class SimulatedExecutor:
         elif row.new.pooling is Pooling.MEAN and end == num_prompt:
             assert row.first_computed == 0, "mean pooling did not see the whole prompt"
             embedding = (float(row.total),)
-        token_id = logprob = None
+        token_ids, logprobs = [], []
         if sample:
             assert end == len(row.token_ids)
-            token_id = next_token(kv, params, row.new.choice_index, end, end - num_prompt)
-            logprob = score(kv, token_id) if params.logprobs is not None else None
-            row.token_ids.append(token_id)
+            token_ids, logprobs = self.sample(row, kv, draft)
+            row.token_ids += token_ids
         return RequestResult(
             key=key,
-            token_id=token_id,
-            logprob=logprob,
+            token_ids=tuple(token_ids),
+            logprobs=tuple(logprobs),
             prompt_logprobs=tuple(scores),
             embedding=embedding,
         )
+
+    def sample(
+        self, row: Row, kv: int, draft: tuple[int, ...]
+    ) -> tuple[list[int], list[TokenLogprob]]:
+        """The tokens after the row's last one, as far as the draft was right and one more.
+
+        The KV of the whole draft is written, right or wrong.
+        """
+        params, num_prompt = row.new.params, row.new.num_prompt_tokens
+        known, is_right = len(row.token_ids), True
+        token_ids: list[int] = []
+        logprobs = []
+        for count, position in enumerate(range(known, known + len(draft) + 1)):
+            if is_right:
+                token_id = next_token(
+                    kv, params, row.new.choice_index, position, position - num_prompt
+                )
+                token_ids.append(token_id)
+                if params.logprobs is not None:
+                    logprobs.append(score(kv, token_id))
+                is_right = count < len(draft) and draft[count] == token_id
+            if count < len(draft):
+                kv = self.write(row, position, kv, draft[count])
+                self.num_drafted += 1
+        return token_ids, logprobs
 
     def slot(self, row: Row, position: int) -> int:
         size = self.config.block_size
@@ -233,11 +276,11 @@ class SimulatedExecutor:
             assert self.kv[slot] == (position, kv), f"key {row.new.key} reads foreign KV at {slot}"
         return kv
 
-    def write(self, row: Row, position: int, kv: int) -> int:
+    def write(self, row: Row, position: int, kv: int, token_id: int | None = None) -> int:
         block = row.blocks[position // self.config.block_size]
         for other in self.rows.values():
             assert other is row or block not in other.blocks, f"write to shared block {block}"
-        kv = mix(kv, row.token_ids[position])
+        kv = mix(kv, row.token_ids[position] if token_id is None else token_id)
         self.kv[self.slot(row, position)] = (position, kv)
         return kv
 
@@ -262,9 +305,9 @@ def request(
     )
 
 
-def config(**overrides: int | bool) -> SchedulerConfig:
+def config(**overrides: Any) -> SchedulerConfig:
     """A roomy scheduler, but for what the test overrides."""
-    limits: dict[str, int | bool] = {
+    limits: dict[str, Any] = {
         "max_running_requests": 16,
         "max_step_tokens": 64,
         "max_context": 128,

@@ -13,13 +13,14 @@ import pytest
 from engine_settings import engine_settings
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated_executor import EOS, SimulatedExecutor, config, expected, request
+from simulated_executor import COPYING, EOS, SimulatedExecutor, config, expected, request
 
 from cluster.base.errors import ContextTooLongError
 from replicas.api import FinishReason, GenerationDelta, GenerationRequest, Pooling
 from replicas.engine.request import RequestStatus
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
+from replicas.engine.speculation import SpeculationConfig
 from replicas.engine.step_runner import StepRunner
 from replicas.engine.sync_engine import Completion, SyncEngine
 
@@ -127,8 +128,13 @@ class PipelinedRun(Run):
         return self.runner.collect()
 
 
-def random_request(rng: random.Random, name: str, max_context: int) -> GenerationRequest:
-    """Prompts share prefixes often; parameters cover everything the engine itself acts on."""
+def random_request(
+    rng: random.Random, name: str, max_context: int, *, copies: bool = False
+) -> GenerationRequest:
+    """Prompts share prefixes often; parameters cover everything the engine itself acts on.
+
+    Most of those that copy repeat themselves, so that drafts are worth making.
+    """
     shared = [(i * i + 3) % 11 for i in range(rng.choice((0, 3, 8, 12)))]
     prompt = shared + [rng.randrange(3) for _ in range(rng.randint(1, 9))]
     pooling = rng.choice((None,) * 8 + (Pooling.LAST, Pooling.MEAN))
@@ -144,14 +150,22 @@ def random_request(rng: random.Random, name: str, max_context: int) -> Generatio
         min_tokens=min_tokens,
         ignore_eos=rng.random() < 0.3,
         stop_token_ids=rng.choice(((), (), (3, 5))),
-        seed=rng.randrange(3),
+        seed=rng.randrange(3) + (COPYING if copies and rng.random() < 0.8 else 0),
         logprobs=rng.choice((None, 0)),
         prompt_logprobs=rng.choice((None, None, 0)),
     )
 
 
-def random_limits(rng: random.Random) -> SchedulerConfig:
+def random_limits(rng: random.Random, *, speculates: bool = False) -> SchedulerConfig:
     block_size = rng.choice((1, 2, 4))
+    speculation = None
+    if speculates:
+        min_ngram = rng.choice((1, 2))
+        speculation = SpeculationConfig(
+            num_tokens=rng.choice((1, 2, 5, 9)),
+            min_ngram=min_ngram,
+            max_ngram=min_ngram + rng.choice((0, 2)),
+        )
     return config(
         block_size=block_size,
         num_blocks=rng.choice((9, 10, 14, 60)) * 4 // block_size,
@@ -159,19 +173,20 @@ def random_limits(rng: random.Random) -> SchedulerConfig:
         max_step_tokens=rng.choice((1, 3, 7, 40)),
         max_running_requests=rng.choice((1, 3, 8)),
         prefix_caching=rng.random() < 0.7,
+        speculation=speculation,
     )
 
 
-def random_run(seed: int, depth: int = 1) -> Run:
+def random_run(seed: int, depth: int = 1, *, speculates: bool = False) -> Run:
     """Requests arrive and some are aborted between steps, in an order drawn from the seed."""
     rng = random.Random(seed)
-    limits = random_limits(rng)
+    limits = random_limits(rng, speculates=speculates)
     run = Run(limits) if depth == 1 else PipelinedRun(limits, random.Random(seed), depth)
     if depth == 2 and rng.random() < 0.2:
         run.executor.errors_from[rng.randrange(8)] = rng.randrange(1, 12)
     abort_rate = rng.choice((0.0, 0.0, 0.05))
     for number in range(rng.randint(1, 10)):
-        run.add(random_request(rng, f"r{number}", run.limits.max_context))
+        run.add(random_request(rng, f"r{number}", run.limits.max_context, copies=speculates))
         for _ in range(rng.choice((0, 0, 1, 4))):
             run.step()
             if rng.random() < abort_rate * 4:
@@ -217,6 +232,32 @@ def test_many_random_runs_in_flight_meet_every_mechanism() -> None:
     assert preemptions > 80
     assert copies > 100
     assert hits > 500
+
+
+@engine_settings(max_examples=150)
+@given(st.integers(0, 2**32), st.sampled_from((1, 2, 2, 3)))
+def test_drafts_change_no_stream(seed: int, depth: int) -> None:
+    random_run(seed, depth, speculates=True)
+
+
+def test_many_random_runs_with_drafts_meet_every_mechanism() -> None:
+    drafted = accepted = preemptions = on_top = copies = errors = 0
+    for seed in range(500):
+        run = random_run(seed, depth=2, speculates=True)
+        assert isinstance(run, PipelinedRun)
+        drafted += run.engine.stats.draft_tokens
+        accepted += run.engine.stats.accepted_draft_tokens
+        preemptions += run.engine.stats.num_preemptions
+        copies += run.executor.num_copies
+        on_top += run.num_on_top
+        reasons = [completion.finish_reason for completion in run.completions.values()]
+        errors += reasons.count(FinishReason.ERROR)
+    assert accepted > 300
+    assert drafted - accepted > 300
+    assert preemptions > 80
+    assert copies > 200
+    assert on_top > 5000
+    assert errors > 30
 
 
 def test_many_random_runs_meet_every_mechanism() -> None:

@@ -21,7 +21,7 @@ from replicas.engine.sync_engine import SyncEngine
 def answer(plan: SchedulerOutput, token_id: int, **fields: object) -> StepOutput:
     """Every request that samples gets `token_id`."""
     results = tuple(
-        RequestResult(key=key, token_id=token_id, **fields)
+        RequestResult(key=key, token_ids=(token_id,), **fields)
         for key, samples in zip(plan.keys, plan.samples, strict=True)
         if samples
     )
@@ -244,9 +244,9 @@ def test_one_request_fails_alone() -> None:
     assert plan is not None
     broken: object = ("not a number",)
     results = (
-        RequestResult(key=0, token_id=3),
+        RequestResult(key=0, token_ids=(3,)),
         RequestResult(key=1, error="NaN logits"),
-        RequestResult(key=3, token_id=broken, prompt_logprobs=5),  # type: ignore[arg-type]
+        RequestResult(key=3, token_ids=broken, prompt_logprobs=5),  # type: ignore[arg-type]
     )
     deltas = scheduler.update_from_output(plan, StepOutput(step=plan.step, results=results))
     failed = {d.request_id: d.error for d in deltas if d.finish_reason is FinishReason.ERROR}
@@ -264,8 +264,8 @@ def test_an_unexpected_exception_over_one_result_fails_that_request_only() -> No
     plan = scheduler.schedule()
     assert plan is not None
     results = (
-        RequestResult(key=0, token_id=3, prompt_logprobs=5),  # type: ignore[arg-type]
-        RequestResult(key=1, token_id=3),
+        RequestResult(key=0, token_ids=(3,), prompt_logprobs=5),  # type: ignore[arg-type]
+        RequestResult(key=1, token_ids=(3,)),
     )
     deltas = scheduler.update_from_output(plan, StepOutput(step=plan.step, results=results))
     assert [d.finish_reason for d in deltas] == [FinishReason.ERROR, None]

@@ -9,7 +9,14 @@ import pytest
 from fake_checkpoints import LLAMA_3_8B, TINY, write_checkpoint
 from planned_models import GIB, GPU_BOX, LAPTOP, node, plan_model, rates_for_tests, refused
 
-from cluster.base.plan import ClusterPlan, EngineKind, ModelPlan, from_json, to_json
+from cluster.base.plan import (
+    ClusterPlan,
+    EngineKind,
+    ModelPlan,
+    SpeculationPlan,
+    from_json,
+    to_json,
+)
 from cluster.base.quantities import size_text
 from cluster.base.spec import ClusterSpec
 from cluster.dist.topology import Topology
@@ -202,3 +209,18 @@ def test_a_streamed_plan_travels_as_json_and_explains_itself(tmp_path: Path) -> 
     assert "GiB" in " ".join(homes.rows[0])
     frontier = tables["Batch against speed: m"]
     assert len(frontier.rows) == len(plan.models[0].speed.frontier)
+
+
+def test_drafts_are_made_where_weights_are_streamed_unless_told_otherwise(tmp_path: Path) -> None:
+    budget = {"offload": {"device_memory": "6GiB"}}
+    model = streamed(tmp_path, **budget)
+    assert model.scheduler.speculation == SpeculationPlan(num_tokens=16, min_ngram=2, max_ngram=4)
+    assert "a few tokens more" in model.reasons["scheduler.speculation"]
+    off = streamed(tmp_path, **budget, speculation={"method": "none"})
+    assert off.scheduler.speculation is None
+    assert "scheduler.speculation" not in off.reasons
+    (resident,) = plan_model(tmp_path, node_of(64), TINY).models
+    assert resident.scheduler.speculation is None
+    asked = {"num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 1}
+    (resident,) = plan_model(tmp_path, node_of(64), TINY, speculation=asked).models
+    assert resident.scheduler.speculation == SpeculationPlan(num_tokens=3, min_ngram=1, max_ngram=1)

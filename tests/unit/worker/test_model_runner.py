@@ -77,9 +77,8 @@ def test_chunks_do_not_change_prompt_logprobs_or_embeddings(chunks: list[int]) -
         line = expected[position - 1]
         assert entry.logprob == pytest.approx(float(line[PROMPT[position]]), abs=1e-4)
         assert [token for token, _ in entry.top] == line.topk(3).indices.tolist()
-    first = results[0].logprob
-    assert first is not None
-    assert first.token_id == results[0].token_id == int(expected[-1].argmax())
+    (first,) = results[0].logprobs
+    assert first.token_id == results[0].token_ids[0] == int(expected[-1].argmax())
     assert first.rank == 1
     hidden = hidden_states(PROMPT)
     np.testing.assert_allclose(results[1].embedding, hidden.mean(0), rtol=1e-4, atol=1e-5)
@@ -121,7 +120,7 @@ def test_scores_only_come_from_the_prompt() -> None:
     driver.add(0, PROMPT, params, num_prompt=8)
     result = driver.step({0: 11})[0]
     assert [entry.token_id for entry in result.prompt_logprobs] == PROMPT[1:8]
-    assert result.token_id is not None
+    assert result.token_ids
 
 
 def test_long_prompts_are_scored_in_slices() -> None:
@@ -149,7 +148,7 @@ def test_nan_ends_one_request_only(temperature: float) -> None:
     driver.add(1, PROMPT, params)
     results = driver.step({0: 2, 1: 11})
     assert results[0].error == NOT_FINITE
-    assert results[0].token_id is None
+    assert results[0].token_ids == ()
     assert results[1].error == ""
     driver.finish(0)
     driver.step({1: 1})
@@ -164,7 +163,7 @@ def test_a_failed_row_lives_through_the_step_that_was_planned_on_top() -> None:
     driver.step({0: 2, 1: 11})
     results = driver.step({0: 1, 1: 1})
     assert results[0].error == NOT_FINITE
-    assert results[0].token_id is None
+    assert results[0].token_ids == ()
     assert driver.tokens[1][11:] == oracle_greedy(PROMPT, 2)
     # The failure is known now: a plan that still names the row means that other ranks disagree.
     with pytest.raises(InternalError, match="on this rank only"):
@@ -192,8 +191,8 @@ def test_nan_embedding_and_impossible_tokens_are_errors_of_their_request() -> No
     results = driver.step({0: 2, 1: 2, 2: 11})
     assert "not finite" in results[0].error
     assert "outside the vocabulary" in results[1].error
-    assert results[1].token_id is None
-    assert results[2].token_id == oracle_greedy(PROMPT, 1)[0]
+    assert results[1].token_ids == ()
+    assert results[2].token_ids == (oracle_greedy(PROMPT, 1)[0],)
 
 
 def test_preemption_and_replay_continue_a_sampled_stream() -> None:
@@ -236,7 +235,7 @@ def test_forked_choice_with_copied_block_continues_on_its_own() -> None:
             samples=(True,),
         )
     )
-    assert output.results[0].token_id == expected[1]
+    assert output.results[0].token_ids == (expected[1],)
     cache = driver.kv_caches[0]
     assert torch.equal(cache[0, copied, :3], cache[0, plan_rows[2], :3])
 

@@ -117,7 +117,7 @@ def test_diffs_give_the_same_rows_as_a_naive_model(data: st.DataObject) -> None:
         assert_same(rows, naive)
         sampling = [key for key in keys if data.draw(st.booleans())]
         sampled = [data.draw(sampled_ids) for _ in sampling]
-        rows.append_sampled(rows.slots(sampling), sampled)
+        rows.append_sampled(rows.slots(sampling), sampled, np.zeros(len(sampling), np.int64))
         for key, token_id in zip(sampling, sampled, strict=True):
             naive[key].tokens.append(max(0, token_id))
         assert_same(rows, naive)
@@ -189,7 +189,7 @@ def test_contradictions_are_internal_errors() -> None:
         rows.apply(SchedulerOutput(step=3, new_requests=(new_request(1, (1,) * 701),)))
     rows.apply(SchedulerOutput(step=4, new_requests=(new_request(2, (1,) * 700),)))
     with pytest.raises(InternalError, match="701 tokens exceeds 700"):
-        rows.append_sampled(rows.slots((2,)), [5])
+        rows.append_sampled(rows.slots((2,)), [5], np.zeros(1, np.int64))
 
 
 def test_finishing_a_request_that_never_ran_is_fine() -> None:

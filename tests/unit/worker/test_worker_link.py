@@ -50,8 +50,10 @@ RESULT = StepOutput(
     results=(
         RequestResult(
             key=3,
-            token_id=11,
-            logprob=TokenLogprob(token_id=11, logprob=-0.25, rank=1, top=((11, -0.25), (4, -2.0))),
+            token_ids=(11,),
+            logprobs=(
+                TokenLogprob(token_id=11, logprob=-0.25, rank=1, top=((11, -0.25), (4, -2.0))),
+            ),
             embedding=(0.5, -1.0),
         ),
     ),
