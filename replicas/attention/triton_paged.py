@@ -39,10 +39,6 @@ class TritonPagedAttention:
             reasons.append(f"it runs on cuda tensors, not on {spec.device}")
         if spec.dtype not in _DTYPES:
             reasons.append(f"it knows {', '.join(_DTYPES)}, not {spec.dtype}")
-        if spec.sinks:
-            reasons.append("it knows no attention sinks")
-        if spec.shared_plane:
-            reasons.append("it knows no caches in which values are the keys")
         if spec.num_heads % spec.num_kv_heads:
             reasons.append(
                 f"{spec.num_heads} heads do not share {spec.num_kv_heads} kv heads evenly"
@@ -68,7 +64,11 @@ class TritonPagedAttention:
         """Write keys and values to their slots, then attend; see `AttentionBackend.forward`."""
         kernels, spec = self._kernels, self._spec
         kernels.write_slots(
-            _packed_heads(key_TGP), _packed_heads(value_TGP), kv_2NBGP, metadata.slot_mapping_T
+            _packed_heads(key_TGP),
+            _packed_heads(value_TGP),
+            kv_2NBGP,
+            metadata.slot_mapping_T,
+            shared_plane=spec.shared_plane,
         )
         bounds = zip(metadata.query_start, metadata.query_start[1:], strict=False)
         lengths = [end - begin for begin, end in bounds]
@@ -87,9 +87,10 @@ class TritonPagedAttention:
             block_size=spec.block_size,
             scale=spec.scale,
             window=sliding_window or 0,
+            shared_plane=spec.shared_plane,
         )
         output_THP: torch.Tensor = kernels.paged_attention(
-            _packed_heads(query_THP), kv_2NBGP, batch, shape
+            _packed_heads(query_THP), kv_2NBGP, batch, shape, sinks_H
         )
         return output_THP
 

@@ -49,7 +49,7 @@ def select_kernels(requested: str, dtype: torch.dtype, device: str, cache_dir: P
 
 
 def _triton(requested: str, dtype: torch.dtype, device: str) -> Kernels:
-    if reasons := TritonKernels.why_not(dtype, device):
+    if reasons := TritonKernels.why_not(dtype, device, fp8=requested == "fp8"):
         raise ConfigError(
             f"Triton's kernels cannot run here: {'; '.join(reasons)}.",
             "Use kernels auto.",

@@ -21,6 +21,8 @@ from replicas.kernels.torch_ops import TORCH_KERNELS, silu_mlp_in_steps, split_h
 # A row of a norm is held by one program; beyond this it would spill its registers.
 _MAX_ROW = 32768
 _GATE_STRETCH = 1024
+FP8_SINCE = 89
+"""CUDA architecture (compute capability x 10) from which tensor cores multiply e4m3."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,7 +43,7 @@ class TritonKernels:
         self._fp8 = Fp8Weights(self._quantise_rows) if fp8 else None
 
     @staticmethod
-    def why_not(dtype: torch.dtype, device: str) -> list[str]:
+    def why_not(dtype: torch.dtype, device: str, *, fp8: bool = False) -> list[str]:
         """All reasons why this set cannot serve a model; empty when it can."""
         reasons = []
         if importlib.util.find_spec("triton") is None:
@@ -50,6 +52,8 @@ class TritonKernels:
             reasons.append(f"it runs on cuda tensors, not on {device}")
         if dtype not in _DTYPES:
             reasons.append(f"it does not know {dtype}")
+        if fp8 and not reasons and (arch := _cuda_arch()) is not None and arch < FP8_SINCE:
+            reasons.append(f"fp8 needs CUDA architecture {FP8_SINCE} or newer, this is {arch}")
         return reasons
 
     def pack(self, name: str, weight_OI: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -181,3 +185,12 @@ class TritonKernels:
 
 def _power_of_two(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
+
+
+def _cuda_arch() -> int | None:
+    """What Triton compiles for; None in its interpreter."""
+    if triton_interpreter():
+        return None
+    from triton.runtime import driver
+
+    return int(driver.active.get_current_target().arch)

@@ -1,7 +1,12 @@
 """The Triton programs of `paged_attention.py`; see there for the order of arithmetic they keep.
 
 Pointers are untyped: Triton takes types from the tensors of a launch. Upper-case arguments are
-compile-time constants.
+compile-time constants; HEAD is (DIM, MAIN, PAD_REST), CACHE is (BLOCK, WINDOW,
+SHARED), TILES is (ROWS, TILE, SEGMENT).
+
+A head of DIM columns is held in two parts, MAIN (a power of two) and the rest behind it (padded to
+PAD_REST, 16 where there is none): tiles are powers of two, and a latent of 512 + 64 must not take
+the room of 1024. BLOCK tokens lie side by side; WINDOW 0 sees all; SHARED: values are the keys.
 """
 
 from __future__ import annotations
@@ -12,7 +17,16 @@ import triton.language as tl
 
 @triton.jit
 def write_slots_kernel(
-    key, value, keys, values, slots, key_stride, value_stride, width, WIDTH: tl.constexpr
+    key,
+    value,
+    keys,
+    values,
+    slots,
+    key_stride,
+    value_stride,
+    width,
+    SHARED: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """One row's keys and values of all heads to its slot; -1 is nowhere."""
     row = tl.program_id(0)
@@ -21,12 +35,70 @@ def write_slots_kernel(
     kept = (column < width) & (slot >= 0)
     target = slot * width + column
     tl.store(keys + target, tl.load(key + row * key_stride + column, mask=kept), mask=kept)
-    tl.store(values + target, tl.load(value + row * value_stride + column, mask=kept), mask=kept)
+    if not SHARED:
+        numbers = tl.load(value + row * value_stride + column, mask=kept)
+        tl.store(values + target, numbers, mask=kept)
+
+
+@triton.jit
+def request_rows(request, query_start, seq_lens):
+    """A request's first row, number of rows, and tokens of context with them."""
+    begin = tl.load(query_start + request)
+    return begin, tl.load(query_start + request + 1) - begin, tl.load(seq_lens + request)
+
+
+@triton.jit
+def load_parts(start, kept, HEAD: tl.constexpr):
+    """Heads at `start`, (rows, 1) pointers: (rows, MAIN) and (rows, PAD_REST); 0 where not kept."""
+    DIM: tl.constexpr = HEAD[0]
+    MAIN: tl.constexpr = HEAD[1]
+    PAD_REST: tl.constexpr = HEAD[2]
+    main = tl.arange(0, MAIN)[None, :]
+    rest = MAIN + tl.arange(0, PAD_REST)[None, :]
+    return (
+        tl.load(start + main, mask=kept, other=0.0),
+        tl.load(start + rest, mask=kept & (rest < DIM), other=0.0),
+    )
+
+
+@triton.jit
+def store_parts(start, mixed, mixed_rest, kept, HEAD: tl.constexpr):
+    """The other way round, in the type of `start`."""
+    DIM: tl.constexpr = HEAD[0]
+    MAIN: tl.constexpr = HEAD[1]
+    PAD_REST: tl.constexpr = HEAD[2]
+    kind = start.dtype.element_ty
+    main = tl.arange(0, MAIN)[None, :]
+    rest = MAIN + tl.arange(0, PAD_REST)[None, :]
+    tl.store(start + main, mixed.to(kind), mask=kept)
+    tl.store(start + rest, mixed_rest.to(kind), mask=kept & (rest < DIM))
+
+
+@triton.jit
+def store_sums(start, peak, total, kept):
+    """The two numbers of a row in front of its values; where those begin."""
+    tl.store(start, peak, mask=kept)
+    tl.store(start + 1, total, mask=kept)
+    return start + 2
+
+
+@triton.jit
+def nothing_seen(ROWS: tl.constexpr, HEAD: tl.constexpr):
+    """A softmax before its first score: (peak, sum, weighted values in two parts)."""
+    MAIN: tl.constexpr = HEAD[1]
+    PAD_REST: tl.constexpr = HEAD[2]
+    return (
+        tl.full((ROWS,), float("-inf"), tl.float32),
+        tl.zeros((ROWS,), tl.float32),
+        tl.zeros((ROWS, MAIN), tl.float32),
+        tl.zeros((ROWS, PAD_REST), tl.float32),
+    )
 
 
 @triton.jit
 def fold_segment(
     query,
+    query_rest,
     keys,
     values,
     table,
@@ -35,58 +107,81 @@ def fold_segment(
     row_position,
     slot_stride,
     scale,
-    DIM: tl.constexpr,
-    PAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WINDOW: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
+    HEAD: tl.constexpr,
+    CACHE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """Online softmax over positions [first, stop) for ROWS rows: (peak, sum, weighted values)."""
-    peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS, PAD_DIM), tl.float32)
-    dims = tl.arange(0, PAD_DIM)
+    """Online softmax over positions [first, stop): (peak, sum, weighted values in two parts)."""
+    DIM: tl.constexpr = HEAD[0]
+    MAIN: tl.constexpr = HEAD[1]
+    ROWS: tl.constexpr = TILES[0]
+    TILE: tl.constexpr = TILES[1]
+    BLOCK: tl.constexpr = CACHE[0]
+    WINDOW: tl.constexpr = CACHE[1]
+    SHARED: tl.constexpr = CACHE[2]
+    peak, total, mixed, mixed_rest = nothing_seen(ROWS, HEAD)
     for start in range(first, stop, TILE):
         position = start + tl.arange(0, TILE)
         inside = position < stop
         block = tl.load(table + position // BLOCK, mask=inside, other=0).to(tl.int64)
-        slot = (block * BLOCK + position % BLOCK) * slot_stride
-        here = inside[:, None] & (dims < DIM)[None, :]
-        key = tl.load(keys + slot[:, None] + dims[None, :], mask=here, other=0.0)
-        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        slot = ((block * BLOCK + position % BLOCK) * slot_stride)[:, None]
+        key, key_rest = load_parts(keys + slot, inside[:, None], HEAD)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee")
+        if MAIN < DIM:
+            score = tl.dot(query_rest, tl.trans(key_rest), acc=score, input_precision="ieee")
         seen = inside[None, :] & (position[None, :] <= row_position[:, None])
         if WINDOW > 0:
             seen = seen & (position[None, :] > row_position[:, None] - WINDOW)
-        score = tl.where(seen, score, float("-inf"))
+        score = tl.where(seen, score * scale, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
         # A row that has seen nothing yet has no peak; 0 keeps infinities out of the differences.
         level = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp2(score - level[:, None])
         shrink = tl.exp2(peak - level)
-        value = tl.load(values + slot[:, None] + dims[None, :], mask=here, other=0.0)
-        total = total * shrink + tl.sum(weight, 1)
-        mixed = mixed * shrink[:, None] + tl.dot(
-            weight.to(value.dtype), value, input_precision="ieee"
-        )
         peak = higher
-    return peak, total, mixed
+        total = total * shrink + tl.sum(weight, 1)
+        share = weight.to(key.dtype)
+        value, value_rest = key, key_rest
+        if not SHARED:
+            value, value_rest = load_parts(values + slot, inside[:, None], HEAD)
+        mixed = tl.dot(share, value, acc=mixed * shrink[:, None], input_precision="ieee")
+        if MAIN < DIM:
+            mixed_rest = tl.dot(
+                share, value_rest, acc=mixed_rest * shrink[:, None], input_precision="ieee"
+            )
+    return peak, total, mixed, mixed_rest
 
 
 @triton.jit
-def merge(peak, total, mixed, other_peak, other_total, other_mixed):
-    """Two disjoint pieces of context as one; the first is the earlier one."""
+def merge(peak, total, other_peak, other_total):
+    """Two disjoint pieces of context as one, the earlier first: (peak, sum, a weight for each)."""
     higher = tl.maximum(peak, other_peak)
     level = tl.where(higher == float("-inf"), 0.0, higher)
     mine = tl.exp2(peak - level)
     theirs = tl.exp2(other_peak - level)
-    total = total * mine + other_total * theirs
-    mixed = mixed * tl.expand_dims(mine, -1) + other_mixed * tl.expand_dims(theirs, -1)
-    return higher, total, mixed
+    return higher, total * mine + other_total * theirs, mine, theirs
 
 
 @triton.jit
-def prompt_kernel(
+def join(sums, other):
+    """`merge` for all that `nothing_seen` begins."""
+    peak, total, old, new = merge(sums[0], sums[1], other[0], other[1])
+    mixed = sums[2] * old[:, None] + other[2] * new[:, None]
+    return peak, total, mixed, sums[3] * old[:, None] + other[3] * new[:, None]
+
+
+@triton.jit
+def last_share(peak, total, sink, there, SINKS: tl.constexpr):
+    """What weighted values are multiplied with in the end; a sink is a score without a value."""
+    old = 1.0
+    if SINKS:
+        score = tl.load(sink, mask=there, other=float("-inf"))
+        _, total, old, _ = merge(peak, total, score, 1.0)
+    return old / tl.where(total > 0, total, 1.0)
+
+
+@triton.jit
+def attend_kernel(
     query,
     keys,
     values,
@@ -94,135 +189,78 @@ def prompt_kernel(
     query_start,
     seq_lens,
     tables,
-    table_stride,
-    query_stride,
-    output_stride,
-    slot_stride,
-    scale,
-    QUERIES: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAD_GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    PAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """QUERIES rows of one request for one KV head; nothing to do for requests with one row."""
-    request = tl.program_id(1)
-    head = tl.program_id(2)
-    begin = tl.load(query_start + request)
-    num_rows = tl.load(query_start + request + 1) - begin
-    first_row = tl.program_id(0) * QUERIES
-    if (num_rows > 1) & (first_row < num_rows):
-        seq_len = tl.load(seq_lens + request)
-        ROWS: tl.constexpr = QUERIES * PAD_GROUP
-        index = tl.arange(0, ROWS)
-        row = first_row + index // PAD_GROUP
-        member = index % PAD_GROUP
-        dims = tl.arange(0, PAD_DIM)
-        kept = ((row < num_rows) & (member < GROUP))[:, None] & (dims < DIM)[None, :]
-        place = (begin + row).to(tl.int64)
-        column = ((head * GROUP + member) * DIM)[:, None] + dims[None, :]
-        rows = tl.load(query + place[:, None] * query_stride + column, mask=kept, other=0.0)
-        position = seq_len - num_rows + row
-        stop = tl.minimum(seq_len, seq_len - num_rows + first_row + QUERIES)
-        first = 0
-        if WINDOW > 0:
-            earliest = tl.maximum(seq_len - num_rows + first_row - WINDOW + 1, 0)
-            first = earliest // SEGMENT * SEGMENT
-        peak = tl.full((ROWS,), float("-inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        mixed = tl.zeros((ROWS, PAD_DIM), tl.float32)
-        for start in range(first, stop, SEGMENT):
-            other_peak, other_total, other_mixed = fold_segment(
-                rows,
-                keys + head * DIM,
-                values + head * DIM,
-                tables + request * table_stride,
-                start,
-                tl.minimum(start + SEGMENT, stop),
-                position,
-                slot_stride,
-                scale,
-                DIM,
-                PAD_DIM,
-                BLOCK,
-                WINDOW,
-                ROWS,
-                TILE,
-            )
-            peak, total, mixed = merge(peak, total, mixed, other_peak, other_total, other_mixed)
-        result = mixed / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(
-            output + place[:, None] * output_stride + column,
-            result.to(output.dtype.element_ty),
-            mask=kept,
-        )
-
-
-@triton.jit
-def decode_kernel(
-    query,
-    keys,
-    values,
-    partial,
-    query_start,
-    seq_lens,
-    tables,
-    table_stride,
-    query_stride,
-    slot_stride,
+    sinks,
+    strides,
     segments,
     scale,
+    SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
-    PAD_GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    PAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    TILE: tl.constexpr,
+    HEAD: tl.constexpr,
+    CACHE: tl.constexpr,
+    SINKS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """One segment of one request's context for the query heads of one KV head."""
-    segment = tl.program_id(0)
-    request = tl.program_id(1)
-    head = tl.program_id(2)
-    begin = tl.load(query_start + request)
-    num_rows = tl.load(query_start + request + 1) - begin
-    seq_len = tl.load(seq_lens + request)
-    start = segment * SEGMENT
-    if (num_rows == 1) & (start < seq_len):
-        member = tl.arange(0, PAD_GROUP)
-        dims = tl.arange(0, PAD_DIM)
-        kept = (member < GROUP)[:, None] & (dims < DIM)[None, :]
-        column = ((head * GROUP + member) * DIM)[:, None] + dims[None, :]
-        rows = tl.load(query + begin.to(tl.int64) * query_stride + column, mask=kept, other=0.0)
-        peak, total, mixed = fold_segment(
-            rows,
-            keys + head * DIM,
-            values + head * DIM,
-            tables + request * table_stride,
-            start,
-            tl.minimum(start + SEGMENT, seq_len),
-            tl.zeros((PAD_GROUP,), tl.int32) + (seq_len - 1).to(tl.int32),
-            slot_stride,
-            scale,
-            DIM,
-            PAD_DIM,
-            BLOCK,
-            WINDOW,
-            PAD_GROUP,
-            TILE,
-        )
-        owner = request * GROUP * tl.num_programs(2) + head * GROUP + member
-        place = (owner.to(tl.int64) * segments + segment) * (PAD_DIM + 2)
-        tl.store(partial + place, peak, mask=member < GROUP)
-        tl.store(partial + place + 1, total, mask=member < GROUP)
-        tl.store(
-            partial + (place + 2)[:, None] + dims[None, :], mixed, mask=(member < GROUP)[:, None]
-        )
+    """ROWS (query token, query head) pairs of one request that share one KV head.
+
+    SPLIT: for requests with one token, one segment of the context, its unmerged pieces to
+    `output` as (peak, sum, values) per (request, head, segment); else for requests with several
+    tokens, all segments one after another, attention rows to `output`.
+    `strides` are those of query, output, table rows and cache slots.
+    """
+    DIM: tl.constexpr = HEAD[0]
+    WINDOW: tl.constexpr = CACHE[1]
+    ROWS: tl.constexpr = TILES[0]
+    SEGMENT: tl.constexpr = TILES[2]
+    request, head = tl.program_id(1), tl.program_id(2)
+    tile, segment = tl.program_id(0), 0
+    begin, num_rows, seq_len = request_rows(request, query_start, seq_lens)
+    if SPLIT:
+        tile, segment = tile // segments, tile % segments
+        seen = (WINDOW == 0) | (segment * SEGMENT + SEGMENT > seq_len - WINDOW)
+        mine = (num_rows == 1) & (segment * SEGMENT < seq_len) & seen
+    else:
+        mine = (num_rows > 1) & (tile * ROWS < num_rows * GROUP)
+    if mine:
+        index = tile * ROWS + tl.arange(0, ROWS)
+        row, query_head = index // GROUP, head * GROUP + index % GROUP
+        there, place = row < num_rows, (begin + row).to(tl.int64)
+        start = query + (place * strides[0] + query_head * DIM)[:, None]
+        rows, rows_rest = load_parts(start, there[:, None], HEAD)
+        sums = nothing_seen(ROWS, HEAD)
+        if SPLIT:
+            first, stop = segment * SEGMENT, tl.minimum(segment * SEGMENT + SEGMENT, seq_len)
+        else:
+            last_row = (tile * ROWS + ROWS - 1) // GROUP
+            stop = seq_len - num_rows + tl.minimum(last_row, num_rows - 1) + 1
+            earliest = tl.maximum(seq_len - num_rows + tile * ROWS // GROUP - WINDOW + 1, 0)
+            first = earliest // SEGMENT * SEGMENT if WINDOW > 0 else 0
+        for start in range(first, stop, SEGMENT):
+            piece = fold_segment(
+                rows,
+                rows_rest,
+                keys + head * DIM,
+                values + head * DIM,
+                tables + request * strides[2],
+                start,
+                tl.minimum(start + SEGMENT, stop),
+                (seq_len - num_rows + row).to(tl.int32),
+                strides[3],
+                scale,
+                HEAD,
+                CACHE,
+                TILES,
+            )
+            sums = join(sums, piece)
+        peak, total, mixed, mixed_rest = sums
+        if SPLIT:
+            owner = (request * GROUP * tl.num_programs(2) + query_head).to(tl.int64)
+            start = output + (owner * segments + segment) * (DIM + 2)
+            start = store_sums(start, peak, total, there)[:, None]
+        else:
+            share = last_share(peak, total, sinks + query_head, there, SINKS)[:, None]
+            mixed, mixed_rest = mixed * share, mixed_rest * share
+            start = output + (place * strides[1] + query_head * DIM)[:, None]
+        store_parts(start, mixed, mixed_rest, there[:, None], HEAD)
 
 
 @triton.jit
@@ -231,44 +269,35 @@ def merge_kernel(
     output,
     query_start,
     seq_lens,
+    sinks,
     output_stride,
     segments,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
     """The segments of one request and one query head, in order."""
     request = tl.program_id(0)
     head = tl.program_id(1)
-    begin = tl.load(query_start + request)
-    num_rows = tl.load(query_start + request + 1) - begin
-    seq_len = tl.load(seq_lens + request)
+    begin, num_rows, seq_len = request_rows(request, query_start, seq_lens)
     if (num_rows == 1) & (seq_len > 0):
         dims = tl.arange(0, PAD_DIM)
+        kept = dims < DIM
         first = 0
         if WINDOW > 0:
             first = tl.maximum(seq_len - WINDOW, 0) // SEGMENT
         peak = tl.full((1,), float("-inf"), tl.float32)
         total = tl.zeros((1,), tl.float32)
-        mixed = tl.zeros((1, PAD_DIM), tl.float32)
-        place = (request * HEADS + head).to(tl.int64) * segments * (PAD_DIM + 2)
+        mixed = tl.zeros((PAD_DIM,), tl.float32)
+        place = (request * HEADS + head).to(tl.int64) * segments * (DIM + 2)
         one = tl.arange(0, 1)
         for segment in range(first, tl.cdiv(seq_len, SEGMENT)):
-            here = partial + place + segment * (PAD_DIM + 2)
-            peak, total, mixed = merge(
-                peak,
-                total,
-                mixed,
-                tl.load(here + one),
-                tl.load(here + 1 + one),
-                tl.load(here + 2 + one[:, None] + dims[None, :]),
-            )
-        result = mixed / tl.where(total > 0, total, 1.0)[:, None]
-        column = head * DIM + dims[None, :] + one[:, None]
-        tl.store(
-            output + begin.to(tl.int64) * output_stride + column,
-            result.to(output.dtype.element_ty),
-            mask=(dims < DIM)[None, :],
-        )
+            here = partial + place + segment * (DIM + 2)
+            peak, total, old, new = merge(peak, total, tl.load(here + one), tl.load(here + 1 + one))
+            mixed = mixed * old + tl.load(here + 2 + dims, mask=kept, other=0.0) * new
+        share = last_share(peak, total, sinks + head + one, one == 0, SINKS)
+        target = output + begin.to(tl.int64) * output_stride + head * DIM + dims
+        tl.store(target, (mixed * share).to(output.dtype.element_ty), mask=kept)

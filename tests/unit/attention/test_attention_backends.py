@@ -2,75 +2,20 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
+import itertools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replicas.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec
 from replicas.attention.cpu import CpuAttention
 from replicas.attention.cpu_paged import CpuPagedAttention
 from replicas.attention.torch_ref import TorchReferenceAttention
 from replicas.kernels.cpu_ops import CpuKernels
-from tests.support.stepping import metadata_for
+from tests.support.attention_cases import AttentionCase as Case
 
-NUM_BLOCKS = 64
 DTYPES = {"float32": (torch.float32, 2e-5), "bfloat16": (torch.bfloat16, 2e-2)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One step: requests as (query tokens, tokens before them)."""
-
-    requests: tuple[tuple[int, int], ...]
-    kv_heads: int = 2
-    group: int = 2
-    head_dim: int = 8
-    block_size: int = 4
-    window: int | None = None
-    dtype: str = "float32"
-    seed: int = 0
-
-    @property
-    def spec(self) -> AttentionSpec:
-        return AttentionSpec(
-            num_heads=self.kv_heads * self.group,
-            num_kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            scale=0.3,
-            block_size=self.block_size,
-            dtype=self.dtype,
-            device="cpu",
-        )
-
-    def metadata(self) -> AttentionMetadata:
-        free = list(range(NUM_BLOCKS))
-        random.Random(self.seed).shuffle(free)
-        lens = [query + before for query, before in self.requests]
-        tables = [[free.pop() for _ in range(-(-size // self.block_size))] for size in lens]
-        return metadata_for([q for q, _ in self.requests], lens, tables, self.block_size)
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """query, key, value and a cache full of other requests' values."""
-        generator = torch.Generator().manual_seed(self.seed)
-        tokens = sum(query for query, _ in self.requests)
-        shapes = [
-            (tokens, self.kv_heads * self.group, self.head_dim),
-            (tokens, self.kv_heads, self.head_dim),
-            (tokens, self.kv_heads, self.head_dim),
-            (2, NUM_BLOCKS, self.block_size, self.kv_heads, self.head_dim),
-        ]
-        dtype = DTYPES[self.dtype][0]
-        return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-
-    def run(self, backend: AttentionBackend) -> tuple[torch.Tensor, torch.Tensor]:
-        query, key, value, cache = self.tensors()
-        output = backend.forward(query, key, value, cache, self.metadata(), self.window)
-        return output, cache
-
 
 requests = st.lists(
     st.tuples(st.one_of(st.just(1), st.integers(1, 13)), st.integers(0, 20)), min_size=1, max_size=5
@@ -88,12 +33,8 @@ cases = st.builds(
 )
 
 
-def _fits(case: Case) -> bool:
-    return sum(-(-sum(pair) // case.block_size) for pair in case.requests) <= NUM_BLOCKS
-
-
 @settings(max_examples=80)
-@given(cases.filter(_fits))
+@given(cases.filter(lambda case: case.fits))
 def test_cpu_equals_the_oracle(case: Case) -> None:
     tolerance = DTYPES[case.dtype][1]
     expected, expected_cache = case.run(TorchReferenceAttention(case.spec))
@@ -104,7 +45,7 @@ def test_cpu_equals_the_oracle(case: Case) -> None:
 
 
 @settings(max_examples=150)
-@given(case=cases.filter(_fits), threads=st.sampled_from([1, 2]))
+@given(case=cases.filter(lambda case: case.fits), threads=st.sampled_from([1, 2]))
 def test_paged_equals_the_oracle(cpu_kernels: CpuKernels, case: Case, threads: int) -> None:
     tolerance = DTYPES[case.dtype][1]
     expected, expected_cache = case.run(TorchReferenceAttention(case.spec))
@@ -136,21 +77,9 @@ def test_paged_rows_depend_on_their_own_request_alone(
     torch.set_num_threads(2)
     assert torch.equal(case.run(backend)[0], together)
     torch.set_num_threads(1)
-    query, key, value, _ = case.tensors()
-    metadata = case.metadata()
-    for index, (count, before) in enumerate(case.requests):
-        begin, end = metadata.query_start[index : index + 2]
-        table = metadata.block_tables_RN[index].tolist()
-        for row in range(begin, end):
-            alone = backend.forward(
-                query[row : row + 1],
-                key[row : row + 1],
-                value[row : row + 1],
-                cache,
-                metadata_for([1], [before + row - begin + 1], [table], case.block_size),
-                window,
-            )
-            assert torch.equal(alone, together[row : row + 1]), (index, count, row)
+    for row in range(len(together)):
+        alone = case.run_alone(backend, range(row, row + 1), cache)
+        assert torch.equal(alone, together[row : row + 1]), row
 
 
 @settings(max_examples=60)
@@ -169,7 +98,7 @@ def test_paged_rows_depend_on_their_own_request_alone(
         window=st.one_of(st.none(), st.integers(1, 100)),
         dtype=st.just("bfloat16"),
         seed=st.integers(0, 2**20),
-    ).filter(_fits),
+    ).filter(lambda case: case.fits),
     threads=st.sampled_from([1, 2]),
 )
 def test_paged_on_whole_tiles_equals_the_oracle(
@@ -252,20 +181,10 @@ def test_neighbours_change_no_bit(
     backend: type[CpuAttention] | type[TorchReferenceAttention], window: int | None
 ) -> None:
     case = Case(requests=((1, 17), (6, 9), (1, 3), (11, 0)), window=window)
-    together, _ = case.run(backend(case.spec))
-    query, key, value, cache = case.tensors()
-    metadata = case.metadata()
-    for index, (count, before) in enumerate(case.requests):
-        begin, end = metadata.query_start[index : index + 2]
-        table = metadata.block_tables_RN[index].tolist()
-        alone = backend(case.spec).forward(
-            query[begin:end],
-            key[begin:end],
-            value[begin:end],
-            cache.clone(),
-            metadata_for([count], [count + before], [table], case.block_size),
-            window,
-        )
+    together, cache = case.run(backend(case.spec))
+    starts = case.metadata().query_start
+    for begin, end in itertools.pairwise(starts):
+        alone = case.run_alone(backend(case.spec), range(begin, end), cache.clone())
         assert torch.equal(alone, together[begin:end])
 
 

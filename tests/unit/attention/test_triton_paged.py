@@ -2,65 +2,25 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
+import itertools
+from typing import Any
 
 import pytest
 import torch
 
-from replicas.attention.backend import AttentionMetadata, AttentionSpec
+from replicas.attention.backend import AttentionSpec
 from replicas.attention.torch_ref import TorchReferenceAttention
 from replicas.attention.triton_paged import TritonPagedAttention
-from tests.support.stepping import metadata_for
+from tests.support.attention_cases import AttentionCase
 
 pytest.importorskip("triton", reason="Triton's kernels need triton (part of the dev extra)")
 
-NUM_BLOCKS = 96
 TOLERANCE = {"float32": 2e-5, "float16": 4e-3}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """Requests as (query tokens, tokens before them)."""
-
-    requests: tuple[tuple[int, int], ...]
-    kv_heads: int = 2
-    group: int = 2
-    head_dim: int = 16
-    block_size: int = 16
-    window: int | None = None
-    dtype: str = "float32"
-
-    @property
-    def spec(self) -> AttentionSpec:
-        return AttentionSpec(
-            num_heads=self.kv_heads * self.group,
-            num_kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            scale=0.3,
-            block_size=self.block_size,
-            dtype=self.dtype,
-            device="cpu",
-        )
-
-    def metadata(self) -> AttentionMetadata:
-        free = list(range(NUM_BLOCKS))
-        random.Random(1).shuffle(free)
-        lens = [query + before for query, before in self.requests]
-        tables = [[free.pop() for _ in range(-(-size // self.block_size))] for size in lens]
-        return metadata_for([q for q, _ in self.requests], lens, tables, self.block_size)
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        generator = torch.Generator().manual_seed(2)
-        tokens = sum(query for query, _ in self.requests)
-        shapes = [
-            (tokens, self.kv_heads * self.group, self.head_dim),
-            (tokens, self.kv_heads, self.head_dim),
-            (tokens, self.kv_heads, self.head_dim),
-            (2, NUM_BLOCKS, self.block_size, self.kv_heads, self.head_dim),
-        ]
-        dtype = getattr(torch, self.dtype)
-        return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+def Step(**fields: Any) -> AttentionCase:  # noqa: N802 - reads as the class it makes
+    """A case with sizes that suit Triton's tiles."""
+    return AttentionCase(**{"head_dim": 16, "block_size": 16, "seed": 2} | fields)
 
 
 # Contexts on both sides of a segment (256) and of a tile (64).
@@ -71,42 +31,40 @@ STEPS = [
     Step(requests=((9, 260), (1, 290), (1, 12)), window=33),
     Step(requests=((3, 4), (1, 17)), window=1, block_size=4, dtype="float16"),
     Step(requests=((20, 11), (1, 64)), head_dim=64, group=4, kv_heads=1, dtype="float16"),
+    # More query heads than a tile has rows; heads wider than 128; heads of two parts.
+    Step(requests=((3, 260), (1, 40)), head_dim=32, group=71, kv_heads=1),
+    Step(requests=((9, 250), (1, 70), (1, 1)), head_dim=144, group=20, kv_heads=1),
+    Step(requests=((7, 30), (1, 300), (1, 2)), sinks=True, group=3),
+    Step(requests=((7, 30), (1, 40)), sinks=True, window=9, dtype="float16"),
+    Step(requests=((6, 255), (1, 300)), head_dim=40, group=5, kv_heads=1, shared_plane=True),
 ]
 
 
 @pytest.mark.parametrize("step", STEPS, ids=range(len(STEPS)))
-def test_equals_the_oracle(step: Step) -> None:
-    query, key, value, cache = step.tensors()
-    expected_cache = cache.clone()
-    expected = TorchReferenceAttention(step.spec).forward(
-        query, key, value, expected_cache, step.metadata(), step.window
-    )
-    output = TritonPagedAttention(step.spec).forward(
-        query, key, value, cache, step.metadata(), step.window
-    )
+def test_equals_the_oracle(step: AttentionCase) -> None:
+    expected, expected_cache = step.run(TorchReferenceAttention(step.spec))
+    output, cache = step.run(TritonPagedAttention(step.spec))
     assert torch.equal(cache, expected_cache)
     tolerance = TOLERANCE[step.dtype]
     torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("step", [STEPS[1], STEPS[3]], ids=["all", "window"])
-def test_neighbours_change_no_bit(step: Step) -> None:
+@pytest.mark.parametrize("step", [STEPS[index] for index in (1, 3, 8, 10)])
+def test_neighbours_change_no_bit(step: AttentionCase) -> None:
     backend = TritonPagedAttention(step.spec)
-    query, key, value, cache = step.tensors()
-    metadata = step.metadata()
-    together = backend.forward(query, key, value, cache, metadata, step.window)
-    for index, (count, before) in enumerate(step.requests):
-        begin, end = metadata.query_start[index : index + 2]
-        table = metadata.block_tables_RN[index].tolist()
-        alone = backend.forward(
-            query[begin:end],
-            key[begin:end],
-            value[begin:end],
-            cache,
-            metadata_for([count], [count + before], [table], step.block_size),
-            step.window,
-        )
-        assert torch.equal(alone, together[begin:end])
+    together, cache = step.run(backend)
+    for begin, end in itertools.pairwise(step.metadata().query_start):
+        assert torch.equal(step.run_alone(backend, range(begin, end), cache), together[begin:end])
+
+
+@pytest.mark.parametrize("step", [STEPS[index] for index in (6, 8, 9, 10)])
+def test_a_chunk_gives_what_its_tokens_give_one_by_one(step: AttentionCase) -> None:
+    """Bit for bit: both fill the same tiles."""
+    backend = TritonPagedAttention(step.spec)
+    together, cache = step.run(backend)
+    for row in range(step.requests[0][0]):
+        alone = step.run_alone(backend, range(row, row + 1), cache)
+        assert torch.equal(alone, together[row : row + 1])
 
 
 def test_fused_projections_are_read_in_place() -> None:
