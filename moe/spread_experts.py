@@ -7,6 +7,7 @@ know; the exchanges come from the rank's one set, so that a switch of scheme rea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -17,6 +18,16 @@ from moe.expert_slots import ExpertSlots
 from moe.expert_table import ExpertTable
 from moe.replica_choice import ReplicaChoice
 from moe.row_counter import RowCounter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerLayout:
+    """One layer's experts as a rank sees them."""
+
+    table: ExpertTable
+    held: tuple[int, ...]
+    exchange: Exchange
+    choice: ReplicaChoice
 
 
 class SpreadExperts:
@@ -40,29 +51,47 @@ class SpreadExperts:
         capacity_factor: float | None = None,
     ) -> None:
         self.exchanges = exchanges
-        self.tables = tuple(tables)
         slots = {table.layer: table.slots for table in tables}
         self.counter = RowCounter({layer: each.num_experts for layer, each in slots.items()})
         self._rank = rank
         self._capacity_factor = capacity_factor
-        self._held = {layer: each.logical_by_rank[rank] for layer, each in slots.items()}
-        self._exchange = {layer: self._exchange_of(layer, each) for layer, each in slots.items()}
-        self._choice = {
-            layer: ReplicaChoice(each, exchanges.topology, rank) for layer, each in slots.items()
-        }
+        self._layers = {table.layer: self.prepare(table) for table in tables}
+
+    @property
+    def tables(self) -> tuple[ExpertTable, ...]:
+        """Where the experts are now, by layer."""
+        return tuple(layer.table for layer in self._layers.values())
+
+    def prepare(self, table: ExpertTable) -> LayerLayout:
+        """What `use` needs for another placement of a layer; changes nothing, from any thread.
+
+        Raises:
+            ConfigError: the placement is for another number of ranks.
+        """
+        slots = table.slots
+        return LayerLayout(
+            table=table,
+            held=slots.logical_by_rank[self._rank],
+            exchange=self._exchange_of(table.layer, slots),
+            choice=ReplicaChoice(slots, self.exchanges.topology, self._rank, table.shares),
+        )
+
+    def use(self, layout: LayerLayout) -> None:
+        """Move a layer's experts; between steps, and the same at all ranks."""
+        self._layers[layout.table.layer] = layout
 
     def held(self, layer: int) -> tuple[int, ...]:
         """The logical expert in each of this rank's slots."""
-        return self._held[layer]
+        return self._layers[layer].held
 
     def exchange(self, layer: int) -> Exchange:
         """What moves this layer's rows."""
-        return self._exchange[layer]
+        return self._layers[layer].exchange
 
     def physical(self, layer: int, expert_TK: torch.Tensor) -> torch.Tensor:
         """The slot each row visits for each of its experts, int64; the rows are counted."""
         self.counter.add(layer, expert_TK)
-        return self._choice[layer].physical(expert_TK)
+        return self._layers[layer].choice.physical(expert_TK)
 
     def _exchange_of(self, layer: int, slots: ExpertSlots) -> Exchange:
         exchange = self.exchanges.for_layer(layer, slots)

@@ -59,6 +59,8 @@ def _replica(member: Member) -> dict[str, Any]:
         "startup_s": dict(record.startup_s),
         "expert_layers": [dataclasses.asdict(layer) for layer in experts.layers],
         "expert_rows_dropped": experts.num_dropped,
+        "expert_table": experts.table,
+        "expert_moves": experts.num_moves,
         **{
             name: value
             for name, value in dataclasses.asdict(load).items()

@@ -157,6 +157,9 @@ EXPERT_DROPPED = _counter(
     MetricSource.EXPERTS,
     "Rows that skipped an expert because of moe.capacity_factor.",
 )
+EXPERT_MOVES = _counter(
+    "expert_moves_total", MetricSource.EXPERTS, "Experts fetched by ranks to follow the load."
+)
 EXPERT_IMBALANCE = Metric(
     name="penstock_expert_imbalance",
     kind=MetricKind.GAUGE,
@@ -191,6 +194,7 @@ METRICS: tuple[Metric, ...] = (
     ENGINE_TOKENS,
     EXPERT_ROWS,
     EXPERT_DROPPED,
+    EXPERT_MOVES,
     EXPERT_IMBALANCE,
     DRAFT_TOKENS,
     ACCEPTED_DRAFT_TOKENS,

@@ -157,6 +157,12 @@ class ExpertPlan:
     """How partial sums travel back: fp32 or bf16."""
     capacity_factor: float | None = None
     """Bound on the rows a rank sends to one expert, over their mean; None: nothing is dropped."""
+    num_redundant: int = 0
+    """Copies of other ranks' experts that each rank holds in every layer, counted above."""
+    balance_interval_s: float | None = None
+    """Time between two looks at the load; None: experts stay where they are."""
+    max_moves: int = 0
+    """Experts that ranks fetch at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -135,6 +135,22 @@ class ParallelSpec(Section):
     )
 
 
+class ExpertBalanceSpec(Section):
+    """Moving experts between ranks while a replica serves, as the load drifts."""
+
+    enabled: Annotated[bool, Flag()] = Field(
+        default=False, description="Whether experts follow the load."
+    )
+    interval: Annotated[float, Duration(1, 24 * 3600)] = Field(
+        default=60.0, description="Time between two looks at the load."
+    )
+    max_moves: Annotated[int, Whole(1, 1024)] = Field(
+        default=8,
+        description="Experts that ranks fetch at a time, over all layers. A rank's memory is "
+        "planned for all of them at once.",
+    )
+
+
 class MoeSectionSpec(Section):
     """How the ranks of an expert-parallel replica exchange tokens."""
 
@@ -157,6 +173,14 @@ class MoeSectionSpec(Section):
         default="fp32",
         description="Number format of experts' sums on their way back; bf16 changes answers "
         "slightly.",
+    )
+    redundant_experts: Annotated[int | Auto, Whole(0, 1024, auto=True)] = Field(
+        default="auto",
+        description="Copies of other ranks' experts that each rank holds, in every layer. "
+        "auto: 1 with `balance`, which needs room to move, else 0.",
+    )
+    balance: ExpertBalanceSpec = Field(
+        default=ExpertBalanceSpec(), description="Moving experts as the load drifts."
     )
     capacity_factor: Annotated[float | None, Real(0.01, 1024)] = Field(
         default=None,

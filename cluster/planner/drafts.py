@@ -110,6 +110,7 @@ def _draft(
         dtype=dtype.value,
         device=device.device,
         ep_size=layout.num_ranks if layout.spreads_experts else 1,
+        max_moves=layout.max_moves,
     )
     kv = KvDemand(
         param=f"models[{source.index}]",

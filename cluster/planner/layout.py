@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.base.errors import ConfigError
-from cluster.base.spec import ModelSpec
-from moe.expert_slots import ExpertSlots
+from cluster.base.spec import ModelSpec, MoeSectionSpec
+from moe.expert_table import ExpertTable, starting_tables
 from replicas.models.arch import ArchConfig
 
 
@@ -23,6 +23,10 @@ class Layout:
     dp_size: int = 1
     spreads_experts: bool = False
     """Experts are held whole, spread over all ranks; else each is sliced over the tp ranks."""
+    num_redundant: int = 0
+    """Copies of other ranks' experts on each rank, in every layer."""
+    max_moves: int = 0
+    """Experts that a rank may be fetching beside those it holds."""
     reason: str = ""
     """Why this kind of engine, when the file left it open."""
 
@@ -35,17 +39,21 @@ class Layout:
         """The routed experts of each layer that a rank holds whole; None: a slice of all."""
         if not self.spreads_experts:
             return None
-        return [
-            ExpertSlots.even(layer.moe.gate.num_experts, self.num_ranks).logical_by_rank[rank]
-            if layer.moe
-            else ()
-            for layer in arch.layers
-        ]
+        held: list[Sequence[int]] = [()] * arch.num_layers
+        for table in self._tables(arch):
+            held[table.layer] = table.logical_by_rank[rank]
+        return held
 
     def experts_per_rank(self, arch: ArchConfig) -> tuple[int, ...]:
         """Routed experts of each rank, in the layer that has most."""
-        most = max(layer.moe.gate.num_experts for layer in arch.layers if layer.moe)
-        return ExpertSlots.even(most, self.num_ranks).counts
+        counts = [table.slots.counts for table in self._tables(arch)]
+        return max(counts, key=sum)
+
+    def _tables(self, arch: ArchConfig) -> tuple[ExpertTable, ...]:
+        sizes = [
+            (i, layer.moe.gate.num_experts) for i, layer in enumerate(arch.layers) if layer.moe
+        ]
+        return starting_tables(sizes, self.num_ranks, self.num_redundant)
 
 
 def choose_layout(spec: ModelSpec, arch: ArchConfig, param: str) -> Layout:
@@ -71,9 +79,38 @@ def choose_layout(spec: ModelSpec, arch: ArchConfig, param: str) -> Layout:
         reason = "ep is 1: every rank holds a slice of every expert"
         return Layout(tp_size=tp, reason=reason if wanted == "auto" else "")
     reason = f"ep is {ep}: dp x tp = {dp} x {tp} ranks hold the experts whole"
+    moe = spec.moe or MoeSectionSpec()
     return Layout(
-        tp_size=tp, dp_size=dp, spreads_experts=True, reason=reason if wanted == "auto" else ""
+        tp_size=tp,
+        dp_size=dp,
+        spreads_experts=True,
+        num_redundant=_redundant(moe, ep, arch, f"{param}.moe"),
+        max_moves=moe.balance.max_moves if moe.balance.enabled else 0,
+        reason=reason if wanted == "auto" else "",
     )
+
+
+def _redundant(moe: MoeSectionSpec, ep: int, arch: ArchConfig, param: str) -> int:
+    """Copies per rank and layer."""
+    wanted = moe.redundant_experts
+    if isinstance(wanted, str):
+        return 1 if moe.balance.enabled else 0
+    most = max(layer.moe.gate.num_experts for layer in arch.layers if layer.moe)
+    elsewhere = most - most // ep
+    if wanted > elsewhere:
+        raise ConfigError(
+            f"redundant_experts is {wanted}, but other ranks hold only {elsewhere} experts.",
+            f"Use at most {elsewhere}.",
+            param=f"{param}.redundant_experts",
+        )
+    if moe.balance.enabled and wanted == 0:
+        raise ConfigError(
+            "balance is enabled with redundant_experts 0: no rank has room for an expert to move "
+            "to.",
+            "Set redundant_experts to 1 or more, or leave it out.",
+            param=f"{param}.redundant_experts",
+        )
+    return wanted
 
 
 def _resolve_ep(spec: ModelSpec) -> int:

@@ -61,6 +61,8 @@ class StepShape:
     device: str
     ep_size: int = 1
     """Ranks that share the experts whole; all of their rows may come to one."""
+    max_moves: int = 0
+    """Experts that may be on their way to a rank."""
 
 
 def workspace(arch: ArchConfig, step: StepShape) -> Workspace:
@@ -85,6 +87,7 @@ def workspace(arch: ArchConfig, step: StepShape) -> Workspace:
     mask = (1 + 4) * min(step.max_step_tokens, step.max_context)
     on_gpu = step.device == "cuda"
     moved = _exchange_bytes(arch, step) if step.ep_size > 1 else 0
+    moved += _fetched_bytes(arch, step) if step.max_moves else 0
     return Workspace(
         activations_bytes=step.max_step_tokens * per_token * values + moved,
         logits_bytes=rows * arch.vocab_size * LOGIT_WORDS * 4,
@@ -112,6 +115,14 @@ def _exchange_bytes(arch: ArchConfig, step: StepShape) -> int:
     rows = step.ep_size * -(-step.max_step_tokens // step.tp_size)
     values = DTYPE_BYTES[step.dtype]
     return rows * (arch.model_dim * (2 * values + 2 * 4) + 3 * ffn_dim * values)
+
+
+def _fetched_bytes(arch: ArchConfig, step: StepShape) -> int:
+    """Experts of the widest layer that a rank holds beside its own while they move; the one that is
+    being read is there twice."""
+    ffn_dim = max(layer.moe.ffn_dim for layer in arch.layers if layer.moe)
+    values = 3 * ffn_dim * arch.model_dim + 2 * ffn_dim + arch.model_dim
+    return (step.max_moves + 1) * values * DTYPE_BYTES[step.dtype]
 
 
 def cpu_budget_bytes(node: Node, num_front_processes: int) -> int:

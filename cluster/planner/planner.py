@@ -221,6 +221,9 @@ def _experts(draft: Draft) -> ExpertPlan | None:
         dispatch=moe.dispatch,
         combine=moe.combine,
         capacity_factor=moe.capacity_factor,
+        num_redundant=draft.layout.num_redundant,
+        balance_interval_s=moe.balance.interval if moe.balance.enabled else None,
+        max_moves=draft.layout.max_moves,
     )
 
 

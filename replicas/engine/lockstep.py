@@ -12,7 +12,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe.expert_table import ExpertTable
 from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebalance:
+    """Experts that are about to move: what ranks prepare while steps go on."""
+
+    version: int
+    tables: tuple[ExpertTable, ...]
+    """Of the layers that change."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertOrders:
+    """What a step says of the places of experts.
+
+    A rebalance is announced in one step; ranks fetch weights in the background and say when they
+    are done. Once all are, a later step carries its version as `table`: every rank switches before
+    that step, so no two ranks ever disagree about where an expert is.
+    """
+
+    table: int = 0
+    """Version of the placement that this step uses; 0: the one all ranks began with."""
+    rebalance: Rebalance | None = None
+    """To be prepared from now on."""
+    abort: bool = False
+    """What is being prepared will not be used: forget it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +53,7 @@ class StepHeader:
     """The exchange that every layer of the step uses."""
     reason: str = ""
     """Why this scheme, for the log."""
+    experts: ExpertOrders = ExpertOrders()
 
     def is_idle(self, group: int) -> bool:
         """Whether the ranks of a group take part with zero rows."""

@@ -19,7 +19,7 @@ from cluster.base.errors import (
 )
 from replicas.api import GenerationDelta, GenerationRequest, ReplicaStats
 from replicas.engine.group_choice import GroupView, choose_group
-from replicas.engine.lockstep import LockstepOutput, LockstepPlan, StepHeader
+from replicas.engine.lockstep import ExpertOrders, LockstepOutput, LockstepPlan, StepHeader
 from replicas.engine.prefix_cache import HashChain
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
@@ -37,6 +37,7 @@ class LockstepScheduler:
         num_groups: data-parallel groups.
         eos_token_ids: the model's end-of-sequence tokens.
         choose_scheme: the exchange for a step; called once per plan.
+        expert_orders: where experts are or go; called once per plan, in the order of the plans.
 
     Raises:
         ConfigError: there is no group.
@@ -49,6 +50,7 @@ class LockstepScheduler:
         *,
         choose_scheme: ChooseScheme,
         eos_token_ids: Iterable[int] = (),
+        expert_orders: Callable[[], ExpertOrders] = ExpertOrders,
     ) -> None:
         if num_groups < 1:
             raise ConfigError(f"{num_groups} data-parallel groups cannot run anything.", param="dp")
@@ -56,6 +58,7 @@ class LockstepScheduler:
         self.config = config
         self.groups = tuple(Scheduler(config, eos) for _ in range(num_groups))
         self._choose_scheme = choose_scheme
+        self._expert_orders = expert_orders
         self._step = 0
 
     @property
@@ -132,7 +135,13 @@ class LockstepScheduler:
         num_tokens = tuple(plan.num_tokens if plan is not None else 0 for plan in plans)
         scheme, reason = self._choose_scheme(max(num_tokens))
         return LockstepPlan(
-            header=StepHeader(step=step, num_tokens=num_tokens, scheme=scheme, reason=reason),
+            header=StepHeader(
+                step=step,
+                num_tokens=num_tokens,
+                scheme=scheme,
+                reason=reason,
+                experts=self._expert_orders(),
+            ),
             plans=tuple(plan or SchedulerOutput(step=step) for plan in plans),
         )
 

@@ -9,7 +9,7 @@ streamed through a ring) is the provider's affair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
@@ -104,7 +104,7 @@ class ResidentWeights:
     """Every unit stays in memory for good."""
 
     def __init__(self, units: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        self._units = units
+        self._units = dict(units)
         self._derived: dict[Hashable, tuple[Hashable, object]] = {}
 
     def acquire(self, unit: str) -> Mapping[str, torch.Tensor]:
@@ -120,3 +120,11 @@ class ResidentWeights:
         if known is None or known[0] != version:
             known = self._derived[key] = (version, make())
         return cast("Made", known[1])
+
+    def exchange(
+        self, added: Mapping[str, Mapping[str, torch.Tensor]], dropped: Iterable[str]
+    ) -> None:
+        """Take in units and give up others; between steps."""
+        self._units.update(added)
+        for unit in dropped:
+            del self._units[unit]

@@ -9,32 +9,30 @@ one. It never waits for a collective to notice.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import time
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
 
 from cluster.base import names
 from cluster.base.errors import CollectiveTimeoutError, InternalError, PenstockError
 from cluster.base.ids import new_epoch
-from cluster.base.plan import ModelPlan, from_json
-from moe.expert_table import ExpertTable
+from cluster.base.plan import ExpertPlan, ModelPlan, from_json
 from replicas.api import GenerationDelta, ReplicaStats
-from replicas.leader.engine_parts import make_engine
+from replicas.engine.lockstep import ExpertOrders
+from replicas.leader.engine_parts import make_balancer, make_engine
+from replicas.leader.expert_balancer import ExpertBalancer
 from replicas.leader.expert_metrics import ExpertMetrics
+from replicas.leader.expert_upkeep import ExpertUpkeep
 from replicas.leader.expert_watch import ExpertWatch
 from replicas.leader.load_metrics import LoadMetrics
-from replicas.leader.record import LoadRecord, ReplicaRecord, ReplicaState
+from replicas.leader.record import ExpertRecord, LoadRecord, ReplicaRecord, ReplicaState
 from replicas.leader.reporter import DirectoryReporter
 from replicas.leader.stream_server import ReplicaStreamServicer, start_replica_server
 from replicas.leader.worker_group import WorkerGroup
 from replicas.worker.actor import WorkerActor
-
-log = logging.getLogger(__name__)
 
 _LAST_WORDS_S = 0.25
 _DRAIN_S = 4.0
@@ -101,10 +99,12 @@ class LeaderReplica:
         started_s = time.monotonic()
         self._asyncio_loop = asyncio.get_running_loop()
         link = await self._group.start(host, self._show_progress)
+        balancer = make_balancer(self._plan, self._group.facts, self._group.nodes)
         self._engine = make_engine(
             self._plan,
             link,
             self._group.facts,
+            expert_orders=balancer.orders if balancer else ExpertOrders,
             on_deltas=self._on_deltas,
             on_fatal=self._on_fatal,
         )
@@ -115,8 +115,9 @@ class LeaderReplica:
         self._engine.start()
         self._watcher = asyncio.create_task(self._watch_workers())
         self._background = [asyncio.create_task(self._export_metrics())]
-        if self._plan.experts is not None:
-            self._background.append(asyncio.create_task(self._watch_experts()))
+        if self._plan.experts is not None and balancer is not None:
+            upkeep = self._look_after_experts(self._plan.experts, balancer)
+            self._background.append(asyncio.create_task(upkeep.run()))
         self._reporter.update(
             state=ReplicaState.READY,
             detail="",
@@ -187,26 +188,21 @@ class LeaderReplica:
             await asyncio.sleep(_METRICS_PERIOD_S)
             self._metrics.flush(self._stats, self._engine.times)
 
-    async def _watch_experts(self) -> None:
-        """Ask the ranks for their counts while steps run; never in a step's way."""
-        assert self._plan.experts is not None
-        tables = [from_json(ExpertTable, table) for table in self._group.facts["experts"]]
-        watch = ExpertWatch(tables)
+    def _look_after_experts(self, plan: ExpertPlan, balancer: ExpertBalancer) -> ExpertUpkeep:
         metrics = ExpertMetrics(self._plan.name, self._replica_id)
-        asked_at_step = 0
-        while True:
-            await asyncio.sleep(_METRICS_PERIOD_S)
-            if (step := self._stats.step) == asked_at_step:
-                continue
-            try:
-                watch.add(await self._group.expert_states())
-            except (RayError, TimeoutError) as error:
-                log.warning("the ranks did not say what their experts do: %s", error)
-                continue
-            asked_at_step = step
-            record = watch.record()
+
+        def report(record: ExpertRecord) -> None:
             metrics.flush(record)
             self._reporter.update(experts=record)
+
+        return ExpertUpkeep(
+            ask_ranks=self._group.expert_states,
+            newest_step=lambda: self._stats.step,
+            watch=ExpertWatch(tuple(balancer.tables.values())),
+            balancer=balancer,
+            interval_s=plan.balance_interval_s,
+            report=report,
+        )
 
     def _die(self, error: PenstockError) -> None:
         """Leave so that Serve starts a new replica; the clients hear the cause first."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cluster.base.plan import ModelPlan
+from cluster.base.plan import ModelPlan, from_json
+from moe.expert_table import ExpertTable
 from replicas.engine.engine_loop import EngineLoop, OnDeltas, OnFatal
+from replicas.engine.lockstep import ExpertOrders
 from replicas.engine.lockstep_scheduler import ChooseScheme, LockstepScheduler
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.speculation import SpeculationConfig
+from replicas.leader.expert_balancer import ExpertBalancer
 from replicas.worker.leader_link import LeaderLink
 from replicas.worker.link_executor import LinkExecutor
 from replicas.worker.lockstep_executor import LockstepExecutor
@@ -25,6 +28,7 @@ def make_engine(
     link: LeaderLink,
     facts: Mapping[str, Any],
     *,
+    expert_orders: Callable[[], ExpertOrders] = ExpertOrders,
     on_deltas: OnDeltas,
     on_fatal: OnFatal,
 ) -> EngineLoop:
@@ -32,6 +36,7 @@ def make_engine(
 
     Args:
         facts: what rank 0 found out while it loaded.
+        expert_orders: see `LockstepScheduler`.
     """
     limits, timeout_s = scheduler_config(plan), plan.scheduler.step_timeout_s
     if plan.experts is None:
@@ -48,12 +53,28 @@ def make_engine(
             plan.dp_size,
             choose_scheme=scheme_chooser(facts["schemes"], plan.tp_size),
             eos_token_ids=plan.eos_token_ids,
+            expert_orders=expert_orders,
         ),
         LockstepExecutor(link, dp_size=plan.dp_size, tp_size=plan.tp_size),
         on_deltas=on_deltas,
         on_fatal=on_fatal,
         step_timeout_s=timeout_s + _ACCOUNT_MARGIN_S,
     )
+
+
+def make_balancer(
+    plan: ModelPlan, facts: Mapping[str, Any], nodes: Sequence[str]
+) -> ExpertBalancer | None:
+    """Who decides where experts are; None where they are not spread.
+
+    Args:
+        facts: what rank 0 found out while it loaded.
+        nodes: node of each rank.
+    """
+    if plan.experts is None:
+        return None
+    tables = [from_json(ExpertTable, table) for table in facts["experts"]]
+    return ExpertBalancer(tables, nodes, max_moves=plan.experts.max_moves)
 
 
 def scheme_chooser(table: Sequence[Sequence[Any]], tp_size: int) -> ChooseScheme:

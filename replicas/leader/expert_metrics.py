@@ -19,6 +19,7 @@ class ExpertMetrics:
         self._tags = {"model": model, "replica": replica_id}
         self._rows = _counter(table.EXPERT_ROWS)
         self._dropped = _counter(table.EXPERT_DROPPED)
+        self._moves = _counter(table.EXPERT_MOVES)
         self._imbalance = ray_metrics.Gauge(
             table.EXPERT_IMBALANCE.name,
             table.EXPERT_IMBALANCE.help,
@@ -39,6 +40,8 @@ class ExpertMetrics:
                     self._last_rows[key] = rows
         if (dropped := record.num_dropped - self._last.num_dropped) > 0:
             self._dropped.inc(dropped, tags=self._tags)
+        if (moved := record.num_moves - self._last.num_moves) > 0:
+            self._moves.inc(moved, tags=self._tags)
         self._last = record
 
 

@@ -25,14 +25,13 @@ class ExpertWatch:
     """The load of all mixture layers of one replica.
 
     Args:
-        tables: where the experts are, one per mixture layer.
+        tables: of all mixture layers, anywhere in their history.
         half_life_rows: rows of one layer after which a count weighs half.
     """
 
     def __init__(
         self, tables: Sequence[ExpertTable], *, half_life_rows: float = HALF_LIFE_ROWS
     ) -> None:
-        self.tables = {table.layer: table for table in tables}
         self._num_experts = {table.layer: table.slots.num_experts for table in tables}
         shape = (len(tables), max(self._num_experts.values()))
         self._stats = LoadStats(*shape, half_life_rows=half_life_rows)
@@ -57,18 +56,19 @@ class ExpertWatch:
             for index, (layer, count) in enumerate(self._num_experts.items())
         }
 
-    def record(self) -> ExpertRecord:
-        """The state as it is reported."""
+    def record(self, tables: Mapping[int, ExpertTable]) -> ExpertRecord:
+        """The load as it is reported, with the placement in use."""
         loads = self.loads()
         layers = tuple(
             ExpertLayerRecord(
                 layer=layer,
                 rows=tuple(int(rows) for rows in self._totals[index, : len(loads[layer])]),
-                imbalance=round(self._imbalance(table, loads[layer]), 4),
+                imbalance=round(_imbalance(tables[layer], loads[layer]), 4),
             )
-            for index, (layer, table) in enumerate(self.tables.items())
+            for index, layer in enumerate(self._num_experts)
         )
         return ExpertRecord(layers=layers, num_dropped=self._num_dropped)
 
-    def _imbalance(self, table: ExpertTable, load_E: Counts) -> float:
-        return table.placement().imbalance(load_E, len(table.logical_by_rank))
+
+def _imbalance(table: ExpertTable, load_E: Counts) -> float:
+    return table.placement().imbalance(load_E, len(table.logical_by_rank))

@@ -69,6 +69,10 @@ class ExpertRecord:
     layers: tuple[ExpertLayerRecord, ...] = ()
     num_dropped: int = 0
     """Rows that skipped an expert for want of capacity."""
+    table: int = 0
+    """Version of the placement in use; grows with every rebalance."""
+    num_moves: int = 0
+    """Experts that ranks have fetched since the start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

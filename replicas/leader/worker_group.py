@@ -71,6 +71,8 @@ class WorkerGroup:
         self._actors: list[Any] = []
         self._parked: list[Any] = []
         self.records: tuple[WorkerRecord, ...] = ()
+        self.nodes: tuple[str, ...] = ()
+        """Node of each rank, once started."""
         self.startup_s: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
         """What rank 0 found out while it loaded."""
@@ -93,7 +95,7 @@ class WorkerGroup:
             self._actors[0].progress.remote(), _CREATE_TIMEOUT_S, "starting worker processes"
         )
         self.startup_s["worker_processes"] = round(time.monotonic() - started_s, 3)
-        nodes = tuple(seat.node for seat in seats)
+        self.nodes = nodes = tuple(seat.node for seat in seats)
         listener = LinkListener(
             size=self._plan.num_ranks,
             epoch=self._epoch,
@@ -126,11 +128,13 @@ class WorkerGroup:
         """What each rank of an expert-parallel replica knows of its experts.
 
         Raises:
-            TimeoutError: a rank does not answer.
-            RayError: a rank is gone.
+            PenstockError: a rank is gone or does not answer.
         """
-        calls = [actor.expert_state.remote() for actor in self._actors]
-        return list(await asyncio.wait_for(asyncio.gather(*calls), _STATE_TIMEOUT_S))
+        calls = [
+            self._call(actor.expert_state.remote(), _STATE_TIMEOUT_S, "counting rows", rank)
+            for rank, actor in enumerate(self._actors)
+        ]
+        return await _all_or_first_error(calls)
 
     def kill(self) -> None:
         """End every rank now; safe to call twice."""

@@ -69,4 +69,5 @@ def _expert_place(
         dispatch=plan.experts.dispatch,
         combine=plan.experts.combine,
         capacity_factor=plan.experts.capacity_factor,
+        num_redundant=plan.experts.num_redundant,
     )

@@ -77,6 +77,28 @@ def open_checkpoint(
         yield _Loader(stored, torch_dtype(dtype), "cpu", files).load
 
 
+def load_unit(
+    path: str | Path, unit: WeightUnit, *, dtype: str, kernels: Kernels = TORCH_KERNELS
+) -> dict[str, torch.Tensor]:
+    """One more unit of a checkpoint that has been loaded before, on the CPU, laid out alike.
+
+    Raises:
+        ConfigError, CorruptWeightsError: as `load_weights`; the files may have changed since.
+    """
+    stored = _canonical((unit,), read_index(path))
+    names = {source.name for spec in unit.tensors for source in spec.sources}
+    if missing := names - set(stored):
+        raise CorruptWeightsError(f"{path}: {_naming('missing', missing)}.")
+    tensors: dict[str, torch.Tensor] = {}
+    with ExitStack() as files:
+        loader = _Loader(stored, torch_dtype(dtype), "cpu", files)
+        for spec in unit.tensors:
+            local = loader.load(spec)
+            parts = kernels.pack("", local) if spec.is_linear else {"": local}
+            tensors |= {spec.name + suffix: tensor for suffix, tensor in parts.items()}
+    return tensors
+
+
 def _load_all(
     units: tuple[WeightUnit, ...],
     loader: _Loader,

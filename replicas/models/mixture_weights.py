@@ -115,11 +115,14 @@ def _interleaved(
             yield from (_expert(arch, index, expert, shard) for expert in number)
             continue
         held = sorted(experts[index])
-        elsewhere = [
-            _expert(arch, index, expert, _WHOLE) for expert in number if expert not in held
-        ]
+        elsewhere = [expert_unit(arch, index, expert) for expert in number if expert not in held]
         yield WeightUnit(name=unit.name, tensors=unit.tensors, unused=_stored_names(elsewhere))
-        yield from (_expert(arch, index, expert, _WHOLE) for expert in held)
+        yield from (expert_unit(arch, index, expert) for expert in held)
+
+
+def expert_unit(arch: ArchConfig, index: int, expert: int) -> WeightUnit:
+    """One routed expert of layer `index`, whole: its unit wherever it is."""
+    return _expert(arch, index, expert, _WHOLE)
 
 
 def _expert(arch: ArchConfig, index: int, expert: int, shard: Shard) -> WeightUnit:

@@ -16,3 +16,9 @@ class ExpertState:
     """Parallel to `layers`: this rank's own rows to each logical expert."""
     num_dropped: int = 0
     """Pairs of row and expert left out for want of capacity."""
+    announced: int = 0
+    """Version of the placement that this rank was last told to prepare."""
+    prepared: int = 0
+    """The newest version that it is ready for, or uses."""
+    move_failure: str = ""
+    """Why it cannot prepare what was announced."""

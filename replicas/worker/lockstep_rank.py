@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from cluster.base.errors import InternalError
 from cluster.dist.communicator import Communicator
@@ -24,9 +26,13 @@ from moe.exchange.exchanges import Exchanges
 from moe.exchange.wire import Combine, Dispatch, WireFormat
 from moe.expert_table import starting_tables
 from moe.spread_experts import SpreadExperts
+from replicas.layers.weights import ResidentWeights
+from replicas.models.checkpoint import load_unit
 from replicas.models.context import torch_dtype
 from replicas.models.hf_config import arch_from_hf
+from replicas.models.mixture_weights import expert_unit
 from replicas.worker import wire
+from replicas.worker.expert_mover import ExpertMover, ReadExpert
 from replicas.worker.expert_state import ExpertState
 from replicas.worker.model_runner import ModelRunner
 from replicas.worker.plan import ExpertRankPlan, WorkerPlan
@@ -70,7 +76,7 @@ def join_lockstep_groups(plan: WorkerPlan) -> LockstepGroups:
 def spread_experts(groups: LockstepGroups, model_path: str, dtype: str) -> SpreadExperts:
     """This rank's experts of a checkpoint and their exchanges; all ranks call it together.
 
-    The placement is consecutive experts, as evenly as may be.
+    They lie as all replicas begin, see `starting_tables`.
     """
     arch = arch_from_hf(json.loads((Path(model_path) / "config.json").read_text()))
     mixtures = {index: layer.moe for index, layer in enumerate(arch.layers) if layer.moe}
@@ -88,6 +94,7 @@ def spread_experts(groups: LockstepGroups, model_path: str, dtype: str) -> Sprea
     tables = starting_tables(
         [(index, moe.gate.num_experts) for index, moe in mixtures.items()],
         groups.topology.num_ranks,
+        groups.place.num_redundant,
     )
     return SpreadExperts(tables, exchanges, groups.peers.world.rank, groups.place.capacity_factor)
 
@@ -121,6 +128,7 @@ class LockstepRank:
         self._answers = plan.tp_rank == 0
         self._exchanges = experts.exchanges
         self._counter = experts.counter
+        self._mover = ExpertMover(experts, _resident(runner), _expert_reader(plan, runner))
         self._runner = runner
         self._scheme = ""
         self.facts: dict[str, object] = {
@@ -134,6 +142,9 @@ class LockstepRank:
             layers=self._counter.layers,
             rows=self._counter.rows,
             num_dropped=self._counter.num_dropped,
+            announced=self._mover.announced,
+            prepared=self._mover.prepared,
+            move_failure=self._mover.failure,
         )
 
     def execute(self, payload: bytearray, say_nearly_done: Callable[[], None]) -> bytes | None:
@@ -144,6 +155,7 @@ class LockstepRank:
         """
         step = wire.decode_rank_step(payload)
         self._use(step.header.scheme, step.header.reason)
+        self._mover.obey(step.header.experts)
         if step.header.is_idle(self._group):
             output = self._runner.stand_by(step.plan)
         else:
@@ -161,3 +173,20 @@ class LockstepRank:
             log.info("exchange %s: %s", scheme, reason)
         self._exchanges.use(scheme)
         self._scheme = scheme
+
+
+def _resident(runner: ModelRunner) -> ResidentWeights:
+    if not isinstance(runner.weights, ResidentWeights):
+        raise InternalError("Experts of a rank whose weights are streamed cannot move.")
+    return runner.weights
+
+
+def _expert_reader(plan: WorkerPlan, runner: ModelRunner) -> ReadExpert:
+    """Reads an expert as the rank's own were loaded."""
+    arch, kernels = runner.model.arch, runner.model.kernels
+
+    def read(layer: int, expert: int) -> Mapping[str, torch.Tensor]:
+        unit = expert_unit(arch, layer, expert)
+        return load_unit(plan.model_path, unit, dtype=plan.dtype, kernels=kernels)
+
+    return read

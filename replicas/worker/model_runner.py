@@ -84,6 +84,11 @@ class ModelRunner:
         return self._model
 
     @property
+    def weights(self) -> WeightProvider:
+        """Where the model's weights come from."""
+        return self._weights
+
+    @property
     def num_rows(self) -> int:
         """Live requests on this rank."""
         return len(self._rows)

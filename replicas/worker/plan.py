@@ -22,6 +22,7 @@ class ExpertRankPlan:
     dispatch: str
     combine: str
     capacity_factor: float | None = None
+    num_redundant: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -348,7 +348,7 @@ class ExpertLayerStatus(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., imbalance: _Optional[float] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica_id", "model", "state", "detail", "endpoint", "pid", "node", "epoch", "workers", "step", "num_running", "num_waiting", "kv_blocks_total", "kv_blocks_free", "startup_s", "generated_tokens", "num_preemptions", "prefix_hit_tokens", "prefix_query_tokens", "expert_layers", "expert_rows_dropped", "draft_tokens", "accepted_draft_tokens")
+    __slots__ = ("replica_id", "model", "state", "detail", "endpoint", "pid", "node", "epoch", "workers", "step", "num_running", "num_waiting", "kv_blocks_total", "kv_blocks_free", "startup_s", "generated_tokens", "num_preemptions", "prefix_hit_tokens", "prefix_query_tokens", "expert_layers", "expert_rows_dropped", "draft_tokens", "accepted_draft_tokens", "expert_table", "expert_moves")
     class StartupSEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -379,6 +379,8 @@ class ReplicaStatus(_message.Message):
     EXPERT_ROWS_DROPPED_FIELD_NUMBER: _ClassVar[int]
     DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_TABLE_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_MOVES_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     model: str
     state: str
@@ -402,7 +404,9 @@ class ReplicaStatus(_message.Message):
     expert_rows_dropped: int
     draft_tokens: int
     accepted_draft_tokens: int
-    def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., endpoint: _Optional[str] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., epoch: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., step: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., startup_s: _Optional[_Mapping[str, float]] = ..., generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., expert_layers: _Optional[_Iterable[_Union[ExpertLayerStatus, _Mapping]]] = ..., expert_rows_dropped: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[int] = ...) -> None: ...
+    expert_table: int
+    expert_moves: int
+    def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., endpoint: _Optional[str] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., epoch: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., step: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., startup_s: _Optional[_Mapping[str, float]] = ..., generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., expert_layers: _Optional[_Iterable[_Union[ExpertLayerStatus, _Mapping]]] = ..., expert_rows_dropped: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[int] = ..., expert_table: _Optional[int] = ..., expert_moves: _Optional[int] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
     __slots__ = ("cluster", "version", "replicas", "models", "active_requests", "gateway_pid", "dashboard_url")

@@ -29,6 +29,7 @@ models:
     dtype: float32
     parallel: {{dp: 2, tp: 1}}
     kv_cache: {{memory: 8MiB}}
+    moe: {{redundant_experts: 1, balance: {{enabled: true, interval: 1s, max_moves: 4}}}}
     limits: {{max_step_tokens: 128}}
 """
 
@@ -98,6 +99,22 @@ def test_the_load_of_each_expert_is_in_status_and_metrics(moe_cluster, stub):
     assert len({sum(layer["rows"]) for layer in layers()}) == 1
     assert all(layer["imbalance"] >= 1.0 for layer in layers())
     assert moe_cluster.replicas()[0]["expert_rows_dropped"] == 0
+
+
+def test_experts_follow_the_load_and_no_token_changes(moe_cluster, stub):
+    moe_cluster.wait_for(lambda: len(moe_cluster.replicas()) == 1, 90.0)
+    (first, _), tokens = stream(stub, "def ", 200), set()
+
+    def moved() -> bool:
+        answer, error = stream(stub, "def ", 200)
+        assert error is None
+        tokens.add(tuple(answer))
+        return moe_cluster.replicas()[0]["expert_table"] > 0
+
+    moe_cluster.wait_for(moved, 60.0)
+    moved()
+    assert tokens == {tuple(first)}
+    assert moe_cluster.replicas()[0]["expert_moves"] >= 0
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])

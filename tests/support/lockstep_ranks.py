@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -20,10 +21,13 @@ from cluster.base.plan import (
     SchedulerPlan,
 )
 from cluster.dist.rendezvous import pick_port
+from moe.expert_table import ExpertTable, starting_tables
 from replicas.engine.lockstep_scheduler import LockstepScheduler
 from replicas.engine.sync_engine import SyncEngine
 from replicas.leader.engine_parts import scheduler_config, scheme_chooser
+from replicas.leader.expert_balancer import ExpertBalancer
 from replicas.leader.worker_plans import Meetings, worker_plan
+from replicas.models.hf_config import arch_from_hf
 from replicas.worker.expert_state import ExpertState
 from replicas.worker.leader_link import LinkListener
 from replicas.worker.lockstep_executor import LockstepExecutor
@@ -54,6 +58,8 @@ def model_plan(
     tp: int,
     exchange: str = "flat",
     capacity_factor: float | None = None,
+    num_redundant: int = 0,
+    max_moves: int = 0,
     **limits: int,
 ) -> ModelPlan:
     """A plan as the planner would make it, small."""
@@ -74,6 +80,8 @@ def model_plan(
             dispatch="exact",
             combine="fp32",
             capacity_factor=capacity_factor,
+            num_redundant=num_redundant,
+            max_moves=max_moves,
         ),
         device="cpu",
         dtype="float32",
@@ -136,11 +144,23 @@ class LockstepRanks:
         link = listener.accept_all(timeout_s=90)
         listener.close()
         self.executor = LockstepExecutor(link, dp_size=plan.dp_size, tp_size=plan.tp_size)
+        self.balancer = ExpertBalancer(
+            self._starting_tables(), names, max_moves=plan.experts.max_moves if plan.experts else 0
+        )
         self.scheduler = LockstepScheduler(
             scheduler_config(plan),
             plan.dp_size,
             choose_scheme=scheme_chooser([(64, self._scheme, "asked for")], plan.tp_size),
+            expert_orders=self.balancer.orders,
         )
+
+    def _starting_tables(self) -> tuple[ExpertTable, ...]:
+        assert self.plan.experts is not None
+        arch = arch_from_hf(json.loads((Path(self.plan.path) / "config.json").read_text()))
+        sizes = [
+            (i, layer.moe.gate.num_experts) for i, layer in enumerate(arch.layers) if layer.moe
+        ]
+        return starting_tables(sizes, self.plan.num_ranks, self.plan.experts.num_redundant)
 
     @property
     def _scheme(self) -> str:

@@ -13,9 +13,10 @@ def state(*rows: list[int], dropped: int = 0) -> dict:
 
 
 def test_totals_of_the_ranks_are_added_up_and_the_busiest_rank_counts():
-    watch = ExpertWatch(starting_tables([(0, 4), (2, 2)], 2))
+    tables = {table.layer: table for table in starting_tables([(0, 4), (2, 2)], 2)}
+    watch = ExpertWatch(tuple(tables.values()))
     watch.add([state([5, 1, 0, 0], [1, 1], dropped=2), state([0, 0, 1, 1], [1, 1])])
-    record = watch.record()
+    record = watch.record(tables)
     assert [layer.rows for layer in record.layers] == [(5, 1, 1, 1), (2, 2)]
     assert [layer.layer for layer in record.layers] == [0, 2]
     assert [layer.imbalance for layer in record.layers] == [1.5, 1.0]
@@ -24,9 +25,10 @@ def test_totals_of_the_ranks_are_added_up_and_the_busiest_rank_counts():
 
 
 def test_what_was_long_ago_counts_less():
-    watch = ExpertWatch(starting_tables([(0, 2), (2, 2)], 2), half_life_rows=100)
+    tables = {table.layer: table for table in starting_tables([(0, 2), (2, 2)], 2)}
+    watch = ExpertWatch(tuple(tables.values()), half_life_rows=100)
     watch.add([state([1000, 0], [0, 0])])
     watch.add([state([1000, 1000], [0, 0])])
     first, second = watch.loads()[0]
     assert first < 0.1 * second
-    assert watch.record().layers[0].rows == (1000, 1000)
+    assert watch.record(tables).layers[0].rows == (1000, 1000)

@@ -59,6 +59,37 @@ def test_weights_of_a_rank_are_its_experts_and_its_share_of_the_rest(tmp_path: P
     assert sliced - spread == 2 * (10 - 3) * expert_bytes
 
 
+def test_copies_and_experts_on_their_way_are_memory(tmp_path: Path):
+    expert_bytes = 3 * 64 * 96 * 4
+    plain = planned(tmp_path, parallel={"dp": 4})
+    copies = planned(tmp_path, parallel={"dp": 4}, moe={"redundant_experts": 2})
+    assert copies.experts is not None
+    assert copies.experts.experts_per_rank == (5, 5, 4, 4)
+    assert copies.experts.balance_interval_s is None
+    assert copies.memory.weights_bytes - plain.memory.weights_bytes == 2 * 2 * expert_bytes
+    balance = {"enabled": True, "interval": "5s", "max_moves": 3}
+    moving = planned(tmp_path, parallel={"dp": 4}, moe={"balance": balance})
+    assert moving.experts is not None
+    assert (moving.experts.num_redundant, moving.experts.max_moves) == (1, 3)
+    assert moving.experts.balance_interval_s == 5.0
+    grown = moving.memory.workspace_bytes - plain.memory.workspace_bytes
+    assert 3 * expert_bytes < grown < 5 * expert_bytes
+
+
+@pytest.mark.parametrize(
+    ("moe", "word"),
+    [
+        ({"redundant_experts": 9}, "only 8"),
+        ({"redundant_experts": 0, "balance": {"enabled": True}}, "no rank has room"),
+    ],
+)
+def test_copies_that_cannot_be_are_refused(tmp_path: Path, moe, word):
+    entry = {"engine": "auto", "limits": LIMITS, "parallel": {"dp": 4}, "moe": moe}
+    error = refused(tmp_path, LAPTOP, MIXTURE, **entry)
+    assert error.param == "models[0].moe.redundant_experts"
+    assert word in error.cause
+
+
 def test_workspace_counts_the_rows_of_all_ranks(tmp_path: Path):
     one = planned(tmp_path).memory.workspace_bytes
     two = planned(tmp_path, parallel={"dp": 2}).memory.workspace_bytes
