@@ -116,10 +116,30 @@ inline void step_2x2(const char* x0, const char* x1, const char* w0, const char*
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// 32 rows against two columns for `depth_tiles` of the depth; kFetch: weights come from memory.
-template <bool kFetch>
+// Weights of the next two columns, fetched while these are multiplied: a few lines with every step.
+// In one burst they would fill the core's miss buffers and the tiles wait (measured: x1.5).
+class Ahead {
+ public:
+  Ahead(const Column* columns, long bytes, long steps)
+      : w0_(columns[0].whole),
+        w1_(columns[1].whole),
+        left_(bytes / 64),
+        lines_((left_ + steps - 1) / steps) {}
+  void step() {
+    for (long line = std::min(lines_, left_); line > 0; --line, --left_, w0_ += 64, w1_ += 64) {
+      _mm_prefetch(w0_, _MM_HINT_T1);
+      _mm_prefetch(w1_, _MM_HINT_T1);
+    }
+  }
+
+ private:
+  const char *w0_, *w1_;
+  long left_, lines_;
+};
+
+// 32 rows against two columns for `depth_tiles` of the depth.
 inline void multiply_2x2(const char* x0, const char* x1, const Column* columns, long depth_tiles,
-                         bool first, bool with_rest, float* sums, long stride) {
+                         bool first, bool with_rest, float* sums, long stride, Ahead& ahead) {
   const long bytes = 4 * stride;
   float* lower = sums + kTileSide * stride;
   settle_memory();
@@ -136,11 +156,7 @@ inline void multiply_2x2(const char* x0, const char* x1, const Column* columns, 
   }
   const char *w0 = columns[0].whole, *w1 = columns[1].whole;
   for (long t = 0; t < depth_tiles; ++t) {
-    if (kFetch)
-      for (int line = 0; line < 16; ++line) {
-        _mm_prefetch(w0 + 2 * kTileBytes + 64 * line, _MM_HINT_T0);
-        _mm_prefetch(w1 + 2 * kTileBytes + 64 * line, _MM_HINT_T0);
-      }
+    ahead.step();
     step_2x2(x0, x1, w0, w1);
     x0 += kTileBytes, x1 += kTileBytes, w0 += kTileBytes, w1 += kTileBytes;
   }

@@ -15,7 +15,7 @@ namespace {
 
 constexpr long kPieceRows = 256;     // rows of one expert in a unit
 constexpr long kWaveRows = 2048;     // rows in work at a time: what lies in between stays in the cache
-constexpr long kUnitColumns = 128;   // whole lines of `Rows`
+constexpr long kUnitColumns = 256;   // whole lines of `Rows`
 
 template <typename S>
 struct Expert {

@@ -140,29 +140,11 @@ void multiply_few(const Rows<Bf16>& x, const Matrix<Bf16>& w, Y* y, Part part) {
   }
 }
 
-// Fetches the weights of the next two columns while these are multiplied, a bit with every step.
-class Fetch {
- public:
-  Fetch(const Column* columns, long bytes, long steps)
-      : columns_(columns), bytes_(bytes), stride_(round_up((bytes + steps - 1) / steps, 64)) {}
-  void step() {
-    const long end = std::min(at_ + stride_, bytes_);
-    for (; at_ < end; at_ += 64) {
-      _mm_prefetch(columns_[0].whole + at_, _MM_HINT_T1);
-      _mm_prefetch(columns_[1].whole + at_, _MM_HINT_T1);
-    }
-  }
-
- private:
-  const Column* columns_;
-  long bytes_, stride_, at_ = 0;
-};
-
-// Pieces that stay in the second-level cache: 256 rows x 256 columns x 512 of the depth; with few
+// Pieces that stay in the second-level cache: 256 rows x 256 columns x 256 of the depth; with few
 // rows the weights pass by once and the depth is not cut.
 template <bool kFew, typename Y>
 void multiply_many(const Rows<Bf16>& x, const Matrix<Bf16>& w, Y* y, Part part) {
-  constexpr long kSide = 256, kDepth = 16;  // tiles of the depth
+  constexpr long kSide = 256, kDepth = 8;  // tiles of the depth
   float* sums = reinterpret_cast<float*>(thread_scratch(kSide * kSide * sizeof(float)));
   alignas(64) char rest[2 * kTileBytes], unused[2 * kTileBytes];
   Column columns[2], next[2];
@@ -178,15 +160,13 @@ void multiply_many(const Rows<Bf16>& x, const Matrix<Bf16>& w, Y* y, Part part) 
           columns_of(w, 2 * pair, 2, depth, columns, rest);
           const bool turns = pair + 1 == end;  // to the next piece of the depth
           columns_of(w, 2 * (turns ? left : pair + 1), 2, turns ? stop : depth, next, unused);
-          Fetch fetch(next, kFew ? 0 : (stop - depth) * kTileBytes, (rows + 31) / 32);
-          for (long row = 0; row < rows; row += 32) {
-            fetch.step();
-            const auto multiply = kFew && row == 0 ? multiply_2x2<true> : multiply_2x2<false>;
-            multiply(reinterpret_cast<const char*>(x.line(top + row, depth)),
-                     reinterpret_cast<const char*>(x.line(top + row + 16, depth)), columns,
-                     stop - depth, depth == 0, stop == whole && columns[0].rest != nullptr,
-                     sums + row * kSide + (pair - left) * 32, kSide);
-          }
+          const long steps = (rows + 31) / 32 * std::max(stop - depth, 1L);
+          Ahead ahead(next, (stop - depth) * kTileBytes, steps);
+          for (long row = 0; row < rows; row += 32)
+            multiply_2x2(reinterpret_cast<const char*>(x.line(top + row, depth)),
+                         reinterpret_cast<const char*>(x.line(top + row + 16, depth)), columns,
+                         stop - depth, depth == 0, stop == whole && columns[0].rest != nullptr,
+                         sums + row * kSide + (pair - left) * 32, kSide, ahead);
         }
         depth = std::max(stop, 1L);
       }
