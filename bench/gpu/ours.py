@@ -17,7 +17,7 @@ from replicas.models.context import torch_dtype
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.registry import build_model
 from replicas.worker.decode_graphs import GraphedModel, GraphLimits
-from replicas.worker.device import capture_graph, synchronize
+from replicas.worker.device import GraphRecorder, synchronize
 from replicas.worker.in_process_executor import InProcessExecutor
 from replicas.worker.kv_tensors import KvCacheSpec, allocate_kv_caches
 from replicas.worker.model_runner import ModelRunner
@@ -119,7 +119,7 @@ class GpuEngine:
         model = self.model
         if not GraphedModel.why_not(model, self.weights, self._device.type):
             limits = GraphLimits(max_rows=batch, max_context=context, block_size=BLOCK_SIZE)
-            model = GraphedModel(model, limits, self._device, capture_graph)
+            model = GraphedModel(model, limits, self._device, GraphRecorder())
         runner = ModelRunner(
             model,
             self.weights,

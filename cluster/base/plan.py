@@ -200,6 +200,8 @@ class ModelPlan:
     """Only with `engine` offload."""
     speed: SpeedPlan | None = None
     """Only with `engine` offload."""
+    quantization: str = "none"
+    """Number format of resident linear weights: none (`dtype`) or fp8."""
     dp_size: int = 1
     """Data-parallel groups of each replica, each of `tp_size` ranks and with its own cache."""
     experts: ExpertPlan | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from cluster.base.errors import ConfigError
 from cluster.base.spec import ModelSpec
 from cluster.planner.decisions import Decision, DeviceChoice
 from cluster.planner.kv_sizing import KvDemand
@@ -62,7 +63,28 @@ class Draft:
 def draft_model(source: ModelSource, device: DeviceChoice, dtype: Decision[str]) -> Draft:
     """The draft of a model as its entry asks for it."""
     spec = source.spec
+    _refuse_idle_quantization(source, device)
     return _draft(source, device, dtype, source.layout, step_tokens(spec))
+
+
+def _refuse_idle_quantization(source: ModelSource, device: DeviceChoice) -> None:
+    """Where `quantization` would change nothing."""
+    spec = source.spec
+    if spec.quantization == "none":
+        return
+    why = ""
+    if spec.engine == "offload":
+        why = "the weights are streamed: their format is offload.precision"
+    elif device.device != "cuda":
+        why = f"the ranks run on {device.device}, and fp8 products are made on cuda"
+    elif source.arch.has_experts:
+        why = "experts are not served in fp8"
+    if why:
+        raise ConfigError(
+            f"quantization: {spec.quantization} has no effect: {why}.",
+            "Leave quantization out.",
+            param=source.param("quantization"),
+        )
 
 
 def step_tokens(spec: ModelSpec) -> int:
@@ -128,7 +150,9 @@ def _draft(
         layout=layout,
         max_step_tokens=max_step_tokens,
         # The first rank: where experts do not divide, it holds one more.
-        weights_bytes=weight_bytes_per_rank(arch, tp_size, dtype.value, layout.held_by(arch, 0)),
+        weights_bytes=weight_bytes_per_rank(
+            arch, tp_size, dtype.value, layout.held_by(arch, 0), fp8=spec.quantization == "fp8"
+        ),
         space=workspace(arch, step),
         kv=kv,
     )

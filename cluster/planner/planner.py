@@ -146,6 +146,7 @@ def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topolog
         experts=_experts(draft),
         device=draft.device.device,
         dtype=draft.dtype.value,
+        quantization=spec.quantization,
         num_threads=compute.threads.value,
         cpus_per_rank=compute.cpus.value,
         gpus_per_rank=1.0 if draft.on_gpu else 0.0,

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.nn import functional
 
+from replicas.kernels.fp8_layout import fits_fp8
+
 _CODES = ".fp8"
 _SCALES = ".fp8_scales"
 _DTYPE = torch.float8_e4m3fn
-# The multiplication wants whole tiles of 16 features on both sides.
-_TILE = 16
 
 QuantiseRows = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -34,7 +34,7 @@ class Fp8Weights:
 
     def pack(self, name: str, weight_OI: torch.Tensor) -> dict[str, torch.Tensor]:
         """Codes and scales under names of their own; a weight without whole tiles stays plain."""
-        if weight_OI.shape[0] % _TILE or weight_OI.shape[1] % _TILE:
+        if not fits_fp8(weight_OI.shape):
             return {name: weight_OI}
         codes_OI, scales_O1 = quantise_rows(weight_OI)
         return {

@@ -39,6 +39,7 @@ def worker_plan(plan: ModelPlan, rank: int, meetings: Meetings) -> WorkerPlan:
         device=plan.device,
         dtype=plan.dtype,
         kv_dtype=plan.kv.dtype,
+        quantization=plan.quantization,
         block_size=plan.kv.block_size,
         num_blocks=plan.kv.num_blocks,
         max_context=plan.scheduler.max_context,

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 from cluster.base.errors import ConfigError
+from replicas.kernels.fp8_layout import fits_fp8, fp8_bytes
 from replicas.layers.weights import TensorSpec
 from replicas.models.arch import ArchConfig
 from replicas.models.weight_units import weight_units
@@ -23,11 +24,14 @@ def weight_bytes_per_rank(
     tp_size: int,
     dtype: str,
     experts: Sequence[Sequence[int]] | None = None,
+    *,
+    fp8: bool = False,
 ) -> int:
     """Bytes of one rank's resident weights in `dtype`.
 
     Args:
         experts: routed experts that the rank holds whole, as in `weight_units`.
+        fp8: linear weights are held as codes of a byte with a scale per output feature.
 
     Raises:
         ConfigError: the model cannot be split so, or the dtype is unknown.
@@ -36,9 +40,13 @@ def weight_bytes_per_rank(
     for unit in weight_units(arch, 0, tp_size, experts):
         for spec in unit.tensors:
             distinct[spec.shape, spec.sources, spec.dtype] = spec
-    return sum(
-        math.prod(spec.shape) * _item_bytes(spec.dtype or dtype) for spec in distinct.values()
-    )
+    return sum(_tensor_bytes(spec, dtype, fp8=fp8) for spec in distinct.values())
+
+
+def _tensor_bytes(spec: TensorSpec, dtype: str, *, fp8: bool) -> int:
+    if fp8 and spec.is_linear and fits_fp8(spec.shape):
+        return fp8_bytes(spec.shape)
+    return math.prod(spec.shape) * _item_bytes(spec.dtype or dtype)
 
 
 def kv_bytes_per_token(arch: ArchConfig, tp_size: int, dtype: str) -> int:

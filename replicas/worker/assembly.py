@@ -21,7 +21,7 @@ from replicas.models.decoder import DecoderModel
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.registry import build_model
 from replicas.worker.decode_graphs import GraphedModel, GraphLimits
-from replicas.worker.device import capture_graph
+from replicas.worker.device import GraphRecorder
 from replicas.worker.kv_tensors import KvCacheSpec, allocate_kv_caches
 from replicas.worker.model_runner import ModelRunner
 
@@ -150,4 +150,4 @@ def _with_graphs(
     limits = GraphLimits(
         max_rows=spec.max_graph_rows, max_context=spec.max_context, block_size=spec.block_size
     )
-    return GraphedModel(model, limits, device, capture_graph)
+    return GraphedModel(model, limits, device, GraphRecorder())

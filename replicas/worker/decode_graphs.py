@@ -97,7 +97,7 @@ class GraphedModel:
     Args:
         model: the model itself; its weights and caches must stay where they are.
         limits: what the captured steps must hold.
-        capture: how launches are recorded (`device.capture_graph` on CUDA).
+        capture: how launches are recorded (`device.GraphRecorder` on CUDA).
     """
 
     def __init__(

@@ -94,36 +94,45 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def capture_graph(
-    launch: Callable[[], torch.Tensor],
-) -> Callable[[], torch.Tensor]:
-    """Record what `launch` does on the current CUDA device as a graph.
+class GraphRecorder:
+    """Records what functions launch on the current CUDA device, as graphs over one pool of memory.
 
-    Runs it twice before, on a stream of its own: libraries set themselves up at first use, which
-    must not be recorded.
-
-    Returns:
-        A function that launches the graph and returns `launch`'s tensor, filled anew.
-
-    Raises:
-        DeviceOutOfMemoryError: the graph's memory does not fit.
+    Graphs that share a pool take the memory of the largest, not of all; so they are replayed one
+    at a time, and what one returned lives until the next is replayed.
     """
-    with out_of_memory_as_error("capturing a decode step"):
-        stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                launch()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = launch()
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return result
+    def __init__(self) -> None:
+        self._latest: torch.cuda.CUDAGraph | None = None
 
-    return replay
+    def __call__(self, launch: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Record `launch`.
+
+        Runs it twice before, on a stream of its own: libraries set themselves up at first use,
+        which must not be recorded.
+
+        Returns:
+            A function that launches the graph and returns `launch`'s tensor, filled anew.
+
+        Raises:
+            DeviceOutOfMemoryError: the graph's memory does not fit.
+        """
+        with out_of_memory_as_error("capturing a decode step"):
+            stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    launch()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._latest.pool() if self._latest else None):
+                result = launch()
+        self._latest = graph
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay
 
 
 @contextmanager

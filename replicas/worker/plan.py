@@ -49,6 +49,8 @@ class WorkerPlan:
     link_host: str
     link_port: int
     link_secret: str
+    quantization: str = "none"
+    """Number format of resident linear weights: none (`dtype`) or fp8."""
     offload: OffloadPlan | None = None
     experts: ExpertRankPlan | None = None
     """Only in an expert-parallel replica."""

@@ -139,6 +139,7 @@ class Worker:
             block_size=plan.block_size,
             num_blocks=plan.num_blocks,
             max_context=plan.max_context,
+            kernels="fp8" if plan.quantization == "fp8" else "auto",
         )
         experts: SpreadExperts | None = None
         schemes: list[SchemeRow] = []

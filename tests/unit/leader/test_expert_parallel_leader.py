@@ -53,6 +53,8 @@ def test_every_rank_learns_where_its_groups_meet() -> None:
     assert from_json(WorkerPlan, to_json(plans[5])) == plans[5]
     assert from_json(ModelPlan, to_json(EXPERT)) == EXPERT
     assert worker_plan(DENSE, 1, meetings).experts is None
+    fp8 = dataclasses.replace(DENSE, quantization="fp8")
+    assert worker_plan(fp8, 1, meetings).quantization == "fp8"
 
 
 def test_the_scheme_of_a_step_is_that_of_the_busiest_ranks_rows() -> None:

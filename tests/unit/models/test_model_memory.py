@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.base.errors import ConfigError
+from replicas.kernels.triton_ops import TritonKernels
 from replicas.models.checkpoint import load_weights
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.memory import kv_bytes_per_token, weight_bytes_per_rank
@@ -38,6 +39,25 @@ def test_planned_bytes_are_loaded_bytes(
         assert sum(tensor.nbytes for tensor in tensors.values()) == planned
         assert progress[-1] == (planned, planned)
         assert progress == sorted(progress)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_planned_fp8_bytes_are_loaded_bytes(checkpoint: Callable[[str], Path], name: str) -> None:
+    """Weights without whole tiles stay plain, in the plan too."""
+    path = checkpoint(name)
+    arch = arch_from_hf(json.loads((path / "config.json").read_text()))
+    units = weight_units(arch, 0, 1)
+    kernels = TritonKernels(fp8=True)
+    weights = load_weights(path, units, dtype="bfloat16", device="cpu", kernels=kernels)
+    tensors = {
+        tensor.data_ptr(): tensor
+        for unit in units
+        for tensor in weights.acquire(unit.name).values()
+        if not tensor.is_meta
+    }
+    planned = weight_bytes_per_rank(arch, 1, "bfloat16", fp8=True)
+    assert sum(tensor.nbytes for tensor in tensors.values()) == planned
+    assert planned < weight_bytes_per_rank(arch, 1, "bfloat16")
 
 
 def test_kv_bytes_count_replicated_heads(checkpoint: Callable[[str], Path]) -> None:

@@ -16,6 +16,17 @@ from cluster.planner.hub import Hub
 from cluster.planner.planner import make_plan
 
 
+def test_fp8_halves_the_weights_of_a_gpu_rank(tmp_path: Path):
+    plain, fp8 = (
+        plan_model(tmp_path, GPU_BOX, LLAMA_3_8B, device="cuda", quantization=name).models[0]
+        for name in ("none", "fp8")
+    )
+    assert (plain.quantization, fp8.quantization) == ("none", "fp8")
+    # All but the embedding table, which is read by rows.
+    assert 0.5 < fp8.memory.weights_bytes / plain.memory.weights_bytes < 0.6
+    assert fp8.kv.num_blocks > plain.kv.num_blocks
+
+
 def test_golden_llama_3_8b_on_one_gpu(tmp_path: Path):
     (model,) = plan_model(tmp_path, GPU_BOX, LLAMA_3_8B).models
     assert model.memory.weights_bytes == 8_030_261_248 * 2

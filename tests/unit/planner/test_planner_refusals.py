@@ -31,6 +31,20 @@ def test_refuses_gpus_that_are_not_there(tmp_path: Path):
     assert "device: cpu" in error.remedy
 
 
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        ({"device": "cpu"}, "the ranks run on cpu"),
+        ({"device": "cuda", "engine": "offload"}, "offload.precision"),
+    ],
+)
+def test_refuses_fp8_where_it_changes_nothing(tmp_path: Path, entry: dict[str, Any], why: str):
+    machine = Topology(nodes=(node(8, 64, (24,)),))
+    error = refused(tmp_path, machine, quantization="fp8", **entry)
+    assert error.param == "models[0].quantization"
+    assert why in error.cause
+
+
 def test_refuses_a_replica_across_nodes(tmp_path: Path):
     pair = Topology(nodes=(node(8, 64, (24,), "a"), node(8, 64, (24,), "b")))
     assert "on one node" in refused(tmp_path, pair, device="cuda", parallel={"tp": 2}).cause

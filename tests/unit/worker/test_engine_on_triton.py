@@ -15,9 +15,12 @@ pytest.importorskip("triton", reason="Triton's kernels need triton (part of the 
 NUM_TOKENS = 4
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_oss", "deepseek_v3"])
 def test_greedy_equals_transformers(family: str, tmp_path: Path) -> None:
-    """Chunked prompts beside decodes, so that both attention kernels run in one step."""
+    """Chunked prompts beside decodes, so that both attention launches are in one step.
+
+    Head norms, sinks, and latents as keys and values among them.
+    """
     path = write_checkpoint(family, tmp_path)
     requests = [
         GenerationRequest(
