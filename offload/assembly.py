@@ -14,7 +14,6 @@ from cluster.base.plan import OffloadPlan
 from cluster.base.quantities import size_text
 from offload.budget import Budget
 from offload.expert_cache import ExpertCache
-from offload.host_link import VERIFY
 from offload.layout import Store
 from offload.opening import Opening, Runtime
 from offload.pack import NativePacker, Packer, StoreRequest, ensure_store
@@ -23,6 +22,7 @@ from offload.precision import Precision
 from offload.provider import StreamedWeights
 from offload.quant_kernels import QuantKernels, QuantPacker
 from offload.readers.choose import choose_reader, openers
+from offload.record_check import VERIFY
 from offload.ring import Ring
 from offload.schedule import build_schedule
 from replicas.kernels.ops import Kernels

@@ -1,28 +1,32 @@
 """Disk -> host slots. On a CPU rank the kernels compute straight from them.
 
-Nothing that was read is used before it is known to be whole: the guard words are spoilt before a
-read and compared after it, each time; the checksum is computed on a record's first read, or always.
-A read that failed is tried once more. A slow disk makes a slow step; a wrong byte makes an error.
+Nothing that was read is used before it is known to be whole (`offload/record_check.py`). Checksums
+are computed by a thread of their own as records arrive, in the order of their reads, so that the
+computation waits for one only where it caught up with the disk. A read that failed is tried once
+more. A slow disk makes a slow step; a wrong byte makes an error.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
-import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from cluster.base.errors import CorruptWeightsError, PenstockError, WeightStreamError
-from offload.layout import GUARD_BYTES, GUARD_STRIDE, PackedTensor, Record, Store
+from cluster.base.errors import PenstockError
+from offload.layout import PackedTensor, Record, Store
 from offload.link import LinkStats
 from offload.readers.engine import ReadEngine, ReadTimeoutError
+from offload.record_check import RecordCheck
 
-VERIFY = ("first", "always")
 # As float32, bfloat16 and float16 alike: not a number.
 _POISON = 0xFF
 _MAX_CACHED_VIEWS = 4096
+_POLL_S = 0.5
+"""How long a wait may keep `close` waiting."""
 _log = logging.getLogger(__name__)
 
 
@@ -31,7 +35,7 @@ class HostLink:
 
     Args:
         slots: memory of each slot, from `engine.allocate`; a unit's record must fit its slot.
-        verify: one of `VERIFY`.
+        verify: one of `record_check.VERIFY`.
         poison: overwrite evicted slots with NaN, so that a use after release shows.
     """
 
@@ -49,12 +53,13 @@ class HostLink:
         self._store = store
         self._engine = engine
         self._slots = list(slots)
-        self._always = verify == "always"
+        self._check = RecordCheck(store, verify)
         self._timeout_s = timeout_s
         self._poison = poison
         self._reading: list[Record | None] = [None] * len(slots)
-        self._verified: set[int] = set()
-        self._guards: dict[int, torch.Tensor] = {}
+        self._checks: dict[int, Future[None]] = {}
+        self._checker = ThreadPoolExecutor(1, thread_name_prefix="weight-check")
+        self._is_closing = threading.Event()
         self._views: dict[tuple[str, int], Mapping[str, torch.Tensor]] = {}
 
     def submit(self, unit: str, slot: int) -> None:
@@ -70,14 +75,14 @@ class HostLink:
             return
         started_s = time.perf_counter()
         try:
-            self._finish(record, slot)
+            self._end(record, slot)
         except ReadTimeoutError:
             raise
         except PenstockError as error:
             _log.warning("%s is read once more: %s", unit, error)
             self.stats.num_retries += 1
             self._start(record, slot)
-            self._finish(record, slot)
+            self._end(record, slot)
         finally:
             self.stats.wait_s += time.perf_counter() - started_s
 
@@ -102,57 +107,62 @@ class HostLink:
 
     def close(self) -> None:
         """See `Link.close`."""
+        self._is_closing.set()
+        self._checker.shutdown(wait=True, cancel_futures=True)
         self._engine.close()
         self._views.clear()
 
     def _start(self, record: Record, slot: int) -> None:
         buffer = self._slots[slot][: record.num_bytes]
-        words, at = self._guard_words(record), record.num_bytes // GUARD_STRIDE
-        strided, last = _guard_places(buffer)
-        strided.copy_(~words[:at])
-        last.copy_(~words[at:])
+        self._check.spoil(record, buffer)
         self._engine.submit(slot, buffer, record.offset)
         self._reading[slot] = record
         self.stats.num_reads += 1
         self.stats.num_bytes += record.num_bytes
+        if self._check.needs_checksum(record):
+            self._checks[slot] = self._checker.submit(self._finish, record, slot)
+
+    def _end(self, record: Record, slot: int) -> None:
+        """Wait until the slot's read has ended and been checked, by this thread or the other."""
+        check = self._checks.pop(slot, None)
+        if check is None:
+            self._finish(record, slot)
+        else:
+            check.result()
+        self._reading[slot] = None
 
     def _finish(self, record: Record, slot: int) -> None:
-        self._engine.wait(slot, self._timeout_s)
-        self._reading[slot] = None
-        buffer = self._slots[slot][: record.num_bytes]
-        words, at = self._guard_words(record), record.num_bytes // GUARD_STRIDE
-        strided, last = _guard_places(buffer)
-        if not (torch.equal(strided, words[:at]) and torch.equal(last, words[at:])):
-            raise WeightStreamError(
-                f"{self._store.path}: {record.num_bytes} bytes at {record.offset} were not read "
-                "whole.",
-                "Look at the disk.",
-            )
-        if not self._always and record.offset in self._verified:
-            return
-        if zlib.crc32(buffer.numpy().data) != record.crc32:
-            raise CorruptWeightsError(
-                f"{self._store.path}: {record.num_bytes} bytes at {record.offset} are not what was "
-                "packed.",
-                "Delete the file; it is packed again at the next start.",
-            )
-        self._verified.add(record.offset)
+        self._wait_for_read(slot)
+        self._check.check(record, self._slots[slot][: record.num_bytes])
+
+    def _wait_for_read(self, slot: int) -> None:
+        deadline_s = time.monotonic() + self._timeout_s
+        while True:
+            left_s = deadline_s - time.monotonic()
+            try:
+                self._engine.wait(slot, max(0.0, min(left_s, _POLL_S)))
+            except ReadTimeoutError as error:
+                if left_s <= _POLL_S or self._is_closing.is_set():
+                    raise ReadTimeoutError(
+                        f"A read of {self._store.path} has not ended after {self._timeout_s:g} s.",
+                        "Look at the disk, or raise the read timeout.",
+                    ) from error
+            else:
+                return
 
     def _drain(self, slot: int) -> None:
         """Wait for a read that nobody wants; how it ended does not matter."""
+        check = self._checks.pop(slot, None)
         try:
-            self._engine.wait(slot, self._timeout_s)
+            if check is None:
+                self._wait_for_read(slot)
+            else:
+                check.result()
         except ReadTimeoutError:
             raise
-        except WeightStreamError as error:
+        except PenstockError as error:
             _log.info("a read that was not needed failed: %s", error)
         self._reading[slot] = None
-
-    def _guard_words(self, record: Record) -> torch.Tensor:
-        if record.offset not in self._guards:
-            words = torch.frombuffer(bytearray(record.guards), dtype=torch.int64)
-            self._guards[record.offset] = words
-        return self._guards[record.offset]
 
 
 def view(memory: torch.Tensor, entry: PackedTensor) -> torch.Tensor:
@@ -162,10 +172,3 @@ def view(memory: torch.Tensor, entry: PackedTensor) -> torch.Tensor:
         return torch.empty(entry.shape, dtype=dtype, device="meta")
     flat = memory[entry.offset : entry.offset + entry.num_bytes]
     return flat.view(dtype).view(entry.shape)
-
-
-def _guard_places(buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The words at the ends of whole strides, and the last one (which may be one of them)."""
-    words = buffer.view(torch.int64)
-    every = GUARD_STRIDE // GUARD_BYTES
-    return words[every - 1 :: every], words[-1:]

@@ -131,6 +131,7 @@ class Opening:
             timeout_s=self._plan.read_timeout_s,
             poison=self._runtime.poison,
         )
+        self._opened.callback(host.close)
         copier = self._copier(num_slots)
         if copier is None:
             return host

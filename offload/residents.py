@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 
 import torch
 
@@ -24,7 +25,7 @@ def read_records(
     """The records of `units` by number, in one block of host memory of exactly their size.
 
     Args:
-        engine: has a slot for each record, and its memory outlives it.
+        engine: has a slot for each record, and its memory outlives it; closed afterwards.
 
     Raises:
         CorruptWeightsError, WeightStreamError: they cannot be read.
@@ -34,11 +35,11 @@ def read_records(
     slots = list(torch.split(engine.allocate(sum(sizes)), sizes))
     link = HostLink(store, engine, slots, timeout_s=timeout_s)
     unit_of = {store.by_name[unit].record: unit for unit in units}
-    for slot, number in enumerate(numbers):
-        link.submit(unit_of[number], slot)
-        if slot:
-            link.wait(unit_of[numbers[slot - 1]], slot - 1)
-    link.wait(unit_of[numbers[-1]], len(numbers) - 1)
+    with closing(link):
+        for slot, number in enumerate(numbers):
+            link.submit(unit_of[number], slot)
+        for slot, number in enumerate(numbers):
+            link.wait(unit_of[number], slot)
     return dict(zip(numbers, slots, strict=True))
 
 
@@ -52,17 +53,18 @@ def copy_records(
     """As `read_records`, on `device`; the host holds one record at a time.
 
     Args:
-        engine: has one slot.
+        engine: has one slot; closed afterwards.
     """
     numbers = record_numbers(store, units)
     sizes = [store.records[number].num_bytes for number in numbers]
     blocks = torch.split(torch.empty(sum(sizes), dtype=torch.uint8, device=device), sizes)
     link = HostLink(store, engine, [engine.allocate(max(sizes))], timeout_s=timeout_s)
     unit_of = {store.by_name[unit].record: unit for unit in units}
-    for number, block in zip(numbers, blocks, strict=True):
-        link.submit(unit_of[number], 0)
-        link.wait(unit_of[number], 0)
-        block.copy_(link.record(unit_of[number], 0))
+    with closing(link):
+        for number, block in zip(numbers, blocks, strict=True):
+            link.submit(unit_of[number], 0)
+            link.wait(unit_of[number], 0)
+            block.copy_(link.record(unit_of[number], 0))
     return dict(zip(numbers, blocks, strict=True))
 
 

@@ -26,8 +26,11 @@ from offload.host_memory import HUGE_BYTES, collapse_pages, why_not_lock
 from offload.readers.aio_build import find_ops
 from offload.readers.engine import ReaderUnavailableError, ReadTimeoutError
 
-_BLOCK_BYTES = 2**20
+_BLOCK_BYTES = 2**19
 _QUEUE_DEPTH = 32
+_SINGLE_SUBMIT = True
+"""Requests submitted together are merged by the kernel into few large ones, which a disk serves
+less of at a time: 2.1 GB/s against 2.4 GB/s one by one (virtio)."""
 _THREADS_PER_HANDLE = 1
 _CLOSE_TIMEOUT_S = 10.0
 _AIO_LIMITS = (Path("/proc/sys/fs/aio-nr"), Path("/proc/sys/fs/aio-max-nr"))
@@ -50,7 +53,7 @@ class AioEngine:
         _check_direct(path)
         module = _load(cache_dir)
         self._handles: list[Any] = [
-            module.aio_handle(_BLOCK_BYTES, _QUEUE_DEPTH, False, True, _THREADS_PER_HANDLE)
+            module.aio_handle(_BLOCK_BYTES, _QUEUE_DEPTH, _SINGLE_SUBMIT, True, _THREADS_PER_HANDLE)
             for _ in range(num_slots)
         ]
         self._ended = [threading.Event() for _ in range(num_slots)]

@@ -21,8 +21,8 @@ from offload.readers.engine import ReadEngine, ReaderUnavailableError
 READERS = ("aio", "direct", "buffered")
 """In the order of preference: by the processor time that they take."""
 PROBE_TIMEOUT_S = 10.0
-_PROBE_BYTES = 64 * 2**20
-_PROBE_PIECE_BYTES = 4 * 2**20
+_PROBE_BYTES = 128 * 2**20
+_PROBE_PIECE_BYTES = 16 * 2**20
 # A preferred reader may be this much slower than the fastest: its threads leave cores to compute.
 _GOOD_ENOUGH = 0.8
 _log = logging.getLogger(__name__)
@@ -85,21 +85,25 @@ def choose_reader(
 
 
 def measure(engine: ReadEngine, path: Path, clock: Callable[[], float] = time.monotonic) -> float:
-    """Bytes per second of two reads in flight over the beginning of the file; warms up first.
+    """Bytes per second of two reads in flight, spread over the file; warms up first.
+
+    Spread, because what was read a moment ago comes faster from a cache below the disk.
 
     Raises:
         WeightStreamError: a read failed.
         ReaderUnavailableError: the engine has no memory to give.
     """
     piece = min(_PROBE_PIECE_BYTES, path.stat().st_size // PAGE_BYTES * PAGE_BYTES)
-    count = max(1, min(_PROBE_BYTES, path.stat().st_size) // piece)
+    size = path.stat().st_size
+    count = max(1, min(_PROBE_BYTES, size) // piece)
+    stride = (size - piece) // count // PAGE_BYTES * PAGE_BYTES
     memory = engine.allocate(2 * piece)
     buffers = [memory[:piece], memory[piece:]]
     engine.submit(0, buffers[0], 0)
     engine.wait(0, PROBE_TIMEOUT_S)
     started_s = clock()
     for index in range(count):
-        engine.submit(index % 2, buffers[index % 2], index * piece)
+        engine.submit(index % 2, buffers[index % 2], (count - index) * stride)
         if index:
             engine.wait((index - 1) % 2, PROBE_TIMEOUT_S)
     engine.wait((count - 1) % 2, PROBE_TIMEOUT_S)

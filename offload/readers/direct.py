@@ -22,8 +22,10 @@ from replicas.kernels.build import (
 
 SOURCES = Path(__file__).parent / "native"
 _ABI = 1
-_THREADS = 2
-_CHUNK_BYTES = 2 * 2**20
+_THREADS = 16
+_CHUNK_BYTES = 2**19
+"""Many small requests: 2.4 GB/s where 2 threads with 2 MiB each had 2.0 (virtio), for as little
+processor time."""
 _CLOSE_TIMEOUT_S = 10.0
 _log = logging.getLogger(__name__)
 

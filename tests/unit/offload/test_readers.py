@@ -173,7 +173,7 @@ def test_a_preferred_reader_wins_unless_it_is_much_slower(file: Path, monkeypatc
 def test_measuring_counts_bytes_and_time(file: Path) -> None:
     engine = openers(file, default_cache_dir())["buffered"](2)
     ticks = iter([0.0, 2.0])
-    assert measure(engine, file, lambda: next(ticks)) == 4 * 2**20 / 2.0
+    assert measure(engine, file, lambda: next(ticks)) == SIZE / 2.0
     engine.close()
 
 

@@ -1,0 +1,79 @@
+"""Whether a record that was read is whole: guard words at every read, the checksum at the first.
+
+The guard words are spoilt before a read and compared after it, which finds a read that failed or
+ended early in silence, without looking at each byte. Safe to call from two threads as long as each
+buffer belongs to one of them.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+
+from cluster.base.errors import CorruptWeightsError, WeightStreamError
+from offload.layout import GUARD_BYTES, GUARD_STRIDE, Record, Store
+
+VERIFY = ("first", "always")
+
+
+class RecordCheck:
+    """Checks the records of one store.
+
+    Args:
+        verify: one of `VERIFY`: when the checksum is computed.
+    """
+
+    def __init__(self, store: Store, verify: str) -> None:
+        self._path = store.path
+        self._always = verify == "always"
+        self._verified: set[int] = set()
+        self._guards: dict[int, torch.Tensor] = {}
+
+    def needs_checksum(self, record: Record) -> bool:
+        """Whether `check` will look at every byte: too long for who has something else to do."""
+        return self._always or record.offset not in self._verified
+
+    def spoil(self, record: Record, buffer: torch.Tensor) -> None:
+        """Make `buffer` differ from the record in every guard word."""
+        words, at = self._guard_words(record), record.num_bytes // GUARD_STRIDE
+        strided, last = _guard_places(buffer)
+        strided.copy_(~words[:at])
+        last.copy_(~words[at:])
+
+    def check(self, record: Record, buffer: torch.Tensor) -> None:
+        """Return when `buffer` holds the record.
+
+        Raises:
+            WeightStreamError: it was not read whole.
+            CorruptWeightsError: it is not what was packed.
+        """
+        words, at = self._guard_words(record), record.num_bytes // GUARD_STRIDE
+        strided, last = _guard_places(buffer)
+        if not (torch.equal(strided, words[:at]) and torch.equal(last, words[at:])):
+            raise WeightStreamError(
+                f"{self._path}: {record.num_bytes} bytes at {record.offset} were not read whole.",
+                "Look at the disk.",
+            )
+        if not self.needs_checksum(record):
+            return
+        if zlib.crc32(buffer.numpy().data) != record.crc32:
+            raise CorruptWeightsError(
+                f"{self._path}: {record.num_bytes} bytes at {record.offset} are not what was "
+                "packed.",
+                "Delete the file; it is packed again at the next start.",
+            )
+        self._verified.add(record.offset)
+
+    def _guard_words(self, record: Record) -> torch.Tensor:
+        if record.offset not in self._guards:
+            words = torch.frombuffer(bytearray(record.guards), dtype=torch.int64)
+            self._guards[record.offset] = words
+        return self._guards[record.offset]
+
+
+def _guard_places(buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The words at the ends of whole strides, and the last one (which may be one of them)."""
+    words = buffer.view(torch.int64)
+    every = GUARD_STRIDE // GUARD_BYTES
+    return words[every - 1 :: every], words[-1:]
