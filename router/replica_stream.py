@@ -1,4 +1,4 @@
-"""The gateway's end of the hop: one multiplexed gRPC stream to one replica, for all requests.
+"""The gateway's end of the hop: one multiplexed stream to one replica, for all requests.
 
 Keeps the stream up while its member is listed (backoff between attempts), fans deltas out to the
 channels of their requests and keeps the newest load report. When the stream is lost, every request
@@ -14,28 +14,23 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import grpc
-import grpc.aio
-
-from cluster.base.errors import InternalError, PenstockError, UnavailableError
+from cluster.base.errors import PenstockError, UnavailableError, error_from_dict
 from replicas.api import GenerationRequest, ReplicaStats
 from replicas.leader.stream_codec import (
-    MAX_HOP_MESSAGE_BYTES,
-    delta_from_proto,
-    error_from_proto,
-    stats_from_proto,
-    submit_to_proto,
+    HOP_VERSION,
+    Beat,
+    Cancel,
+    Delta,
+    FromReplica,
+    Goodbye,
+    Hello,
+    Submit,
+    delta_from_wire,
 )
-from replicas.proto import replica_stream_pb2 as pb
-from replicas.proto import replica_stream_pb2_grpc as pb_grpc
+from router.hop_connection import HopConnection
 from router.request_channel import RequestChannel
-
-if TYPE_CHECKING:
-    HopCall = grpc.aio.StreamStreamCall[pb.ToReplica, pb.FromReplica]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +43,8 @@ class HopSettings:
     """Unread deltas after which a slow client's request is ended."""
     silence_timeout_s: float = 10.0
     """No message for this long (a report is due every second) means the replica hangs."""
+    beat_period_s: float = 2.0
+    """How often a gateway tells that it lives; a leader waits 15 s for that."""
     backoff_initial_s: float = 0.05
     backoff_max_s: float = 2.0
 
@@ -75,8 +72,7 @@ class ReplicaStream:
         self._keys = itertools.count(1)
         self._channels: dict[int, RequestChannel] = {}
         self._unstarted: dict[int, int] = {}
-        self._outbox: list[pb.ToReplica] = []
-        self._outbox_wake = asyncio.Event()
+        self._connection: HopConnection | None = None
         self._connected = False
         self._last_heard = clock()
         self._retired = False
@@ -114,7 +110,7 @@ class ReplicaStream:
     def retire(self) -> None:
         """The member is no longer listed: finish what runs, reconnect no more."""
         self._retired = True
-        self._outbox_wake.set()
+        self._leave_if_done()
 
     def reinstate(self) -> bool:
         """The member is listed (again); False when this stream has already ended."""
@@ -136,6 +132,7 @@ class ReplicaStream:
 
         Raises:
             UnavailableError: the stream is down, draining or retired.
+            InternalError: the request is too long to be sent.
         """
         if not self.ready:
             raise UnavailableError("The replica is not reachable now.", "Retry.")
@@ -148,26 +145,32 @@ class ReplicaStream:
         )
         self._channels[key] = channel
         self._unstarted[key] = len(request.prompt_token_ids)
-        self._send(pb.ToReplica(submit=submit_to_proto(key, request)))
+        try:
+            self._send(Submit(key, request))
+        except PenstockError:
+            self._forget(key)
+            raise
         return channel
 
     def _cancel(self, key: int, index: int | None) -> None:
         if key not in self._channels:
             return
-        message = pb.ToReplica(cancel=pb.Cancel(stream_key=key, index=index))
+        self._send(Cancel(key, index))
         if index is None:
             self._forget(key)
-        self._send(message)
 
     def _forget(self, key: int) -> None:
         self._channels.pop(key, None)
         self._unstarted.pop(key, None)
-        if self._retired and not self._channels:
-            self._outbox_wake.set()
+        self._leave_if_done()
 
-    def _send(self, message: pb.ToReplica) -> None:
-        self._outbox.append(message)
-        self._outbox_wake.set()
+    def _leave_if_done(self) -> None:
+        if self._retired and not self._channels and self._connection is not None:
+            self._connection.end(UnavailableError("The replica is no longer part of the cluster."))
+
+    def _send(self, message: Submit | Cancel) -> None:
+        if self._connection is not None:
+            self._connection.send(message)
 
     async def _run(self) -> None:
         backoff_s = self._settings.backoff_initial_s
@@ -184,83 +187,57 @@ class ReplicaStream:
 
     async def _connect_once(self) -> PenstockError:
         """Run one connection to its end; returns why it ended."""
-        async with grpc.aio.insecure_channel(self.endpoint, options=_channel_options()) as channel:
-            stub = pb_grpc.ReplicaStub(channel)
-            call = stub.Stream()
-            hello = pb.Hello(gateway_id=self._gateway_id, epoch=self.epoch)
-            self._outbox = [pb.ToReplica(hello=hello)]
-            self._last_heard = self._clock()
-            writer = asyncio.create_task(self._write(call))
-            try:
-                return await self._read(call)
-            except grpc.aio.AioRpcError as error:
-                return UnavailableError(f"The replica's stream was lost ({error.code().name}).")
-            except asyncio.CancelledError:
-                # Either this task is being closed, or our writer cancelled the call.
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
-                    raise
-                (reason,) = await asyncio.gather(writer, return_exceptions=True)
-                if isinstance(reason, PenstockError):
-                    return reason
-                log.error("stream of replica %s failed", self.endpoint, exc_info=reason)
-                return InternalError("The replica's stream could not be written.")
-            except Exception:
-                log.exception("stream of replica %s failed", self.endpoint)
-                return InternalError("The replica's stream could not be read.")
-            finally:
-                writer.cancel()
-                await asyncio.gather(writer, return_exceptions=True)
-
-    async def _write(self, call: HopCall) -> PenstockError:
-        """Send what is queued; ends, cancelling the call, on silence or retirement."""
+        host, _, port = self.endpoint.rpartition(":")
         limit_s = self._settings.silence_timeout_s
-        error: PenstockError = UnavailableError("The replica is no longer part of the cluster.")
+        loop = asyncio.get_running_loop()
         try:
-            while not (self._retired and not self._channels):
-                if self._clock() - self._last_heard > limit_s:
-                    raise TimeoutError
-                await self._wait_for_outbox(limit_s / 4)
-                batch, self._outbox = self._outbox, []
-                for message in batch:
-                    # A stopped replica reads nothing: a write can wait as long as a read.
-                    async with asyncio.timeout(limit_s):
-                        await call.write(message)
+            async with asyncio.timeout(limit_s):
+                _, connection = await loop.create_connection(
+                    lambda: HopConnection(self._take), host.strip("[]"), int(port)
+                )
         except TimeoutError:
-            error = UnavailableError(f"The replica was silent for {limit_s:g} s.")
+            return _silent(limit_s)
+        except OSError as error:
+            return UnavailableError(f"The replica cannot be reached ({error}).")
+        self._connection = connection
+        self._last_heard = self._clock()
+        try:
+            connection.send(Hello(HOP_VERSION, self._gateway_id, self.epoch))
+            return await self._keep_up(connection)
         finally:
-            # Whatever stopped the writer: without one the stream is no use to its reader.
-            call.cancel()
-        return error
+            self._connection = None
+            connection.end(UnavailableError("The gateway has left."))
 
-    async def _wait_for_outbox(self, at_most_s: float) -> None:
-        if self._outbox:
+    async def _keep_up(self, connection: HopConnection) -> PenstockError:
+        """Beat, and listen for silence, until the connection ends; returns why it did."""
+        limit_s = self._settings.silence_timeout_s
+        pause_s = min(self._settings.beat_period_s, limit_s / 4)
+        while True:
+            done, _ = await asyncio.wait((connection.ended,), timeout=pause_s)
+            if done:
+                return connection.ended.result()
+            if self._clock() - self._last_heard > limit_s:
+                return _silent(limit_s)
+            connection.send(Beat())
+
+    def _take(self, message: FromReplica) -> None:
+        self._last_heard = self._clock()
+        if isinstance(message, Goodbye):
+            if self._connection is not None:
+                self._connection.end(error_from_dict(message.error))
             return
-        self._outbox_wake.clear()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(at_most_s):
-                await self._outbox_wake.wait()
+        self.stats, self.draining = message.load, message.draining
+        self._connected = True
+        for delta in message.deltas:
+            self._dispatch(delta)
 
-    async def _read(self, call: HopCall) -> PenstockError:
-        async for message in call:
-            self._last_heard = self._clock()
-            if message.HasField("load"):
-                self.stats = stats_from_proto(message.load)
-                self.draining = message.load.draining
-                self._connected = True
-            for delta in message.deltas:
-                self._dispatch(delta)
-            if message.HasField("goodbye") and message.goodbye.code:
-                return error_from_proto(message.goodbye)
-        return UnavailableError("The replica ended its stream.")
-
-    def _dispatch(self, message: pb.Delta) -> None:
+    def _dispatch(self, message: Delta) -> None:
         key = message.stream_key
         channel = self._channels.get(key)
         if channel is None:
             return
         self._unstarted.pop(key, None)
-        channel.push(delta_from_proto(message, channel.request_id))
+        channel.push(delta_from_wire(message, channel.request_id))
         if channel.finished:
             self._forget(key)
 
@@ -270,20 +247,9 @@ class ReplicaStream:
         channels = list(self._channels.values())
         self._channels.clear()
         self._unstarted.clear()
-        self._outbox.clear()
         for channel in channels:
             channel.fail(error, tell_replica=False)
 
 
-def _channel_options() -> list[tuple[str, int]]:
-    return [
-        ("grpc.max_receive_message_length", MAX_HOP_MESSAGE_BYTES),
-        ("grpc.max_send_message_length", MAX_HOP_MESSAGE_BYTES),
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        # A connection of its own: no shared backoff with an earlier try to the same address.
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.enable_retries", 0),
-        ("grpc.enable_http_proxy", 0),
-    ]
+def _silent(limit_s: float) -> PenstockError:
+    return UnavailableError(f"The replica was silent for {limit_s:g} s.")

@@ -30,7 +30,7 @@ from replicas.leader.expert_watch import ExpertWatch
 from replicas.leader.load_metrics import LoadMetrics
 from replicas.leader.record import ExpertRecord, LoadRecord, ReplicaRecord, ReplicaState
 from replicas.leader.reporter import DirectoryReporter
-from replicas.leader.stream_server import ReplicaStreamServicer, start_replica_server
+from replicas.leader.stream_server import ReplicaStreamServer
 from replicas.leader.worker_group import WorkerGroup
 from replicas.worker.actor import WorkerActor
 
@@ -109,9 +109,9 @@ class LeaderReplica:
             on_fatal=self._on_fatal,
         )
         self._stats = self._engine.stats
-        self._servicer = ReplicaStreamServicer(self._engine, epoch=epoch)
-        self._servicer.publish((), self._stats)
-        self._server, port = await start_replica_server(self._servicer, host)
+        self._server = ReplicaStreamServer(self._engine, epoch=epoch)
+        self._server.publish((), self._stats)
+        port = await self._server.start(host)
         self._engine.start()
         self._watcher = asyncio.create_task(self._watch_workers())
         self._background = [asyncio.create_task(self._export_metrics())]
@@ -149,12 +149,12 @@ class LeaderReplica:
             return
         self._dying = True
         self._reporter.update(state=ReplicaState.DRAINING)
-        await self._servicer.drain(_DRAIN_S)
+        await self._server.drain(_DRAIN_S)
         self._watcher.cancel()
         for task in self._background:
             task.cancel()
         await self._asyncio_loop.run_in_executor(None, self._engine.stop)
-        await self._server.stop(grace=0.5)
+        await self._server.stop()
         self._group.kill()
         await self._reporter.goodbye()
 
@@ -170,7 +170,7 @@ class LeaderReplica:
     def _on_deltas(self, deltas: list[GenerationDelta], stats: ReplicaStats) -> None:
         """Engine thread: one hand-over per step."""
         self._stats = stats
-        self._servicer.publish(deltas, stats)
+        self._server.publish(deltas, stats)
 
     def _on_fatal(self, error: PenstockError) -> None:
         """Engine thread: the loop has ended every request and is over."""
@@ -210,7 +210,7 @@ class LeaderReplica:
             return
         self._dying = True
         self._group.kill()
-        self._servicer.fail_all(error)
+        self._server.fail_all(error)
         self._reporter.update(state=ReplicaState.FAILED, detail=error.cause, error=error.to_dict())
         self._asyncio_loop.call_later(_LAST_WORDS_S, os._exit, 1)
 

@@ -1,81 +1,151 @@
-"""The leader's end of one gateway's stream: its requests and what waits to be sent to it.
+"""The leader's end of one gateway's connection: what waits to be sent to it.
 
-Belongs to the asyncio thread alone. The outbox grows only while the gateway does not read; what
-it can hold is bounded by the tokens its own running requests may still produce. A message takes
-all that waits, up to `MAX_MESSAGE_WEIGHT`, so a gateway that lags is sent fewer, larger messages.
+Any thread may send: the engine's thread writes a step's tokens to the socket itself, without waking
+another thread for it. The socket never blocks. When it takes no more, what follows gathers here and
+the loop sends it, in fewer, larger messages, as the gateway reads. What can gather is bounded by
+the tokens that the gateway's own running requests may still produce.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import socket
+import threading
 from collections import deque
+from collections.abc import Iterable
 
-from replicas.api import GenerationDelta
-from replicas.leader.stream_codec import delta_to_proto
-from replicas.proto import replica_stream_pb2 as pb
+from cluster.base.errors import InternalError, PenstockError
+from replicas.api import ReplicaStats
+from replicas.leader.stream_codec import Delta, Goodbye, Step, frame
+
+log = logging.getLogger(__name__)
 
 MAX_MESSAGE_WEIGHT = 1 << 20
 """Rough bytes in one Step message; well under the hop's message cap."""
 
-_LOGPROB_WEIGHT = 220
+_LOGPROB_WEIGHT = 330
 """Bytes of one token's logprob with 20 alternatives."""
 
 
 class GatewayLink:
-    """Requests and pending messages of one connected gateway."""
+    """Pending messages of one connected gateway; made on the loop's thread."""
 
-    def __init__(self, gateway_id: str, serial: int) -> None:
-        self.gateway_id = gateway_id
+    def __init__(self, sock: socket.socket, serial: int) -> None:
+        """`sock` is connected and does not block; the link never closes it."""
+        self.gateway_id = ""
         self.serial = serial
-        self.engine_ids: dict[int, str] = {}
-        """stream_key -> the id the engine knows the request by."""
-        self._pending: deque[tuple[int, GenerationDelta]] = deque()
-        self._load: pb.Load | None = None
-        self._goodbye: pb.Error | None = None
-        self._wake = asyncio.Event()
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._pending: deque[Delta] = deque()
+        self._load = ReplicaStats()
+        self._draining = False
+        self._has_news = False
+        self._goodbye: PenstockError | None = None
+        self._has_said_goodbye = False
+        self._unsent = memoryview(b"")
+        self._is_full = False
+        self._is_over = False
+        self._over = self._loop.create_future()
 
     def engine_id(self, stream_key: int, request_id: str) -> str:
         """An id no other request of this leader has, whatever ids clients choose."""
         return f"{self.serial}-{stream_key}-{request_id}"
 
-    def push(self, stream_key: int, delta: GenerationDelta) -> None:
-        """Queue a delta without waking the writer (a step wakes it once, by `report`)."""
-        self._pending.append((stream_key, delta))
+    def send(self, deltas: Iterable[Delta], load: ReplicaStats, *, draining: bool) -> None:
+        """Send deltas and the newest load; from any thread, never waits."""
+        with self._lock:
+            self._pending.extend(deltas)
+            self._load, self._draining, self._has_news = load, draining, True
+            self._flush()
 
-    def report(self, load: pb.Load) -> None:
-        """Set the newest load report and wake the writer."""
-        self._load = load
-        self._wake.set()
+    def say_goodbye(self, error: PenstockError) -> None:
+        """End the stream after what is queued, giving the gateway the reason; from any thread."""
+        with self._lock:
+            if self._goodbye is None:
+                self._goodbye = error
+                self._flush()
 
-    def say_goodbye(self, error: pb.Error) -> None:
-        """End the stream after what is queued, giving the gateway the reason."""
-        self._goodbye = error
-        self._wake.set()
+    def end(self) -> None:
+        """Send no more; on the loop's thread, before the socket is closed."""
+        with self._lock:
+            self._is_over = True
+            self._pending.clear()
+        self._loop.remove_writer(self._sock)
+        self._tell_over()
 
-    async def next_message(self, idle_s: float) -> pb.FromReplica | None:
-        """The next message to send; None when `idle_s` passed without anything to say."""
-        if not self._pending and self._goodbye is None:
+    async def wait_over(self) -> None:
+        """Wait until the goodbye has left, or the gateway takes nothing any more."""
+        await asyncio.shield(self._over)
+
+    def _flush(self) -> None:
+        """Send what the socket takes; the caller holds the lock."""
+        while not self._is_full and not self._is_over:
+            if not self._unsent:
+                self._unsent = memoryview(self._next_frame())
+                if not self._unsent:
+                    return
             try:
-                # Not wait_for: that makes a task, once per step.
-                async with asyncio.timeout(idle_s):
-                    await self._wake.wait()
-            except TimeoutError:
-                return None
-        self._wake.clear()
-        message = pb.FromReplica()
-        if self._load is not None:
-            message.load.CopyFrom(self._load)
-            self._load = None
+                self._unsent = self._unsent[self._sock.send(self._unsent) :]
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                log.warning("the stream of gateway %s broke: %s", self.gateway_id, error)
+                self._finish()
+                return
+            if self._unsent:
+                self._is_full = True
+                self._loop.call_soon_threadsafe(self._wait_writable)
+
+    def _next_frame(self) -> bytes:
+        """The next message of what waits; empty when nothing does."""
+        if not self._pending and not self._has_news:
+            if self._goodbye is None:
+                return b""
+            if self._has_said_goodbye:
+                self._finish()
+                return b""
+            self._has_said_goodbye = True
+            return frame(Goodbye(self._goodbye.to_dict()))
+        deltas: list[Delta] = []
         weight = 0
         while self._pending and weight < MAX_MESSAGE_WEIGHT:
-            stream_key, delta = self._pending.popleft()
-            message.deltas.append(delta_to_proto(stream_key, delta))
+            delta = self._pending.popleft()
+            deltas.append(delta)
             weight += _weight(delta)
-        if not self._pending and self._goodbye is not None:
-            message.goodbye.CopyFrom(self._goodbye)
-        return message
+        self._has_news = False
+        try:
+            return frame(Step(deltas, self._load, self._draining))
+        except InternalError as error:
+            # Nothing can be left out of a stream: its gateway begins anew.
+            log.exception("the stream of gateway %s ends", self.gateway_id)
+            self._pending.clear()
+            self._goodbye, self._has_said_goodbye = error, True
+            return frame(Goodbye(error.to_dict()))
+
+    def _finish(self) -> None:
+        self._is_over = True
+        self._loop.call_soon_threadsafe(self._tell_over)
+
+    def _tell_over(self) -> None:
+        if not self._over.done():
+            self._over.set_result(None)
+
+    def _wait_writable(self) -> None:
+        if not self._is_over:
+            self._loop.add_writer(self._sock, self._on_writable)
+
+    def _on_writable(self) -> None:
+        self._loop.remove_writer(self._sock)
+        with self._lock:
+            self._is_full = False
+            self._flush()
 
 
-def _weight(delta: GenerationDelta) -> int:
-    scored = len(delta.logprobs) + len(delta.prompt_logprobs)
-    return 16 + 4 * (len(delta.token_ids) + len(delta.embedding)) + _LOGPROB_WEIGHT * scored
+def _weight(delta: Delta) -> int:
+    if delta.whole is None:
+        return 16 + 4 * len(delta.token_ids)
+    whole = delta.whole
+    scored = len(whole.logprobs) + len(whole.prompt_logprobs)
+    return 64 + 9 * (len(whole.token_ids) + len(whole.embedding)) + _LOGPROB_WEIGHT * scored

@@ -1,236 +1,171 @@
-"""Conversions between `replicas.api` values and the messages of the replica stream.
+"""Messages of the replica stream and their bytes: frames of typed MessagePack, never pickle.
 
-Used by both ends of the hop (the gateway's `ReplicaStream` and the leader's servicer), so the
-two cannot disagree. Nothing here checks ranges (the gateway's validator did), keeps state, or
-touches a socket. Floats that the wire carries as 32 bit come back rounded to 32 bit.
+Used by both ends of the hop (the gateway's `ReplicaStream` and the leader's server), so the two
+cannot disagree. A frame is a length (4 bytes, little-endian) and one message. Decoders are bound to
+the exact types, so malformed bytes raise here and nowhere deeper. Nothing here checks ranges (the
+gateway's validator did) or touches a socket.
 """
 
 from __future__ import annotations
 
-from cluster.base.errors import InvalidRequestError, PenstockError, error_from_dict
-from replicas.api import (
-    FinishReason,
-    GenerationDelta,
-    GenerationRequest,
-    Pooling,
-    ReplicaStats,
-    SamplingParams,
-    TokenLogprob,
-)
-from replicas.proto import replica_stream_pb2 as pb
+import dataclasses
+import struct
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import msgspec
+
+from cluster.base.errors import InternalError
+from replicas.api import GenerationDelta, GenerationRequest, ReplicaStats
+
+HOP_VERSION = 1
+"""Both ends must be of one version; raised with every change of a message."""
 
 MAX_HOP_MESSAGE_BYTES = 64 * 1024 * 1024
 """Cap of one hop message, both ways; the largest honest one is a long prompt's logprobs."""
 
-_FINISH = {reason.value: reason for reason in FinishReason}
+_LENGTH = struct.Struct("<I")
 
 
-def submit_to_proto(stream_key: int, request: GenerationRequest) -> pb.Submit:
-    """The message that starts `request` under `stream_key`."""
-    return pb.Submit(
-        stream_key=stream_key,
-        request_id=request.request_id,
-        prompt_token_ids=request.prompt_token_ids,
-        sampling=_sampling_to_proto(request.params),
-        pooling=request.pooling.value if request.pooling is not None else "",
-        priority=request.priority,
-        cache_salt=request.cache_salt,
-    )
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
+    """A gateway's first message."""
+
+    version: int
+    gateway_id: str
+    epoch: str
+    """The leader's life that the gateway believes it talks to; the leader refuses another one."""
 
 
-def submit_from_proto(message: pb.Submit, request_id: str) -> GenerationRequest:
-    """The request that a Submit asks for, under the id the leader gives it.
+class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
+    """Starts a request under a key of the gateway's; its public id is a matter of the gateway."""
+
+    stream_key: int
+    request: GenerationRequest
+
+
+class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
+    """Stops one choice (its stop string matched), or all of them."""
+
+    stream_key: int
+    index: int | None = None
+
+
+class Beat(msgspec.Struct, frozen=True, array_like=True, tag="beat"):
+    """The gateway lives, even if it has nothing to ask."""
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """What a step added to one choice; `whole` where that is more than tokens."""
+
+    stream_key: int
+    index: int
+    token_ids: tuple[int, ...]
+    whole: GenerationDelta | None = None
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
+    """New deltas in order, and the load after them; sent without deltas once a second."""
+
+    deltas: Sequence[Delta]
+    load: ReplicaStats
+    draining: bool
+
+
+class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag="goodbye"):
+    """The leader's last message: `PenstockError.to_dict()` of why the stream ends."""
+
+    error: dict[str, str | None]
+
+
+ToReplica: TypeAlias = Hello | Submit | Cancel | Beat
+FromReplica: TypeAlias = Step | Goodbye
+
+_encoder = msgspec.msgpack.Encoder()
+_to_replica_decoder: msgspec.msgpack.Decoder[ToReplica] = msgspec.msgpack.Decoder(ToReplica)
+_from_replica_decoder: msgspec.msgpack.Decoder[FromReplica] = msgspec.msgpack.Decoder(FromReplica)
+
+
+def frame(message: ToReplica | FromReplica) -> bytes:
+    """A message as it goes over the socket.
 
     Raises:
-        InvalidRequestError: a pooling name is unknown (a gateway of another version).
+        InternalError: it is longer than the other end takes.
     """
-    pooling: Pooling | None = None
-    if message.pooling:
-        try:
-            pooling = Pooling(message.pooling)
-        except ValueError:
-            raise InvalidRequestError(
-                f"Unknown pooling {message.pooling!r}.",
-                "Use 'last' or 'mean'.",
-                param="pooling",
-            ) from None
-    return GenerationRequest(
-        request_id=request_id,
-        prompt_token_ids=tuple(message.prompt_token_ids),
-        params=_sampling_from_proto(message.sampling),
-        pooling=pooling,
-        priority=message.priority,
-        cache_salt=message.cache_salt,
-    )
+    payload = _encoder.encode(message)
+    if len(payload) > MAX_HOP_MESSAGE_BYTES:
+        raise InternalError(
+            f"A message of the replica stream has {len(payload)} bytes, "
+            f"more than {MAX_HOP_MESSAGE_BYTES}.",
+            "Ask for fewer logprobs or a shorter prompt.",
+        )
+    return _LENGTH.pack(len(payload)) + payload
 
 
-def _sampling_to_proto(params: SamplingParams) -> pb.Sampling:
-    return pb.Sampling(
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        no_repeat_ngram_size=params.no_repeat_ngram_size,
-        logit_bias=[pb.LogitBias(token_id=t, bias=b) for t, b in params.logit_bias],
-        min_tokens=params.min_tokens,
-        max_tokens=params.max_tokens,
-        stop_token_ids=params.stop_token_ids,
-        ignore_eos=params.ignore_eos,
-        seed=params.seed,
-        n=params.n,
-        logprobs=params.logprobs,
-        prompt_logprobs=params.prompt_logprobs,
-    )
+def decode_to_replica(payload: bytes) -> ToReplica:
+    """A gateway's message; raises InternalError on anything else."""
+    try:
+        return _to_replica_decoder.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise InternalError(f"A gateway sent a malformed message: {error}.") from error
 
 
-def _sampling_from_proto(message: pb.Sampling) -> SamplingParams:
-    return SamplingParams(
-        temperature=message.temperature,
-        top_k=message.top_k,
-        top_p=message.top_p,
-        min_p=message.min_p,
-        repetition_penalty=message.repetition_penalty,
-        presence_penalty=message.presence_penalty,
-        frequency_penalty=message.frequency_penalty,
-        no_repeat_ngram_size=message.no_repeat_ngram_size,
-        logit_bias=tuple((entry.token_id, entry.bias) for entry in message.logit_bias),
-        min_tokens=message.min_tokens,
-        max_tokens=message.max_tokens,
-        stop_token_ids=tuple(message.stop_token_ids),
-        ignore_eos=message.ignore_eos,
-        seed=message.seed,
-        n=message.n,
-        logprobs=message.logprobs if message.HasField("logprobs") else None,
-        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
-    )
+def decode_from_replica(payload: bytes) -> FromReplica:
+    """A leader's message; raises InternalError on anything else."""
+    try:
+        return _from_replica_decoder.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise InternalError(f"The replica sent a malformed message: {error}.") from error
 
 
-def delta_to_proto(stream_key: int, delta: GenerationDelta) -> pb.Delta:
+class FrameReader:
+    """Cuts what arrives into the payloads of frames."""
+
+    def __init__(self) -> None:
+        self._unread = bytearray()
+        self._wanted = _LENGTH.size
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Add what arrived; the payloads that are whole now, in order.
+
+        Raises:
+            InternalError: a frame is announced that is longer than any honest one.
+        """
+        if self._unread:
+            self._unread += data
+            if len(self._unread) < self._wanted:
+                return
+            data = bytes(self._unread)
+        at = 0
+        while True:
+            self._wanted = _LENGTH.size
+            if len(data) - at >= _LENGTH.size:
+                (length,) = _LENGTH.unpack_from(data, at)
+                if length > MAX_HOP_MESSAGE_BYTES:
+                    raise InternalError(f"A frame of {length} bytes is no message of this stream.")
+                self._wanted += length
+            if len(data) - at < self._wanted:
+                break
+            end = at + self._wanted
+            yield data[at + _LENGTH.size : end]
+            at = end
+        self._unread = bytearray(data[at:])
+
+
+def delta_to_wire(stream_key: int, delta: GenerationDelta) -> Delta:
     """One choice's increment for the gateway that knows it as `stream_key`."""
-    message = pb.Delta(
-        stream_key=stream_key,
-        index=delta.index,
-        token_ids=delta.token_ids,
-        num_cached_tokens=delta.num_cached_tokens,
-    )
-    if delta.logprobs:
-        message.logprobs.extend(_logprob_to_proto(entry) for entry in delta.logprobs)
-    if delta.prompt_logprobs:
-        scored = [entry for entry in delta.prompt_logprobs if entry is not None]
-        message.prompt_start = len(scored) < len(delta.prompt_logprobs)
-        message.prompt_logprobs.extend(_logprob_to_proto(entry) for entry in scored)
-    if delta.embedding:
-        message.embedding.extend(delta.embedding)
-    if delta.finish_reason is not None:
-        message.finish_reason = delta.finish_reason.value
-    if delta.stop_token_id is not None:
-        message.stop_token_id = delta.stop_token_id
-    if delta.error is not None:
-        message.error.CopyFrom(error_fields_to_proto(delta.error))
-    return message
+    if (
+        delta.finish_reason is None
+        and not delta.num_cached_tokens
+        and not delta.logprobs
+        and not delta.prompt_logprobs
+        and not delta.embedding
+    ):
+        return Delta(stream_key, delta.index, delta.token_ids)
+    return Delta(stream_key, delta.index, (), delta)
 
 
-def delta_from_proto(message: pb.Delta, request_id: str) -> GenerationDelta:
-    """Inverse of `delta_to_proto`; `request_id` is what the gateway calls the request."""
-    prompt: tuple[TokenLogprob | None, ...] = ()
-    if message.prompt_start or message.prompt_logprobs:
-        first: tuple[TokenLogprob | None, ...] = (None,) if message.prompt_start else ()
-        prompt = first + tuple(_logprob_from_proto(entry) for entry in message.prompt_logprobs)
-    return GenerationDelta(
-        request_id=request_id,
-        index=message.index,
-        token_ids=tuple(message.token_ids),
-        logprobs=tuple(_logprob_from_proto(entry) for entry in message.logprobs)
-        if message.logprobs
-        else (),
-        prompt_logprobs=prompt,
-        embedding=tuple(message.embedding),
-        finish_reason=_FINISH[message.finish_reason] if message.finish_reason else None,
-        stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
-        error=error_fields_from_proto(message.error) if message.HasField("error") else None,
-        num_cached_tokens=message.num_cached_tokens,
-    )
-
-
-def _logprob_to_proto(entry: TokenLogprob) -> pb.Logprob:
-    return pb.Logprob(
-        token_id=entry.token_id,
-        logprob=entry.logprob,
-        rank=entry.rank,
-        top_ids=[token_id for token_id, _ in entry.top],
-        top_logprobs=[logprob for _, logprob in entry.top],
-    )
-
-
-def _logprob_from_proto(message: pb.Logprob) -> TokenLogprob:
-    return TokenLogprob(
-        token_id=message.token_id,
-        logprob=message.logprob,
-        rank=message.rank,
-        top=tuple(zip(message.top_ids, message.top_logprobs, strict=True)),
-    )
-
-
-def error_fields_to_proto(fields: dict[str, str | None]) -> pb.Error:
-    """`PenstockError.to_dict()` as a message (None and "" are one on the wire)."""
-    return pb.Error(**{key: value for key, value in fields.items() if value})
-
-
-def error_fields_from_proto(message: pb.Error) -> dict[str, str | None]:
-    """Inverse of `error_fields_to_proto`."""
-    return {
-        "code": message.code,
-        "cause": message.cause,
-        "remedy": message.remedy,
-        "param": message.param or None,
-    }
-
-
-def error_to_proto(error: PenstockError) -> pb.Error:
-    """An error of ours as a message."""
-    return error_fields_to_proto(error.to_dict())
-
-
-def error_from_proto(message: pb.Error) -> PenstockError:
-    """Inverse of `error_to_proto`."""
-    return error_from_dict(error_fields_from_proto(message))
-
-
-def stats_to_proto(stats: ReplicaStats, *, draining: bool) -> pb.Load:
-    """A load report."""
-    return pb.Load(
-        step=stats.step,
-        num_running=stats.num_running,
-        num_waiting=stats.num_waiting,
-        num_waiting_tokens=stats.num_waiting_tokens,
-        kv_blocks_total=stats.kv_blocks_total,
-        kv_blocks_free=stats.kv_blocks_free,
-        prefix_hit_tokens=stats.prefix_hit_tokens,
-        prefix_query_tokens=stats.prefix_query_tokens,
-        num_preemptions=stats.num_preemptions,
-        generated_tokens=stats.generated_tokens,
-        draft_tokens=stats.draft_tokens,
-        accepted_draft_tokens=stats.accepted_draft_tokens,
-        draining=draining,
-    )
-
-
-def stats_from_proto(message: pb.Load) -> ReplicaStats:
-    """Inverse of `stats_to_proto` (whether the replica drains is not a statistic)."""
-    return ReplicaStats(
-        step=message.step,
-        num_running=message.num_running,
-        num_waiting=message.num_waiting,
-        num_waiting_tokens=message.num_waiting_tokens,
-        kv_blocks_total=message.kv_blocks_total,
-        kv_blocks_free=message.kv_blocks_free,
-        prefix_hit_tokens=message.prefix_hit_tokens,
-        prefix_query_tokens=message.prefix_query_tokens,
-        num_preemptions=message.num_preemptions,
-        generated_tokens=message.generated_tokens,
-        draft_tokens=message.draft_tokens,
-        accepted_draft_tokens=message.accepted_draft_tokens,
-    )
+def delta_from_wire(message: Delta, request_id: str) -> GenerationDelta:
+    """Inverse of `delta_to_wire`; `request_id` is what the gateway calls the request."""
+    if message.whole is not None:
+        return dataclasses.replace(message.whole, request_id=request_id)
+    return GenerationDelta(request_id=request_id, index=message.index, token_ids=message.token_ids)

@@ -1,42 +1,52 @@
-"""The leader's side of the hop: one bidirectional stream per gateway over one engine.
+"""The leader's side of the hop: one connection per gateway over one engine.
 
 Owns which gateway asked for which request. It never runs the engine: requests go in through
 `EngineInbox` (thread-safe calls), deltas come out of the engine's thread through `publish`, which
-hands a whole step to the asyncio loop with one `call_soon_threadsafe`. When a gateway is gone,
-its requests are aborted. Apart from `publish` and `fail_all`, everything runs on the loop.
+writes a whole step to the gateways' sockets from that thread. What gateways say is read on the
+asyncio loop. When a gateway is gone, its requests are aborted.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
+import contextlib
+import dataclasses
 import itertools
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any, Protocol
-
-import grpc
-import grpc.aio
+import socket
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Protocol
 
 from cluster.base.errors import InternalError, PenstockError, UnavailableError
 from replicas.api import FinishReason, GenerationDelta, GenerationRequest, ReplicaStats
 from replicas.leader.gateway_link import GatewayLink
+from replicas.leader.request_routes import RequestRoutes
 from replicas.leader.stream_codec import (
-    MAX_HOP_MESSAGE_BYTES,
-    error_to_proto,
-    stats_to_proto,
-    submit_from_proto,
+    HOP_VERSION,
+    Cancel,
+    Delta,
+    FrameReader,
+    Hello,
+    Submit,
+    ToReplica,
+    decode_to_replica,
+    delta_to_wire,
 )
-from replicas.proto import replica_stream_pb2 as pb
-from replicas.proto import replica_stream_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
 
 LOAD_REPORT_PERIOD_S = 1.0
+GATEWAY_SILENCE_S = 15.0
+"""A gateway owes a beat every two seconds; without a word for so long it counts as gone."""
+
+_HELLO_TIMEOUT_S = 5.0
+_LAST_WORD_S = 1.0
+_READ_BYTES = 1 << 16
 
 
 class EngineInbox(Protocol):
-    """What the servicer needs of an engine loop; both calls are thread-safe and do not block."""
+    """What the server needs of an engine loop; both calls are thread-safe and do not block."""
 
     def add_request(self, request: GenerationRequest) -> None:
         """Queue a request; a `PenstockError` refuses it."""
@@ -47,8 +57,8 @@ class EngineInbox(Protocol):
         ...
 
 
-class ReplicaStreamServicer(pb_grpc.ReplicaServicer):
-    """Serves `Replica.Stream` to any number of gateways; construct it inside the running loop."""
+class ReplicaStreamServer:
+    """Serves the replica stream to any number of gateways; made and started on the loop."""
 
     def __init__(
         self, engine: EngineInbox, *, epoch: str, load_period_s: float = LOAD_REPORT_PERIOD_S
@@ -57,103 +67,181 @@ class ReplicaStreamServicer(pb_grpc.ReplicaServicer):
         self._epoch = epoch
         self._load_period_s = load_period_s
         self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        """Guards what follows; nothing is sent and the engine is not called while it is held."""
         self._links: dict[int, GatewayLink] = {}
-        self._routes: dict[str, tuple[GatewayLink, int, set[int]]] = {}
-        self._serials = itertools.count(1)
+        self._routes = RequestRoutes()
         self._stats = ReplicaStats()
         self._draining = False
         self._failure: PenstockError | None = None
+        self._serials = itertools.count(1)
         self._idle = asyncio.Event()
-        self._idle.set()
+        self._listener: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def num_requests(self) -> int:
         """Requests submitted here whose choices have not all ended."""
         return len(self._routes)
 
-    def publish(self, deltas: Sequence[GenerationDelta], stats: ReplicaStats) -> None:
-        """Hand one step's results over; called from the engine's thread, never blocks.
+    async def start(self, host: str, port: int = 0) -> int:
+        """Listen on `host`; the port it got.
 
-        `deltas` is read later, on the loop: the caller must not change it afterwards.
+        Raises:
+            OSError: the address cannot be bound.
         """
-        self._loop.call_soon_threadsafe(self._deliver, deltas, stats)
+        infos = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = infos[0]
+        self._listener = socket.create_server(address[:2], family=family, backlog=128)
+        self._listener.setblocking(False)
+        self._spawn(self._accept(self._listener))
+        self._spawn(self._report_now_and_then())
+        bound: int = self._listener.getsockname()[1]
+        return bound
+
+    async def stop(self) -> None:
+        """Stop listening and close every connection."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
+
+    def publish(self, deltas: Sequence[GenerationDelta], stats: ReplicaStats) -> None:
+        """Send one step's results; called from the engine's thread, never blocks."""
+        touched: dict[GatewayLink, list[Delta]] = {}
+        with self._lock:
+            self._stats, draining = stats, self._draining
+            for delta in deltas:
+                route = self._routes.take(delta)
+                if route is not None:
+                    touched.setdefault(route.link, []).append(delta_to_wire(route.key, delta))
+            self._note_idle()
+        for link, messages in touched.items():
+            link.send(messages, stats, draining=draining)
 
     def fail_all(self, error: PenstockError) -> None:
         """End every stream with `error` and refuse new ones; callable from any thread."""
-        self._loop.call_soon_threadsafe(self._fail_all, error)
+        with self._lock:
+            self._failure = error
+            links = list(self._links.values())
+        for link in links:
+            link.say_goodbye(error)
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the running ones; True when none is left."""
-        self._draining = True
-        self._report(self._links.values())
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True
+        with self._lock:
+            self._draining = True
+            self._note_idle()
+        self._report()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        return self._idle.is_set()
 
-    async def Stream(  # noqa: N802 (the proto's name)
-        self, request_iterator: AsyncIterator[pb.ToReplica], context: Any
-    ) -> AsyncIterator[pb.FromReplica]:
-        """One gateway's stream, from its Hello to its end."""
-        first = await anext(request_iterator, None)
-        refusal = self._refusal(first)
-        if first is None or refusal is not None:
-            if refusal is not None:
-                yield pb.FromReplica(goodbye=error_to_proto(refusal))
-            return
-        link = GatewayLink(first.hello.gateway_id, next(self._serials))
-        self._links[link.serial] = link
-        self._report([link])
-        reader = asyncio.create_task(self._read(link, request_iterator))
-        reader.add_done_callback(functools.partial(_reader_ended, link))
+    async def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                sock, _ = await self._loop.sock_accept(listener)
+            except OSError:
+                log.exception("a gateway could not be let in")
+                await asyncio.sleep(self._load_period_s)
+                continue
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._spawn(self._serve(sock))
+
+    async def _serve(self, sock: socket.socket) -> None:
+        """One gateway's connection, from its hello to its end."""
+        link = GatewayLink(sock, next(self._serials))
+        reader = asyncio.create_task(self._read(link, sock))
+        over = asyncio.create_task(link.wait_over())
+        try:
+            await asyncio.wait((reader, over), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._forget(link)
+            link.end()
+            for task in (reader, over):
+                task.cancel()
+            # The reader must be off the socket before it is closed.
+            await asyncio.gather(reader, over, return_exceptions=True)
+            sock.close()
+
+    async def _read(self, link: GatewayLink, sock: socket.socket) -> None:
+        """Obey a gateway until it goes; what it does wrong ends its stream with the reason."""
+        frames = FrameReader()
+        patience_s = _HELLO_TIMEOUT_S
         try:
             while True:
-                message = await link.next_message(self._load_period_s)
-                if message is None:
-                    self._report([link])
-                    continue
-                yield message
-                if message.HasField("goodbye"):
+                async with asyncio.timeout(patience_s):
+                    data = await self._loop.sock_recv(sock, _READ_BYTES)
+                if not data:
                     return
-        finally:
-            reader.cancel()
-            self._forget(link)
+                for payload in frames.feed(data):
+                    self._obey(link, decode_to_replica(payload))
+                    patience_s = GATEWAY_SILENCE_S
+        except TimeoutError:
+            log.warning("gateway %s was silent for %g s", link.gateway_id, patience_s)
+        except OSError as error:
+            log.warning("the stream of gateway %s broke: %s", link.gateway_id, error)
+        except PenstockError as error:
+            log.warning("gateway %s is sent away: %s", link.gateway_id, error)
+            link.say_goodbye(error)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORD_S):
+                    await link.wait_over()
 
-    def _refusal(self, first: pb.ToReplica | None) -> PenstockError | None:
-        if first is None or first.WhichOneof("message") != "hello":
-            return InternalError("A replica stream must start with Hello.")
-        if first.hello.epoch != self._epoch:
-            return UnavailableError(
-                f"This replica is of epoch {self._epoch!r}, not {first.hello.epoch!r}."
+    def _obey(self, link: GatewayLink, message: ToReplica) -> None:
+        """Do what a message says.
+
+        Raises:
+            PenstockError: the gateway cannot be served.
+        """
+        if isinstance(message, Hello):
+            self._greet(link, message)
+        elif link.serial not in self._links:
+            raise InternalError("A replica stream must start with a hello.")
+        elif isinstance(message, Submit):
+            self._submit(link, message)
+        elif isinstance(message, Cancel):
+            self._cancel(link, message)
+
+    def _greet(self, link: GatewayLink, hello: Hello) -> None:
+        if hello.version != HOP_VERSION:
+            raise UnavailableError(
+                f"This replica speaks version {HOP_VERSION} of the replica stream, "
+                f"the gateway version {hello.version}.",
+                "Let all nodes run one version of Penstock.",
             )
-        return self._failure
+        if hello.epoch != self._epoch:
+            raise UnavailableError(
+                f"This replica is of epoch {self._epoch!r}, not {hello.epoch!r}."
+            )
+        link.gateway_id = hello.gateway_id
+        with self._lock:
+            failure = self._failure
+            self._links[link.serial] = link
+        if failure is not None:
+            raise failure
+        self._report(link)
 
-    async def _read(self, link: GatewayLink, messages: AsyncIterator[pb.ToReplica]) -> None:
-        async for message in messages:
-            kind = message.WhichOneof("message")
-            if kind == "submit":
-                self._submit(link, message.submit)
-            elif kind == "cancel":
-                self._cancel(link, message.cancel)
-            else:
-                log.warning("gateway %s sent an unexpected %s", link.gateway_id, kind)
-
-    def _submit(self, link: GatewayLink, message: pb.Submit) -> None:
+    def _submit(self, link: GatewayLink, message: Submit) -> None:
         key = message.stream_key
-        engine_id = link.engine_id(key, message.request_id)
+        engine_id = link.engine_id(key, message.request.request_id)
+        request = dataclasses.replace(message.request, request_id=engine_id)
+        num_choices = 1 if request.pooling is not None else max(1, request.params.n)
         try:
-            if self._draining:
-                raise UnavailableError("The replica is draining.", "Retry on another replica.")
-            request = submit_from_proto(message, engine_id)
-            num_choices = 1 if request.pooling is not None else max(1, request.params.n)
-            # Registered first: the engine's thread may answer before add_request returns.
-            self._routes[engine_id] = (link, key, set(range(num_choices)))
-            link.engine_ids[key] = engine_id
-            self._idle.clear()
+            with self._lock:
+                if self._draining:
+                    raise UnavailableError("The replica is draining.", "Retry on another replica.")
+                # Registered first: the engine's thread may answer before add_request returns.
+                self._routes.add(engine_id, link, key, num_choices)
             self._engine.add_request(request)
         except Exception as error:
-            self._end(engine_id, link, key)
+            with self._lock:
+                self._routes.end(engine_id)
+                self._note_idle()
             self._refuse(link, key, error)
 
     def _refuse(self, link: GatewayLink, key: int, error: Exception) -> None:
@@ -163,93 +251,42 @@ class ReplicaStreamServicer(pb_grpc.ReplicaServicer):
         delta = GenerationDelta(
             request_id="", finish_reason=FinishReason.ERROR, error=error.to_dict()
         )
-        link.push(key, delta)
-        self._report([link])
+        link.send([delta_to_wire(key, delta)], self._stats, draining=self._draining)
 
-    def _cancel(self, link: GatewayLink, message: pb.Cancel) -> None:
-        engine_id = link.engine_ids.get(message.stream_key)
-        if engine_id is None:
-            return
-        if message.HasField("index"):
-            open_choices = self._routes[engine_id][2]
-            open_choices.discard(message.index)
-            if open_choices:
-                self._engine.abort(engine_id, message.index)
-                return
-        self._end(engine_id, link, message.stream_key)
-        self._engine.abort(engine_id)
-
-    def _deliver(self, deltas: Sequence[GenerationDelta], stats: ReplicaStats) -> None:
-        self._stats = stats
-        touched: dict[int, GatewayLink] = {}
-        for delta in deltas:
-            route = self._routes.get(delta.request_id)
-            if route is None:
-                continue
-            link, key, open_choices = route
-            if delta.index not in open_choices:
-                continue
-            link.push(key, delta)
-            touched[link.serial] = link
-            if delta.finish_reason is not None:
-                open_choices.discard(delta.index)
-                if not open_choices:
-                    self._end(delta.request_id, link, key)
-        self._report(touched.values())
-
-    def _report(self, links: Iterable[GatewayLink]) -> None:
-        load = stats_to_proto(self._stats, draining=self._draining)
-        for link in links:
-            link.report(load)
-
-    def _end(self, engine_id: str, link: GatewayLink, key: int) -> None:
-        self._routes.pop(engine_id, None)
-        link.engine_ids.pop(key, None)
-        if not self._routes:
-            self._idle.set()
+    def _cancel(self, link: GatewayLink, message: Cancel) -> None:
+        with self._lock:
+            engine_id, index = self._routes.cancel(link, message.stream_key, message.index)
+            self._note_idle()
+        if engine_id:
+            self._engine.abort(engine_id, index)
 
     def _forget(self, link: GatewayLink) -> None:
         """The gateway is gone: nobody will read its requests' answers."""
-        self._links.pop(link.serial, None)
-        for key, engine_id in list(link.engine_ids.items()):
-            self._end(engine_id, link, key)
+        with self._lock:
+            self._links.pop(link.serial, None)
+            engine_ids = self._routes.forget(link)
+            self._note_idle()
+        for engine_id in engine_ids:
             self._engine.abort(engine_id)
 
-    def _fail_all(self, error: PenstockError) -> None:
-        self._failure = error
-        goodbye = error_to_proto(error)
-        for link in self._links.values():
-            link.say_goodbye(goodbye)
+    async def _report_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(self._load_period_s)
+            self._report()
 
+    def _report(self, only: GatewayLink | None = None) -> None:
+        with self._lock:
+            links = list(self._links.values()) if only is None else [only]
+            stats, draining = self._stats, self._draining
+        for link in links:
+            link.send((), stats, draining=draining)
 
-def _reader_ended(link: GatewayLink, reader: asyncio.Task[None]) -> None:
-    """The gateway sends no more: its stream ends (a cancelled reader is our own doing)."""
-    if not reader.cancelled():
-        if (error := reader.exception()) is not None:
-            log.warning("stream of gateway %s broke: %s", link.gateway_id, error)
-        link.say_goodbye(pb.Error())
+    def _note_idle(self) -> None:
+        """Tell `drain` when nothing is left; the caller holds the lock."""
+        if self._draining and not self._routes:
+            self._loop.call_soon_threadsafe(self._idle.set)
 
-
-def hop_server_options() -> list[tuple[str, int]]:
-    """Channel options of the leader's server: explicit caps, keepalive that allows ours."""
-    return [
-        ("grpc.max_receive_message_length", MAX_HOP_MESSAGE_BYTES),
-        ("grpc.max_send_message_length", MAX_HOP_MESSAGE_BYTES),
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-        ("grpc.so_reuseport", 0),
-    ]
-
-
-async def start_replica_server(
-    servicer: ReplicaStreamServicer, host: str, port: int = 0
-) -> tuple[grpc.aio.Server, int]:
-    """Serve the hop on `host`; returns the running server and the port it got."""
-    server = grpc.aio.server(options=hop_server_options())
-    pb_grpc.add_ReplicaServicer_to_server(servicer, server)
-    bound = server.add_insecure_port(f"{host}:{port}")
-    await server.start()
-    return server, bound
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -19,7 +19,7 @@ from pathlib import Path
 from grpc_tools import protoc  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parents[2]
-PROTOS = ("router/proto/penstock.proto", "replicas/proto/replica_stream.proto")
+PROTOS = ("router/proto/penstock.proto",)
 SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
 
 

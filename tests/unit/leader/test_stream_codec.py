@@ -1,12 +1,10 @@
 """Values survive the hop's wire form."""
 
-import struct
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.base.errors import InvalidRequestError, OverloadedError, WorkerDiedError
+from cluster.base.errors import InternalError, WorkerDiedError
 from replicas.api import (
     FinishReason,
     GenerationDelta,
@@ -17,10 +15,9 @@ from replicas.api import (
     TokenLogprob,
 )
 from replicas.leader import stream_codec as codec
-from replicas.proto import replica_stream_pb2 as pb
 
 ids = st.integers(0, 2**31 - 1)
-float32 = st.floats(width=32, allow_nan=False)
+floats = st.floats(allow_nan=False)
 double = st.floats(allow_nan=False, allow_infinity=False)
 optional_k = st.none() | st.integers(0, 20)
 
@@ -34,7 +31,7 @@ params = st.builds(
     presence_penalty=double,
     frequency_penalty=double,
     no_repeat_ngram_size=ids,
-    logit_bias=st.lists(st.tuples(ids, float32), max_size=4).map(tuple),
+    logit_bias=st.lists(st.tuples(ids, floats), max_size=4).map(tuple),
     min_tokens=ids,
     max_tokens=ids,
     stop_token_ids=st.lists(ids, max_size=4).map(tuple),
@@ -56,9 +53,9 @@ requests = st.builds(
 logprobs = st.builds(
     TokenLogprob,
     token_id=ids,
-    logprob=float32,
+    logprob=floats,
     rank=st.integers(1, 2**31),
-    top=st.lists(st.tuples(ids, float32), max_size=3).map(tuple),
+    top=st.lists(st.tuples(ids, floats), max_size=3).map(tuple),
 )
 scored = st.lists(logprobs, max_size=3).map(tuple)
 prompt_scored = st.tuples(st.sampled_from([(), (None,)]), scored).map(
@@ -71,7 +68,7 @@ deltas = st.builds(
     token_ids=st.lists(ids, max_size=4).map(tuple),
     logprobs=scored,
     prompt_logprobs=prompt_scored,
-    embedding=st.lists(float32, max_size=4).map(tuple),
+    embedding=st.lists(floats, max_size=4).map(tuple),
     finish_reason=st.none() | st.sampled_from(FinishReason),
     stop_token_id=st.none() | ids,
     error=st.none() | st.just(WorkerDiedError("rank 1 died", "retry", param="x").to_dict()),
@@ -79,42 +76,64 @@ deltas = st.builds(
 )
 
 
-@given(requests, st.integers(0, 2**64 - 1))
+keys = st.integers(0, 2**64 - 1)
+
+
+def payloads(*chunks: bytes) -> list[bytes]:
+    reader = codec.FrameReader()
+    return [payload for chunk in chunks for payload in reader.feed(chunk)]
+
+
+@given(requests, keys)
 def test_request_round_trip(request, key):
-    wire = codec.submit_to_proto(key, request).SerializeToString()
-    message = pb.Submit.FromString(wire)
-    assert message.stream_key == key
-    assert codec.submit_from_proto(message, request.request_id) == request
+    (payload,) = payloads(codec.frame(codec.Submit(key, request)))
+    assert codec.decode_to_replica(payload) == codec.Submit(key, request)
 
 
-@given(deltas, st.integers(0, 2**64 - 1))
-def test_delta_round_trip(delta, key):
-    wire = codec.delta_to_proto(key, delta).SerializeToString()
-    message = pb.Delta.FromString(wire)
-    assert message.stream_key == key
-    assert codec.delta_from_proto(message, "r") == delta
+@given(st.lists(st.tuples(keys, deltas), max_size=4), st.booleans())
+def test_step_round_trip_keeps_order_and_every_bit(pairs, draining):
+    load = ReplicaStats(step=2**33, kv_blocks_free=7)
+    step = codec.Step([codec.delta_to_wire(key, delta) for key, delta in pairs], load, draining)
+    (payload,) = payloads(codec.frame(step))
+    back = codec.decode_from_replica(payload)
+    assert (back.load, back.draining) == (load, draining)
+    found = [(delta.stream_key, codec.delta_from_wire(delta, "r")) for delta in back.deltas]
+    assert found == pairs
 
 
-@given(st.builds(ReplicaStats, **dict.fromkeys(ReplicaStats.__slots__, st.integers(0, 2**32 - 1))))
-def test_stats_round_trip(stats):
-    message = codec.stats_to_proto(stats, draining=True)
-    assert message.draining
-    assert codec.stats_from_proto(message) == stats
+@given(st.lists(st.binary(max_size=40), max_size=6), st.data())
+def test_frames_survive_any_cut(bodies, data):
+    hellos = [codec.Hello(codec.HOP_VERSION, body.hex(), "e") for body in bodies]
+    stream = b"".join(map(codec.frame, hellos))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
+    chunks = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+    assert [codec.decode_to_replica(payload) for payload in payloads(*chunks)] == hellos
 
 
-def test_logprob_is_rounded_to_32_bit_and_no_further():
-    entry = TokenLogprob(token_id=1, logprob=-0.1, rank=1)
-    delta = GenerationDelta(request_id="r", logprobs=(entry,))
-    back = codec.delta_from_proto(codec.delta_to_proto(1, delta), "r")
-    assert back.logprobs[0].logprob == struct.unpack("f", struct.pack("f", -0.1))[0]
+def test_a_frame_longer_than_any_message_is_refused_before_it_arrives():
+    with pytest.raises(InternalError, match="no message of this stream"):
+        payloads((codec.MAX_HOP_MESSAGE_BYTES + 1).to_bytes(4, "little"))
 
 
-def test_error_keeps_its_class_and_fields():
-    error = codec.error_from_proto(codec.error_to_proto(OverloadedError("full", "wait")))
-    assert isinstance(error, OverloadedError)
-    assert (error.cause, error.remedy, error.param) == ("full", "wait", None)
+def test_a_message_that_is_too_long_is_not_sent(monkeypatch):
+    monkeypatch.setattr(codec, "MAX_HOP_MESSAGE_BYTES", 10)
+    with pytest.raises(InternalError, match="more than 10"):
+        codec.frame(codec.Hello(1, "gateway", "epoch"))
 
 
-def test_unknown_pooling_is_refused():
-    with pytest.raises(InvalidRequestError, match="'max'"):
-        codec.submit_from_proto(pb.Submit(pooling="max"), "r")
+@pytest.mark.parametrize("payload", [b"", b"\xc1", b"\x91\xa4nope", b"\x92\xa6submit\x01"])
+def test_other_bytes_are_refused(payload):
+    with pytest.raises(InternalError, match="malformed"):
+        codec.decode_to_replica(payload)
+    with pytest.raises(InternalError, match="malformed"):
+        codec.decode_from_replica(payload)
+
+
+def test_an_ordinary_token_is_small():
+    stats = ReplicaStats(step=10**6, num_running=64, kv_blocks_total=10**5, kv_blocks_free=10**4)
+    tokens = [
+        codec.delta_to_wire(key, GenerationDelta(request_id="r", token_ids=(100_000,)))
+        for key in range(1000, 1064)
+    ]
+    empty = len(codec.frame(codec.Step([], stats, False)))
+    assert (len(codec.frame(codec.Step(tokens, stats, False))) - empty) / 64 < 16

@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import grpc.aio
 from fake_engine import FakeEngine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -23,7 +22,7 @@ from cluster.base.plan import (
     SchedulerPlan,
 )
 from replicas.leader.record import ReplicaRecord, ReplicaState
-from replicas.leader.stream_server import ReplicaStreamServicer, start_replica_server
+from replicas.leader.stream_server import ReplicaStreamServer
 from router.directory import ReplicaDirectory
 from router.grpc.server import GrpcFront
 from router.handler import GatewayHandler, GatewayIdentity
@@ -130,23 +129,22 @@ class FakeMembership:
 @dataclass
 class FakeReplica:
     engine: FakeEngine
-    servicer: ReplicaStreamServicer
-    server: grpc.aio.Server
+    server: ReplicaStreamServer
     record: ReplicaRecord
 
     async def kill(self) -> None:
         """As a killed process looks from outside: the connection is reset."""
         self.engine.stop()
-        await self.server.stop(None)
+        await self.server.stop()
 
 
 @asynccontextmanager
 async def fake_replica(
     engine: FakeEngine, replica_id: str = "r0", epoch: str = "e1", load_period_s: float = 1.0
 ) -> AsyncIterator[FakeReplica]:
-    servicer = ReplicaStreamServicer(engine, epoch=epoch, load_period_s=load_period_s)
-    server, port = await start_replica_server(servicer, "127.0.0.1")
-    engine.start(servicer.publish)
+    server = ReplicaStreamServer(engine, epoch=epoch, load_period_s=load_period_s)
+    port = await server.start("127.0.0.1")
+    engine.start(server.publish)
     record = ReplicaRecord(
         replica_id=replica_id,
         model=MODEL,
@@ -155,10 +153,10 @@ async def fake_replica(
         endpoint=f"127.0.0.1:{port}",
     )
     try:
-        yield FakeReplica(engine, servicer, server, record)
+        yield FakeReplica(engine, server, record)
     finally:
         engine.stop()
-        await server.stop(None)
+        await server.stop()
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The hop between gateway and leader: fan-out, cancel, loss, silence, epochs, bounds."""
 
 import asyncio
+import socket
 import time
 from contextlib import asynccontextmanager
 
@@ -10,13 +11,11 @@ from gateway_harness import fake_replica, until
 
 from cluster.base.errors import (
     InternalError,
-    InvalidRequestError,
     OverloadedError,
     UnavailableError,
     WorkerDiedError,
 )
 from replicas.api import FinishReason, GenerationRequest, SamplingParams
-from replicas.leader.stream_codec import error_to_proto
 from router.replica_stream import HopSettings, ReplicaStream
 
 FAST = HopSettings(backoff_initial_s=0.01, backoff_max_s=0.05, silence_timeout_s=5.0)
@@ -70,7 +69,7 @@ async def test_requests_with_one_id_from_two_gateways_do_not_mix():
             [3, 4, 3, 4, 3, 4],
         ]
         assert first.num_in_flight == second.num_in_flight == 0
-        assert replica.servicer.num_requests == 0
+        assert replica.server.num_requests == 0
 
 
 async def test_every_choice_ends_once_and_load_is_reported():
@@ -90,7 +89,7 @@ async def test_cancel_of_one_choice_leaves_the_others():
         channel.cancel_choice(0)
         rest = await read_all(channel)
         assert {d.index for d in rest if d.finish_reason is not None} == {1}
-        await until(lambda: replica.servicer.num_requests == 0)
+        await until(lambda: replica.server.num_requests == 0)
         assert [index for _, index in replica.engine.aborts] == [0]
 
 
@@ -104,7 +103,7 @@ async def test_cancelling_the_last_choice_cancels_the_request():
         assert channel.finished
         await until(lambda: replica.engine.num_running == 0)
         assert stream.num_in_flight == 0
-        assert replica.servicer.num_requests == 0
+        assert replica.server.num_requests == 0
 
 
 async def test_loss_ends_every_request_within_milliseconds():
@@ -131,7 +130,7 @@ async def test_leader_failure_carries_its_cause_to_every_gateway():
     ):
         await until(lambda: first.ready and second.ready)
         channels = [first.submit(a_request(10_000)), second.submit(a_request(10_000))]
-        replica.servicer.fail_all(WorkerDiedError("rank 1 was killed", "wait"))
+        replica.server.fail_all(WorkerDiedError("rank 1 was killed", "wait"))
         for channel in channels:
             with pytest.raises(WorkerDiedError, match="rank 1 was killed"):
                 await read_all(channel)
@@ -148,8 +147,8 @@ async def test_another_epoch_is_refused():
 async def test_reconnects_when_the_replica_is_back():
     async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
         await until(lambda: stream.ready)
-        for link in list(replica.servicer._links.values()):
-            link.say_goodbye(error_to_proto(UnavailableError("restarting")))
+        for link in list(replica.server._links.values()):
+            link.say_goodbye(UnavailableError("restarting"))
         await until(lambda: not stream.connected)
         await until(lambda: stream.ready)
         assert tokens(await read_all(stream.submit(a_request(2)))) == [1, 2]
@@ -192,7 +191,7 @@ async def test_idle_replica_keeps_reporting():
         await until(lambda: stream.ready)
         await asyncio.sleep(1.2)
         assert stream.ready
-        assert len(replica.servicer._links) == 1
+        assert len(replica.server._links) == 1
 
 
 async def test_slow_reader_is_bounded_and_cancelled():
@@ -234,7 +233,7 @@ async def test_engine_refusal_reaches_the_request():
         (delta,) = await read_all(stream.submit(a_request()))
         assert delta.finish_reason is FinishReason.ERROR
         assert delta.error["code"] == "overloaded"
-        assert replica.servicer.num_requests == 0
+        assert replica.server.num_requests == 0
 
 
 async def test_engine_fault_ends_one_request_without_its_text():
@@ -258,7 +257,7 @@ async def test_drain_refuses_new_requests_and_waits_for_the_old():
         await until(lambda: stream.ready)
         channel = stream.submit(a_request(100))
         await channel.receive()
-        draining = asyncio.create_task(replica.servicer.drain(5.0))
+        draining = asyncio.create_task(replica.server.drain(5.0))
         await until(lambda: stream.draining)
         with pytest.raises(UnavailableError):
             stream.submit(a_request())
@@ -270,8 +269,8 @@ async def test_drain_gives_up_at_its_timeout():
     async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
         await until(lambda: stream.ready)
         stream.submit(a_request(100_000))
-        await until(lambda: replica.servicer.num_requests == 1)
-        assert not await replica.servicer.drain(0.05)
+        await until(lambda: replica.server.num_requests == 1)
+        assert not await replica.server.drain(0.05)
 
 
 async def test_retired_stream_finishes_what_runs_then_ends():
@@ -283,15 +282,6 @@ async def test_retired_stream_finishes_what_runs_then_ends():
         assert len(tokens(await read_all(channel))) == 50
         await until(lambda: stream.ended)
         assert not stream.reinstate()
-
-
-async def test_unknown_pooling_from_a_newer_gateway_is_an_error_of_that_request():
-    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
-        await until(lambda: stream.ready)
-        channel = stream.submit(a_request())
-        stream._outbox[-1].submit.pooling = "max"
-        (delta,) = await read_all(channel)
-        assert delta.error["code"] == InvalidRequestError.code
 
 
 async def test_a_replica_that_never_answers_counts_as_silent():
@@ -308,3 +298,32 @@ async def test_a_replica_that_never_answers_counts_as_silent():
     assert not stream.ready
     await stream.close(UnavailableError("closing"))
     server.close()
+
+
+async def test_a_leader_that_talks_nonsense_ends_the_stream_with_an_internal_error():
+    async def nonsense(reader, writer):
+        await reader.read(1 << 16)
+        writer.write((5).to_bytes(4, "little") + b"hello")
+        await reader.read(1 << 16)
+
+    server = await asyncio.start_server(nonsense, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    settings = HopSettings(backoff_initial_s=5.0)
+    stream = ReplicaStream(f"127.0.0.1:{port}", "e1", gateway_id="gw", settings=settings)
+    stream.start()
+    await until(lambda: "malformed" in stream.last_error)
+    assert not stream.ready
+    await stream.close(UnavailableError("closing"))
+    server.close()
+
+
+async def test_a_port_where_nobody_listens_is_tried_again():
+    probe = socket.create_server(("127.0.0.1", 0))
+    endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    probe.close()
+    stream = ReplicaStream(endpoint, "e1", gateway_id="gw", settings=FAST)
+    stream.start()
+    await until(lambda: "cannot be reached" in stream.last_error)
+    assert not stream.ready
+    assert not stream.ended
+    await stream.close(UnavailableError("closing"))
