@@ -12,6 +12,7 @@ import torch
 
 from cluster.dist.communicator import Communicator
 from cluster.dist.torch_communicator import TorchCommunicator
+from tests.support.shared_engine import copying_requests, shared_engine
 from tests.support.stepping import Stepper
 
 
@@ -68,6 +69,21 @@ def tiny_models(communicator: Communicator, root: str, prompts: dict[str, list[i
             "tokens": stepper.greedy(prompt, 16),
             "digest": digest(logits),
             "last_row": logits[-1].tolist(),
+        }
+    return answers
+
+
+def speculation(communicator: Communicator, root: str) -> Any:
+    """What each checkpoint under `root` says to mixed requests with drafts: tokens and counts."""
+    answers = {}
+    for path in sorted(Path(root).iterdir()):
+        engine = shared_engine(path, communicator)
+        completions = engine.generate(copying_requests())
+        stats = engine.stats
+        answers[path.name] = {
+            "said": [(c.token_ids, [e.token_id for e in c.logprobs]) for c in completions],
+            "drafted": stats.draft_tokens,
+            "accepted": stats.accepted_draft_tokens,
         }
     return answers
 

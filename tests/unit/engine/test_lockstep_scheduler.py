@@ -117,14 +117,15 @@ class LockstepRun(Run):
         return self.runner.collect()
 
 
-def random_lockstep_run(seed: int) -> LockstepRun:
+def random_lockstep_run(seed: int, *, speculates: bool = False) -> LockstepRun:
     rng = random.Random(seed)
-    run = LockstepRun(random_limits(rng), rng.choice((1, 2, 3, 4)), seed, rng.choice((1, 2, 2)))
+    limits = random_limits(rng, speculates=speculates)
+    run = LockstepRun(limits, rng.choice((1, 2, 3, 4)), seed, rng.choice((1, 2, 2)))
     if rng.random() < 0.2:
         rng.choice(run.executor.groups).errors_from[rng.randrange(4)] = rng.randrange(1, 12)
     abort_rate = rng.choice((0.0, 0.0, 0.05))
     for number in range(rng.randint(1, 12)):
-        run.add(random_request(rng, f"r{number}", run.limits.max_context))
+        run.add(random_request(rng, f"r{number}", run.limits.max_context, copies=speculates))
         for _ in range(rng.choice((0, 0, 1, 4))):
             run.step()
             if rng.random() < abort_rate * 4:
@@ -142,6 +143,12 @@ def random_lockstep_run(seed: int) -> LockstepRun:
 @given(st.integers(0, 2**32))
 def test_any_interleaving_over_groups_gives_the_streams_of_one_at_a_time(seed: int) -> None:
     random_lockstep_run(seed)
+
+
+@engine_settings(max_examples=100)
+@given(st.integers(0, 2**32))
+def test_drafts_of_one_group_change_no_stream_of_any(seed: int) -> None:
+    random_lockstep_run(seed, speculates=True)
 
 
 def test_many_random_runs_meet_idle_groups_preemption_discards_and_failures() -> None:
