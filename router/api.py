@@ -163,6 +163,19 @@ class PieceStream(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tier:
+    """Where a generation runs, for the client to know."""
+
+    model: str
+    """The entry of the cluster file: the one asked for, or that it overflows to."""
+    engine: str
+    overflow: str = ""
+    """Why it is not the one asked for: too_long, busy or unavailable."""
+    tokens_per_s: float = 0.0
+    """Predicted for a request like this among as many as are planned for; 0: not predicted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
     """An admitted generation: its id is known before the first piece."""
 
@@ -171,6 +184,7 @@ class Generation:
     created: int
     pieces: PieceStream
     """Closing the iterator (`aclose`), or cancelling the task in it, stops the engine's work."""
+    tier: Tier | None = None
 
 
 class Handler(Protocol):

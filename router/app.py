@@ -25,7 +25,7 @@ from router.http.app import build_http_app
 from router.http.server import bind_http, serve_http
 from router.policies.prefix_affinity import PrefixAffinity
 from router.replica_stream import HopSettings
-from router.served_model import ServedModel
+from router.served_model import serve_models
 
 _STOP_GRACE_S = 3.0
 _CALL_MARGIN_S = 5.0
@@ -78,7 +78,7 @@ class GatewayReplica:
             on_gone=policy.forget,
         )
         handler = GatewayHandler(
-            {model.name: ServedModel.from_plan(model) for model in cluster.models},
+            serve_models(cluster.models),
             gateway.limits,
             self._directory,
             policy,

@@ -29,7 +29,7 @@ class Prompt:
             guess = len(self.text) // 4 + 1
         else:
             guess = sum(len(turn.content) // 4 + 4 for turn in self.messages or ())
-        return min(guess, model.max_tokens_per_choice)
+        return min(guess, model.longest.max_tokens_per_choice)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cluster.base.errors import UnavailableError
 from replicas.api import GenerationRequest
 from router.directory import ReplicaDirectory
-from router.policies.snapshot import Policy, RequestInfo
+from router.policies.snapshot import Policy, ReplicaView, RequestInfo
 from router.request_channel import RequestChannel
 
 
@@ -15,6 +15,10 @@ class Dispatcher:
     def __init__(self, directory: ReplicaDirectory, policy: Policy) -> None:
         self._directory = directory
         self._policy = policy
+
+    def views(self, model: str) -> list[ReplicaView]:
+        """The replicas of `model` that can take a request now."""
+        return [view for view, _ in self._directory.snapshot(model).values()]
 
     def submit(self, model: str, request: GenerationRequest) -> RequestChannel:
         """Submit to a ready replica of `model`.

@@ -6,6 +6,7 @@ per piece: nothing here costs per token.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -45,6 +46,7 @@ class GatewayMetrics:
         """`read_models` is asked for the number of ready replicas at each scrape."""
         self.registry = CollectorRegistry()
         self.requests = self._counter(table.REQUESTS)
+        self.overflows = self._counter(table.OVERFLOWS)
         self.active = Gauge(
             table.ACTIVE_REQUESTS.name,
             table.ACTIVE_REQUESTS.help,
@@ -106,11 +108,10 @@ class MeasuredHandler:
             self._end(model, error)
             raise
         self._metrics.queue.labels(model).observe(self._clock() - started_s)
-        return Generation(
-            request_id=generation.request_id,
-            model=generation.model,
-            created=generation.created,
-            pieces=_MeasuredPieces(generation.pieces, self, model, started_s),
+        if generation.tier is not None and generation.tier.overflow:
+            self._metrics.overflows.labels(model, generation.tier.overflow).inc()
+        return dataclasses.replace(
+            generation, pieces=_MeasuredPieces(generation.pieces, self, model, started_s)
         )
 
     async def embed(self, request: EmbedInput) -> EmbedOutput:

@@ -7,6 +7,7 @@ replica is told to stop.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import secrets
@@ -27,12 +28,14 @@ from router.api import (
     ModelInfo,
     ScoreInput,
     ScoreOutput,
+    Tier,
 )
 from router.checked_requests import CheckedGeneration, Prompt
 from router.directory import ReplicaDirectory
 from router.dispatcher import Dispatcher
 from router.fault_boundary import fault_boundary
 from router.generation_stream import GenerationStream
+from router.overflow import choose_tier, tier_of
 from router.policies.snapshot import Policy
 from router.prompt_encoder import encode_prompt, token_texts
 from router.running_requests import RunningRequest, RunningRequests
@@ -87,7 +90,7 @@ class GatewayHandler:
         )
         try:
             with fault_boundary(checked.request_id):
-                pieces = await self._start(checked, running)
+                pieces, tier = await self._start(checked, running)
         except BaseException:
             running.end()
             raise
@@ -96,12 +99,18 @@ class GatewayHandler:
             model=checked.model.plan.name,
             created=int(time.time()),
             pieces=pieces,
+            tier=tier,
         )
 
-    async def _start(self, checked: CheckedGeneration, running: RunningRequest) -> GenerationStream:
-        model = checked.model
-        prompt_ids = await encode_prompt(model, checked.prompt)
-        request = self._validator.build_generation(checked, prompt_ids)
+    async def _start(
+        self, checked: CheckedGeneration, running: RunningRequest
+    ) -> tuple[GenerationStream, Tier]:
+        prompt_ids = await encode_prompt(checked.model, checked.prompt)
+        num_tokens = self._validator.least_tokens(checked, prompt_ids)
+        model, reason = choose_tier(checked.model, num_tokens, self._dispatcher.views)
+        request = self._validator.build_generation(
+            dataclasses.replace(checked, model=model), prompt_ids
+        )
         running.set_waiting_tokens(len(prompt_ids))
         channel = self._dispatcher.submit(model.plan.name, request)
         running.attach(channel)
@@ -113,7 +122,7 @@ class GatewayHandler:
                     prompt_ids, skip_special_tokens=checked.sampling.text.skip_special_tokens
                 )
             stream.echo(text)
-        return stream
+        return stream, tier_of(model, reason)
 
     async def embed(self, request: EmbedInput) -> EmbedOutput:
         """Embed each input."""

@@ -53,6 +53,7 @@ async def token_texts(model: ServedModel, token_ids: Sequence[int]) -> list[str]
 
 
 def _refuse_hopeless(model: ServedModel, prompt: Prompt) -> None:
+    model = model.longest
     limit = model.max_tokens_per_choice
     probe = PROBE_CHARS_PER_TOKEN * (limit + PROBE_MARGIN_TOKENS)
     texts = [(prompt.text or "", "prompt")]

@@ -5,8 +5,9 @@ Immutable after construction and shared by all requests. No weights, no torch.
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.base.errors import InvalidRequestError
@@ -26,6 +27,8 @@ class ServedModel:
     chat_template: ChatTemplate | None
     defaults: GenerationDefaults
     created: int = field(default_factory=lambda: int(time.time()))
+    overflow: ServedModel | None = None
+    """Where requests go that this one cannot take; the same checkpoint."""
 
     @classmethod
     def from_plan(cls, plan: ModelPlan) -> ServedModel:
@@ -48,6 +51,14 @@ class ServedModel:
             self.plan.scheduler.max_context, self.plan.kv.num_blocks * self.plan.kv.block_size
         )
 
+    @property
+    def longest(self) -> ServedModel:
+        """This model, or the one it overflows to if that holds longer requests."""
+        other = self.overflow
+        if other is not None and other.max_tokens_per_choice > self.max_tokens_per_choice:
+            return other
+        return self
+
     def encode_chat(self, messages: Sequence[ChatTurn]) -> list[int]:
         """Token ids of a conversation, up to where the model's answer begins.
 
@@ -69,3 +80,18 @@ class ServedModel:
             for turn in messages
         ]
         return self.tokenizer.encode_template(self.chat_template.render(turns))
+
+
+def serve_models(plans: Iterable[ModelPlan]) -> dict[str, ServedModel]:
+    """All models of a cluster by name, each with the one it overflows to.
+
+    Raises:
+        ConfigError: a checkpoint lacks a tokenizer or holds a broken one.
+    """
+    models = {plan.name: ServedModel.from_plan(plan) for plan in plans}
+    return {
+        name: model
+        if model.plan.overflow is None
+        else dataclasses.replace(model, overflow=models[model.plan.overflow.model])
+        for name, model in models.items()
+    }

@@ -139,6 +139,7 @@ class Validator:
     ) -> tuple[int, ...]:
         """Check a list of ids of the model; by default as many as the context holds."""
         if limit is None:
+            model = model.longest
             limit = model.max_tokens_per_choice
             if isinstance(raw, Sequence) and not isinstance(raw, str) and len(raw) > limit:
                 raise too_long(model, len(raw), 0, param)
@@ -168,6 +169,12 @@ class Validator:
             params=SamplingParams(max_tokens=max_tokens, **params),
             priority=checked.priority,
         )
+
+    def least_tokens(self, checked: CheckedGeneration, prompt_ids: Sequence[int]) -> int:
+        """Tokens that a place for the request must hold: with the output that was asked for, or
+        where its length is left open, at least one token of it."""
+        asked = checked.sampling.max_tokens
+        return len(prompt_ids) + (1 if asked is None else asked)
 
     def room(self, model: ServedModel, prompt_ids: Sequence[int], param: str) -> int:
         """Tokens that fit after a prompt; also checks that its ids are the model's.

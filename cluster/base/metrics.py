@@ -82,6 +82,11 @@ REQUESTS = _counter(
     "requests_total", _GATEWAY, "Requests answered, by outcome code (ok or an error code).",
     labels=("code",),
 )  # fmt: skip
+OVERFLOWS = _counter(
+    "overflows_total", _GATEWAY,
+    "Requests run by the model's overflow, by reason (too_long, busy, unavailable).",
+    labels=("reason",),
+)  # fmt: skip
 ACTIVE_REQUESTS = _gauge("active_requests", _GATEWAY, "Requests in the gateway now.")
 TTFT = _histogram(
     "ttft_seconds", _GATEWAY, "Time from arrival to the first token.", "seconds", SECONDS_TO_FIRST
@@ -170,6 +175,7 @@ EXPERT_IMBALANCE = Metric(
 
 METRICS: tuple[Metric, ...] = (
     REQUESTS,
+    OVERFLOWS,
     ACTIVE_REQUESTS,
     TTFT,
     TPOT,

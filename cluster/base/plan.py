@@ -166,6 +166,16 @@ class ExpertPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OverflowPlan:
+    """Where a gateway sends generations that a model's replicas cannot take."""
+
+    model: str
+    """Name of another model of the plan, with the same checkpoint."""
+    waiting: int
+    """Requests waiting in every replica from which on new ones go over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
     """One served model: what every one of its replicas is built from."""
 
@@ -206,6 +216,7 @@ class ModelPlan:
     """Data-parallel groups of each replica, each of `tp_size` ranks and with its own cache."""
     experts: ExpertPlan | None = None
     """Only with `engine` expert_parallel."""
+    overflow: OverflowPlan | None = None
 
     @property
     def num_ranks(self) -> int:

@@ -318,6 +318,24 @@ class SpeculationSpec(Section):
     )
 
 
+class OverflowSpec(Section):
+    """Where generations go that the model's replicas cannot take; the answer's headers say so."""
+
+    to: Annotated[
+        str,
+        Text("letters, digits, `.`, `_` and `-`", r"[A-Za-z0-9][A-Za-z0-9._-]*", 64),
+    ] = Field(
+        description="Name of another entry with the same checkpoint, such as one with "
+        "`engine: offload` and a longer `max_context`. It gets what is too long for this model, "
+        "and what this one's replicas have no room for."
+    )
+    waiting: Annotated[int | Auto, Whole(1, 65_536, auto=True)] = Field(
+        default="auto",
+        description="Requests waiting in every replica from which on new ones go over. auto: "
+        "`limits.max_waiting_requests`, so only what would be refused.",
+    )
+
+
 class ModelSpec(Section):
     """One served model and its replicas."""
 
@@ -390,6 +408,11 @@ class ModelSpec(Section):
     )
     limits: EngineLimitsSpec = Field(
         default=EngineLimitsSpec(), description="Limits of the scheduler."
+    )
+    overflow: OverflowSpec | None = Field(
+        default=None,
+        description="Where generations go that the replicas cannot take. Default: nowhere, they "
+        "are refused.",
     )
     resources: ResourcesSpec = Field(
         default=ResourcesSpec(), description="What each rank takes of its node."

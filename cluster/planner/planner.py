@@ -30,6 +30,7 @@ from cluster.planner.decisions import Decision, choose_devices, choose_threads
 from cluster.planner.drafts import Draft
 from cluster.planner.front import is_loopback, plan_gateway
 from cluster.planner.hub import Hub
+from cluster.planner.overflow import check_overflows, overflow_plan, overflow_warnings
 from cluster.planner.packing import NodeLoad, empty_loads
 from cluster.planner.placement import Placed, draft_all, place_all
 from cluster.planner.sources import open_source
@@ -71,6 +72,7 @@ def make_plan(
         open_source(index, model, directory or Path(), hub or Hub())
         for index, model in enumerate(spec.models)
     ]
+    check_overflows(sources)
     loads = empty_loads(topology, spec.gateway.replicas)
     on_cpus = [source.index for source in sources if source.layout.spreads_experts]
     drafts = draft_all(sources, choose_devices(spec.models, topology, on_cpus), loads)
@@ -178,6 +180,7 @@ def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topolog
         nodes=tuple(topology.nodes[node].host for node in model.nodes),
         offload=streaming.offload_plan() if streaming else None,
         speed=streaming.speed_plan() if streaming else None,
+        overflow=overflow_plan(spec),
     )
 
 
@@ -285,6 +288,7 @@ def _warnings(
                 f"{model.scheduler.max_running_requests}: a step has only that many tokens."
             )
         yield from _streaming_warnings(model, where.draft)
+        yield from overflow_warnings(model, models)
         if not model.eos_token_ids:
             yield f"{model.name}: the checkpoint names no end-of-text token; outputs end at length."
 

@@ -25,6 +25,7 @@ from router.grpc import codec
 from router.grpc.status_details import REQUEST_ID_KEY, trailing_metadata
 from router.proto import penstock_pb2 as pb
 from router.proto import penstock_pb2_grpc as pb_grpc
+from router.tier_fields import tier_fields
 
 log = logging.getLogger(__name__)
 
@@ -174,11 +175,17 @@ async def _stream(generation: Generation, context: Context) -> None:
         async for piece in pieces:
             if not named:
                 named = True
-                await _name_call(context, generation.request_id)
+                await _name_call(context, generation.request_id, _tier(generation))
             await context.write(codec.piece_to_proto(generation.request_id, piece))
 
 
-async def _name_call(context: Context, request_id: str) -> None:
-    metadata = ((REQUEST_ID_KEY, request_id),)
+def _tier(generation: Generation) -> tuple[tuple[str, str], ...]:
+    return tuple((f"penstock-{name}", value) for name, value in tier_fields(generation.tier))
+
+
+async def _name_call(
+    context: Context, request_id: str, more: tuple[tuple[str, str], ...] = ()
+) -> None:
+    metadata = ((REQUEST_ID_KEY, request_id), *more)
     context.set_trailing_metadata(metadata)
     await context.send_initial_metadata(metadata)

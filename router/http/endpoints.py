@@ -147,7 +147,7 @@ class Endpoints:
         shape = make(source.first, options)
         if job.stream:
             return await open_event_stream(source, shape)
-        return _json(await _whole_answer(source, shape))
+        return _json(await _whole_answer(source, shape), headers=source.tier)
 
     def _info(self, name: str) -> ModelInfo:
         for info in self._handler.list_models():

@@ -20,15 +20,11 @@ from router.http.json_text import json_bytes
 from router.http.piece_source import PieceSource
 from router.http.request_head import request_id_of
 
-_START = {
-    "type": "http.response.start",
-    "status": 200,
-    "headers": [
-        (b"content-type", b"text/event-stream; charset=utf-8"),
-        (b"cache-control", b"no-cache"),
-        (b"x-accel-buffering", b"no"),
-    ],
-}
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
 
 
 class EventStream:
@@ -48,7 +44,8 @@ class EventStream:
             await self._source.aclose()
 
     async def _print(self, scope: Scope, send: Send) -> None:
-        await send(_START)
+        tier = [(name.encode(), value.encode()) for name, value in self._source.tier.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *tier]})
         await _send_events(send, self._first)
         try:
             async for piece in self._source:

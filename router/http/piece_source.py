@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from router.api import Generation, Handler, Piece, PieceStream, Usage
 from router.http.generation_body import GenerationJob
+from router.tier_fields import tier_fields
 
 _QUEUE_PIECES = 64
 
@@ -31,6 +32,17 @@ class PieceSource:
         self._queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(_QUEUE_PIECES)
         self._tasks: list[asyncio.Task[None]] = []
         self._num_running = len(generations)
+
+    @property
+    def tier(self) -> dict[str, str]:
+        """Where the pieces come from, as headers; several prompts may be in several places."""
+        headers: dict[str, list[str]] = {}
+        for generation in self._generations:
+            for name, value in tier_fields(generation.tier):
+                known = headers.setdefault(f"x-penstock-{name}", [])
+                if value not in known:
+                    known.append(value)
+        return {name: ", ".join(values) for name, values in headers.items()}
 
     def __aiter__(self) -> PieceSource:
         return self

@@ -25,6 +25,12 @@ models:
     offload: {{device_memory: 9400KiB, disk_path: packed, ring_slots: 2, resident: 0}}
     kv_cache: {{memory: 512KiB}}
     limits: {{max_context: 128, max_step_tokens: 64, max_running_requests: 4}}
+  - name: resident
+    path: {model}
+    dtype: float32
+    kv_cache: {{memory: 512KiB}}
+    limits: {{max_context: 24}}
+    overflow: {{to: demo-dense}}
 """
 PROMPTS = ("def ", "import os\n\n\nclass Reader:\n", "for name in names:\n    ")
 NUM_TOKENS = 16
@@ -80,5 +86,48 @@ def test_answers_of_a_streamed_model_equal_transformers(cluster):
 def test_the_store_is_where_the_file_says_and_status_knows_the_replica(cluster):
     packed = cluster.log.parent / "packed"
     assert len(list(packed.glob("*-1of1.weights"))) == 1
-    assert len(cluster.replicas()) == 1
+    assert {replica["model"] for replica in cluster.replicas()} == {"demo-dense", "resident"}
     assert penstock("status", env=cluster.env).returncode == 0
+
+
+def test_what_is_too_long_for_the_resident_replica_runs_on_the_streamed_one(cluster):
+    """And answers there as it does when it is asked for by name."""
+    prompt = "def name(self):\n    return self.name\n\n\n" * 3
+    sampling = pb.SamplingOptions(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    tokens, headers = {}, {}
+    with grpc.insecure_channel(cluster.grpc) as channel:
+        stub = pb_grpc.PenstockStub(channel)
+        for name, text in (("resident", prompt), ("demo-dense", prompt), ("short", "a")):
+            model = "resident" if name == "short" else name
+            call = stub.Generate(
+                pb.GenerateRequest(model=model, text=text, sampling=sampling), timeout=60
+            )
+            headers[name] = dict(call.initial_metadata())
+            tokens[name] = [token for piece in call for token in piece.token_ids]
+    assert tokens["resident"] == tokens["demo-dense"]
+    assert headers["resident"]["penstock-overflow"] == "too_long"
+    assert headers["resident"]["penstock-served-by"] == "demo-dense"
+    assert headers["resident"]["penstock-engine"] == "offload"
+    assert float(headers["resident"]["penstock-predicted-tokens-per-s"]) > 0
+    assert headers["short"]["penstock-engine"] == "tensor_parallel"
+    assert "penstock-overflow" not in headers["short"]
+    with openai.OpenAI(base_url=f"{cluster.http}/v1", api_key="none", max_retries=0) as client:
+        for stream in (False, True):
+            answer = client.completions.with_raw_response.create(
+                model="resident", prompt=prompt, temperature=0, max_tokens=4, stream=stream
+            )
+            assert answer.headers["x-penstock-overflow"] == "too_long"
+            assert answer.headers["x-penstock-served-by"] == "demo-dense"
+            answer.parse().close() if stream else answer.parse()
+
+
+def test_copied_text_is_drafted_and_counted(cluster):
+    sampling = pb.SamplingOptions(temperature=0, max_tokens=48, ignore_eos=True)
+    with grpc.insecure_channel(cluster.grpc) as channel:
+        request = pb.GenerateRequest(
+            model="demo-dense", text="    self.name = name\n" * 6, sampling=sampling
+        )
+        for _ in pb_grpc.PenstockStub(channel).Generate(request, timeout=60):
+            pass
+    (streamed,) = (r for r in cluster.replicas() if r["model"] == "demo-dense")
+    assert 0 < int(streamed["accepted_draft_tokens"]) <= int(streamed["draft_tokens"])

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_checkpoints import LLAMA_3_8B, TINY
+from fake_checkpoints import LLAMA_3_8B, TINY, write_checkpoint
 from planned_models import LAPTOP, node, plan_model, refused
 
+from cluster.base.errors import ConfigError
+from cluster.base.spec import ClusterSpec
 from cluster.dist.topology import Topology
+from cluster.planner.planner import make_plan
 
 
 def test_refuses_a_split_with_the_nearest_that_work(tmp_path: Path):
@@ -124,3 +127,31 @@ def test_unsupported_checkpoints(change: dict[str, Any], cause: str, tmp_path: P
     error = refused(tmp_path, LAPTOP, {**TINY, **change})
     assert error.param == "models[0].path"
     assert cause in error.cause
+
+
+def overflowing(tmp_path: Path, *overflows: Any) -> ConfigError:
+    """The refusal of one entry for each of `overflows`, named m0, m1, ...; the last serves `other`.
+
+    An entry overflows to nothing when its part is None.
+    """
+    write_checkpoint(tmp_path / "ckpt", TINY)
+    write_checkpoint(tmp_path / "other", TINY)
+    entries = [
+        {"name": f"m{at}", "path": "ckpt"} | ({} if to is None else {"overflow": {"to": to}})
+        for at, to in enumerate(overflows)
+    ]
+    entries[-1]["path"] = "other"
+    spec = ClusterSpec.model_validate({"models": entries})
+    with pytest.raises(ConfigError) as caught:
+        make_plan(spec, LAPTOP, directory=tmp_path)
+    return caught.value
+
+
+def test_an_overflow_needs_another_entry_of_the_same_checkpoint(tmp_path: Path):
+    error = overflowing(tmp_path, "nowhere", None)
+    assert (error.param, error.remedy) == ("models[0].overflow.to", "Name one of: m1.")
+    assert "the model itself" in overflowing(tmp_path, "m0", None).cause
+    assert "another checkpoint (other)" in overflowing(tmp_path, "m1", None).cause
+    error = overflowing(tmp_path, "m1", "m0", None)
+    assert "overflows itself" in error.cause
+    assert error.param == "models[0].overflow.to"

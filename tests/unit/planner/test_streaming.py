@@ -13,6 +13,7 @@ from cluster.base.plan import (
     ClusterPlan,
     EngineKind,
     ModelPlan,
+    OverflowPlan,
     SpeculationPlan,
     from_json,
     to_json,
@@ -224,3 +225,28 @@ def test_drafts_are_made_where_weights_are_streamed_unless_told_otherwise(tmp_pa
     asked = {"num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 1}
     (resident,) = plan_model(tmp_path, node_of(64), TINY, speculation=asked).models
     assert resident.scheduler.speculation == SpeculationPlan(num_tokens=3, min_ngram=1, max_ngram=1)
+
+
+def test_a_model_overflows_to_a_streamed_entry_of_its_checkpoint(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "ckpt", TINY)
+    resident = {
+        "name": "m",
+        "path": "ckpt",
+        "engine": "tensor_parallel",
+        "limits": {"max_context": 64, "max_waiting_requests": 7},
+    }
+    streamed = {"name": "long", "path": "ckpt", "engine": "offload", "dtype": "bfloat16"}
+
+    def plan(**overflow: Any) -> ClusterPlan:
+        entry = {**resident, "overflow": {"to": "long", **overflow}}
+        spec = ClusterSpec.model_validate({"models": [entry, streamed]})
+        return make_plan(spec, node_of(8), directory=tmp_path, rates=rates_for_tests)
+
+    made = plan()
+    assert made.models[0].overflow == OverflowPlan(model="long", waiting=7)
+    assert made.models[1].overflow is None
+    assert any("computes in float32, and its overflow" in text for text in made.warnings)
+    assert not any("it only helps" in text for text in made.warnings)
+    assert plan(waiting=2).models[0].overflow == OverflowPlan(model="long", waiting=2)
+    streamed["limits"] = {"max_context": 64}
+    assert any("64 tokens per request, no more" in text for text in plan().warnings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from router.grpc.server import GrpcFront
 from router.handler import GatewayHandler, GatewayIdentity
 from router.policies.prefix_affinity import PrefixAffinity
 from router.replica_stream import HopSettings
-from router.served_model import ServedModel
+from router.served_model import serve_models
 
 MODEL = "tiny"
 VOCAB = 259
@@ -140,14 +140,18 @@ class FakeReplica:
 
 @asynccontextmanager
 async def fake_replica(
-    engine: FakeEngine, replica_id: str = "r0", epoch: str = "e1", load_period_s: float = 1.0
+    engine: FakeEngine,
+    replica_id: str = "r0",
+    epoch: str = "e1",
+    load_period_s: float = 1.0,
+    model: str = MODEL,
 ) -> AsyncIterator[FakeReplica]:
     server = ReplicaStreamServer(engine, epoch=epoch, load_period_s=load_period_s)
     port = await server.start("127.0.0.1")
     engine.start(server.publish)
     record = ReplicaRecord(
         replica_id=replica_id,
-        model=MODEL,
+        model=model,
         epoch=epoch,
         state=ReplicaState.READY,
         endpoint=f"127.0.0.1:{port}",
@@ -179,15 +183,19 @@ async def running_gateway(
     *,
     engines: list[FakeEngine] | None = None,
     hop: HopSettings | None = None,
+    plans: Sequence[ModelPlan] = (),
     **limits,
 ) -> AsyncIterator[Gateway]:
+    """`plans`: other models than the usual one; then there is one of `engines` for each."""
     plan_limits = replace(LIMITS, **limits)
     if hop is None:
         hop = HopSettings(stream_buffer_events=plan_limits.stream_buffer_events)
     plan = GatewayPlan(host="127.0.0.1", grpc_port=0, http_port=0, replicas=1, limits=plan_limits)
     async with AsyncExitStack() as stack:
         replicas = [
-            await stack.enter_async_context(fake_replica(engine, f"r{at}"))
+            await stack.enter_async_context(
+                fake_replica(engine, f"r{at}", model=plans[at].name if plans else MODEL)
+            )
             for at, engine in enumerate([FakeEngine()] if engines is None else engines)
         ]
         membership = FakeMembership()
@@ -196,9 +204,8 @@ async def running_gateway(
         directory.start()
         stack.push_async_callback(directory.close)
         await membership.publish(*(replica.record for replica in replicas))
-        model = ServedModel.from_plan(model_plan(checkpoint))
         handler = GatewayHandler(
-            {MODEL: model},
+            serve_models(plans or (model_plan(checkpoint),)),
             plan_limits,
             directory,
             policy,
