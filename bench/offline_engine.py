@@ -14,6 +14,7 @@ from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.scheduler_output import StepOutput
 from replicas.engine.sync_engine import SyncEngine
+from replicas.models.llama import LlamaModel
 from replicas.worker.assembly import RankSpec, build_runner
 from replicas.worker.in_process_executor import InProcessExecutor
 from replicas.worker.model_runner import ModelRunner
@@ -34,7 +35,7 @@ class OfflineRun:
     num_steps: int
     """Steps of the decode phase."""
     ledger_s: dict[str, float]
-    """Seconds of the decode phase by part of a step."""
+    """Seconds of the decode phase by part of a step; `forward` without the parts named apart."""
 
 
 class TimedExecutor(InProcessExecutor):
@@ -67,6 +68,7 @@ class OfflineEngine:
         )
         runner = build_runner(spec, SingleRank(), torch.device("cpu"))
         self.kernels = runner.model.kernels.name
+        self._model = runner.model
         self._vocab_size = runner.model.arch.vocab_size
         self._runs = 0
         config = SchedulerConfig(
@@ -99,7 +101,7 @@ class OfflineEngine:
         while waiting:
             waiting -= {delta.request_id for delta in self._engine.step() if delta.token_ids}
         filled_s = time.perf_counter()
-        before, parts = self._engine.times, dict(self._executor.seconds)
+        before, parts, layers = self._engine.times, dict(self._executor.seconds), self._layers()
         while self._engine.has_unfinished:
             self._engine.step()
         ended_s = time.perf_counter()
@@ -107,6 +109,9 @@ class OfflineEngine:
         ledger: dict[str, float] = {
             name: self._executor.seconds[name] - parts[name] for name in parts
         }
+        for name, seconds in self._layers().items():
+            ledger[name] = seconds - layers[name]
+            ledger["forward"] -= ledger[name]
         ledger["schedule"] = after.schedule_s - before.schedule_s
         ledger["update"] = after.update_s - before.update_s
         ledger["other"] = (ended_s - filled_s) - sum(ledger.values())
@@ -116,3 +121,7 @@ class OfflineEngine:
             num_steps=after.num_steps - before.num_steps,
             ledger_s=ledger,
         )
+
+    def _layers(self) -> dict[str, float]:
+        """Seconds so far by part of the layers, where the model counts them."""
+        return dict(self._model.layer_seconds) if isinstance(self._model, LlamaModel) else {}

@@ -49,13 +49,13 @@ class StepArguments:
             None if sin is None else sin.data_ptr(),
             metadata.block_tables_RN.shape[0],
             metadata.slot_mapping_T.shape[0],
+            metadata.block_tables_RN.stride(0),
         )
 
 
 def attention_shape(
     spec: AttentionSpec,
     kv_2NBGP: torch.Tensor,
-    metadata: AttentionMetadata,
     sliding_window: int | None,
     query_stride: int,
 ) -> AttentionShape:
@@ -65,7 +65,6 @@ def attention_shape(
         spec.num_kv_heads,
         spec.head_dim,
         kv_2NBGP.shape[2],
-        metadata.block_tables_RN.stride(0),
         sliding_window or 0,
         query_stride,
         spec.num_kv_heads * spec.head_dim,
@@ -99,6 +98,33 @@ class BlockSetting:
     with_bias: bool
 
 
+def block_shape(
+    spec: AttentionSpec,
+    setting: BlockSetting,
+    tensors: Mapping[str, torch.Tensor],
+    kv_2NBGP: torch.Tensor,
+) -> BlockShape:
+    """A layer's packed weights and cache, which must outlive the result, as the library takes them.
+
+    Raises:
+        KeyError: the projections are not packed.
+    """
+    fused_width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    return BlockShape(
+        attention_shape(spec, kv_2NBGP, setting.sliding_window, fused_width),
+        *map(address, _weights(setting, tensors)),
+        tensors[_QKV].shape[1],
+        tensors[_OUT].shape[0],
+        setting.heads.norm_eps,
+    )
+
+
+def block_widths(block: BlockShape) -> tuple[int, int]:
+    """Of the rows that a block keeps in scratch memory: projections, attention."""
+    shape = block.shape
+    return shape.query_stride, shape.heads * shape.head_dim
+
+
 class CpuAttentionBlock:
     """One layer's `AttentionBlock`; see there."""
 
@@ -109,13 +135,8 @@ class CpuAttentionBlock:
         self._setting = setting
         self._steps = steps
         self._library = library
-        self._weights: tuple[torch.Tensor | None, ...] = ()
+        self._known: tuple[torch.Tensor | None, ...] = ()
         self._block = BlockShape()
-        self._cache: torch.Tensor | None = None
-        inner = spec.num_heads * spec.head_dim
-        fused = inner + 2 * spec.num_kv_heads * spec.head_dim
-        self._widths = (0, fused, inner, inner)
-        """Of the rows that a call keeps in scratch memory: input, projections, attention twice."""
 
     def forward(
         self,
@@ -129,17 +150,15 @@ class CpuAttentionBlock:
         qkv, out = tensors.get(_QKV + PACKED), tensors.get(_OUT + PACKED)
         if qkv is None or out is None or not self._suits(hidden_TD, kv_2NBGP, qkv.dtype):
             return None
-        self._point_to(qkv, out, tensors)
-        block, widths = self._block, self._widths
-        if self._cache is not kv_2NBGP:
-            block.shape = attention_shape(
-                self._spec, kv_2NBGP, metadata, self._setting.sliding_window, widths[1]
-            )
-            self._cache = kv_2NBGP
-        block.shape.table_stride = metadata.block_tables_RN.stride(0)
-        num_rows = hidden_TD.shape[0]
+        known = (*_weights(self._setting, tensors), kv_2NBGP)
+        # Resident weights stay where they are.
+        if len(self._known) != len(known) or not all(map(_is_same, known, self._known)):
+            self._block = block_shape(self._spec, self._setting, tensors, kv_2NBGP)
+            self._known = known
+        block, num_rows = self._block, hidden_TD.shape[0]
         step = self._steps.arguments(metadata, cos_sin)
         output_TD = torch.empty((num_rows, block.out_width), dtype=hidden_TD.dtype)
+        widths = (block.width, *block_widths(block))
         self._library.calls(hidden_TD.dtype).attention_block(
             addressof(block),
             addressof(step.shape),
@@ -159,31 +178,24 @@ class CpuAttentionBlock:
             and hidden_TD.dtype == kv_2NBGP.dtype == dtype
         )
 
-    def _point_to(
-        self, qkv: torch.Tensor, out: torch.Tensor, tensors: Mapping[str, torch.Tensor]
-    ) -> None:
-        """Note where this layer's weights lie; resident ones stay where they are."""
-        weights = (
-            qkv,
-            tensors.get("qkv.bias"),
-            out,
-            tensors.get("attention_out.bias") if self._setting.with_bias else None,
-            tensors.get("q_norm.weight"),
-            tensors.get("k_norm.weight"),
-        )
-        if len(self._weights) == len(weights) and all(map(_is_same, weights, self._weights)):
-            return
-        self._weights = weights
-        self._cache = None
-        self._widths = (tensors[_QKV].shape[1], *self._widths[1:])
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in weights]
-        self._block = BlockShape(
-            AttentionShape(),
-            *addresses,
-            tensors[_QKV].shape[1],
-            tensors[_OUT].shape[0],
-            self._setting.heads.norm_eps,
-        )
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor's values lie; None for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _weights(
+    setting: BlockSetting, tensors: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor | None, ...]:
+    """In the order of the C side's `Block`."""
+    return (
+        tensors[_QKV + PACKED],
+        tensors.get("qkv.bias"),
+        tensors[_OUT + PACKED],
+        tensors.get("attention_out.bias") if setting.with_bias else None,
+        tensors.get("q_norm.weight"),
+        tensors.get("k_norm.weight"),
+    )
 
 
 def _is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

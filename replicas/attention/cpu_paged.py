@@ -84,7 +84,7 @@ class CpuPagedAttention:
         self._check(query_THP, key_TGP, value_TGP, kv_2NBGP)
         query_THP = _rows(query_THP)
         self._write(_rows(key_TGP), _rows(value_TGP), kv_2NBGP, metadata)
-        shape = attention_shape(self._spec, kv_2NBGP, metadata, sliding_window, query_THP.stride(0))
+        shape = attention_shape(self._spec, kv_2NBGP, sliding_window, query_THP.stride(0))
         step = StepArguments(metadata)
         output_THP = torch.empty(query_THP.shape, dtype=self._dtype)
         self._calls.attention(

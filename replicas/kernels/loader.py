@@ -21,7 +21,7 @@ from replicas.kernels.memory import HugePages, ScratchMemory
 
 PACKED = ".packed"
 """Suffix of the tensor with a packed weight's bytes, in its unit."""
-_ABI = 2
+_ABI = 3
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _SIGNATURES = {
@@ -35,6 +35,7 @@ _SIGNATURES = {
     "write_slots": [_P, _P, _L, _P, _L, _P, _L, _L, _I],
     "attention": [_P, _P, _P, _P, _P, _I],
     "attention_block": [_P, _P, _P, _P, _P, _P, _I],
+    "layers": [_P, _P, _P, _P, _P, _I],
 }
 DTYPES = tuple(SUFFIX)
 _Call = Callable[..., None]
@@ -48,7 +49,6 @@ class AttentionShape(ctypes.Structure):
         ("kv_heads", _L),
         ("head_dim", _L),
         ("block_size", _L),
-        ("table_stride", _L),
         ("window", _L),
         ("query_stride", _L),
         ("kv_stride", _L),
@@ -69,6 +69,7 @@ class StepShape(ctypes.Structure):
         ("sin", _P),
         ("requests", _L),
         ("rows", _L),
+        ("table_stride", _L),
     )
 
 
@@ -87,6 +88,39 @@ class BlockShape(ctypes.Structure):
         ("out_width", _L),
         ("head_eps", _F),
     )
+
+
+class LayerShape(ctypes.Structure):
+    """The C side's `Layer`: a dense layer; addresses as integers."""
+
+    _fields_ = (
+        ("block", BlockShape),
+        ("attention_norm", _P),
+        ("mlp_norm", _P),
+        ("up", _P),
+        ("up_bias", _P),
+        ("down", _P),
+        ("down_bias", _P),
+        ("cache", _P),
+    )
+
+
+class StackShape(ctypes.Structure):
+    """The C side's `Stack`: all layers of a model and its last norm."""
+
+    _fields_ = (
+        ("layers", _P),
+        ("last_norm", _P),
+        ("seconds", _P),
+        ("count", _L),
+        ("width", _L),
+        ("ffn", _L),
+        ("eps", _F),
+    )
+
+
+LAYER_PARTS = ("norms", "qkv", "attention", "attention out", "gate and up", "down")
+"""What `StackShape.seconds` counts, in the order of the C side's `Kind`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +146,7 @@ class Calls:
     write_slots: _Call
     attention: _Call
     attention_block: _Call
+    layers: _Call
 
 
 class TilesRefusedError(KernelsUnavailableError):

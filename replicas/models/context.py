@@ -12,9 +12,13 @@ from cluster.dist.communicator import Communicator
 from moe.block import BlockParts, MixtureBlock
 from moe.layout import AllHere, ExpertLayout
 from replicas.attention.backend import AttentionBackend, AttentionSpec
-from replicas.kernels.ops import Kernels
+from replicas.attention.cpu_block import BlockSetting
+from replicas.attention.cpu_paged import CpuPagedAttention
+from replicas.kernels.cpu_ops import CpuKernels
+from replicas.kernels.ops import HeadShape, Kernels
 from replicas.kernels.torch_ops import TORCH_KERNELS
 from replicas.layers.attention import SelfAttention
+from replicas.layers.cpu_stack import CpuLayerStack, StackSetting
 from replicas.layers.latent_attention import LatentAttention
 from replicas.layers.linear import RowLinear
 from replicas.layers.mixture import KernelMath, SharedExperts
@@ -79,6 +83,38 @@ class ModelContext:
                 shared=shared,
             ),
         )
+
+    def layer_stack(self, arch: ArchConfig) -> CpuLayerStack | None:
+        """All layers of a dense model in one call; None where something stands between them."""
+        kernels, first = self.kernels, arch.layers[0]
+        in_one = (
+            isinstance(kernels, CpuKernels)
+            and isinstance(self.attention_backend, CpuPagedAttention)
+            and self.communicator.size == 1
+            and arch.latent is None
+            and arch.activation == "silu"
+            and all(
+                layer.moe is None
+                and layer.ffn_dim == first.ffn_dim
+                and layer.attention_scale in (None, self.attention_spec.scale)
+                for layer in arch.layers
+            )
+        )
+        if not in_one or not isinstance(kernels, CpuKernels):
+            return None
+        spec = self.attention_spec
+        heads = HeadShape(
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            norm_eps=arch.norm_eps if arch.qk_norm else 0.0,
+        )
+        blocks = [
+            BlockSetting(heads=heads, sliding_window=layer.sliding_window, with_bias=True)
+            for layer in arch.layers
+        ]
+        setting = StackSetting(spec=spec, blocks=blocks, dtype=self.dtype, eps=arch.norm_eps)
+        return CpuLayerStack(kernels.library, setting)
 
     def held_experts(self, arch: ArchConfig) -> Sequence[Sequence[int]] | None:
         """The experts of each layer that this rank holds whole, as `weight_units` takes them."""

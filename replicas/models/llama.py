@@ -91,6 +91,12 @@ class LlamaModel:
         self._layers = [LlamaLayer(arch, context, index) for index in range(arch.num_layers)]
         self._norm = RmsNorm("norm", arch.norm_eps, context.kernels)
         self._head = VocabHead(arch.vocab_size, communicator, context.kernels)
+        self._stack = context.layer_stack(arch)
+
+    @property
+    def layer_seconds(self) -> Mapping[str, float]:
+        """Time so far by part of the layers; empty where they are not run in one call."""
+        return {} if self._stack is None else self._stack.seconds
 
     def forward(
         self, batch: ForwardBatch, weights: WeightProvider, kv_caches: Sequence[torch.Tensor]
@@ -101,6 +107,10 @@ class LlamaModel:
         )
         with acquired(weights, "embed") as tensors:
             hidden_TD = self._embedding.forward(batch.token_ids_T, tensors)
+        if self._stack is not None:
+            output_TD = self._stack.forward(hidden_TD, context, weights, kv_caches)
+            if output_TD is not None:
+                return output_TD
         for index, layer in enumerate(self._layers):
             hidden_TD = layer.forward(hidden_TD, context, weights, kv_caches[index])
         with acquired(weights, "norm") as tensors:

@@ -9,13 +9,14 @@
 #include <limits>
 #include <vector>
 
+#include "matrix.h"
 #include "team.h"
 #include "tile.h"
 
 namespace penstock {
 
 struct Shape {
-  long heads, kv_heads, dim, block_size, table_stride, window;  // window 0: all
+  long heads, kv_heads, dim, block_size, window;  // window 0: all
   long query_stride, kv_stride, cache_values;  // elements; values begin `cache_values` after keys
   float scale;
 };
@@ -195,10 +196,24 @@ inline void find_slots(const Shape& shape, const int32_t* table, long base, long
   }
 }
 
+// Where the heads of a token go: plain rows, or the lines that a product reads.
+template <typename S>
+struct HeadRows {
+  S* plain;  // null: `lines`
+  Rows<S> lines;
+
+  // Of a row's elements; those to the end of their line lie together.
+  S* at(long row, long element) const {
+    if (plain != nullptr) return plain + row * lines.k + element;
+    return lines.line(row, element / Rows<S>::kLine) + element % Rows<S>::kLine;
+  }
+};
+
 // Query tokens first..first+count of one request, all heads of kv head g.
 template <typename S>
-void attend(const Shape& shape, const S* query, const S* cache, const int32_t* table, S* output,
-            long g, long count, long position, Scratchpad<S>& scratch) {
+void attend(const Shape& shape, const S* query, const S* cache, const int32_t* table,
+            const HeadRows<S>& output, long first, long g, long count, long position,
+            Scratchpad<S>& scratch) {
   const long dim = shape.dim, group = shape.heads / shape.kv_heads, rows = count * group;
   for (long row = 0; row < rows; ++row)
     std::memcpy(scratch.rows.data() + row * dim,
@@ -235,9 +250,10 @@ void attend(const Shape& shape, const S* query, const S* cache, const int32_t* t
                scratch.sums.data());
   }
   for (long row = 0; row < rows; ++row) {
-    S* to = output + row / group * shape.heads * dim + (g * group + row % group) * dim;
+    const long head = (g * group + row % group) * dim;
     for (long i = 0; i < dim; ++i)
-      from_float(scratch.sums[row * dim + i] / scratch.total[row], to + i);
+      from_float(scratch.sums[row * dim + i] / scratch.total[row],
+                 output.at(first + row / group, head + i));
   }
 }
 

@@ -184,8 +184,8 @@ inline void fetch_piece(const Shape& shape, const Bf16* keys, const int32_t* tab
 
 // As `attend`; at most kTileRows2 rows. `more`: the next kv head of these tokens follows.
 inline void attend_tiles(const Shape& shape, const Bf16* query, const Bf16* cache,
-                         const int32_t* table, Bf16* output, long g, long count, long position,
-                         bool more) {
+                         const int32_t* table, const HeadRows<Bf16>& output, long first, long g,
+                         long count, long position, bool more) {
   TileScratch s(shape.dim);
   const Tiles tiles(kTileSide);
   const long dim = shape.dim, group = shape.heads / shape.kv_heads, rows = count * group;
@@ -224,9 +224,10 @@ inline void attend_tiles(const Shape& shape, const Bf16* query, const Bf16* cach
     mix_tiles(both, s);
   }
   for (long row = 0; row < rows; ++row) {
-    Bf16* to = output + row / group * shape.heads * dim + (g * group + row % group) * dim;
+    const long head = (g * group + row % group) * dim;
     const Vec total = splat(s.total[row]);
-    for (long i = 0; i < dim; i += kLanes) store(load(s.sums + row * dim + i) / total, to + i);
+    for (long i = 0; i < dim; i += kLanes)
+      store(load(s.sums + row * dim + i) / total, output.at(first + row / group, head + i));
   }
 }
 

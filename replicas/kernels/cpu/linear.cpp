@@ -5,8 +5,7 @@
 #include <malloc.h>
 #endif
 
-#include "matrix.h"
-#include "rows.h"
+#include "mlp.h"
 
 namespace penstock {
 namespace {
@@ -41,38 +40,24 @@ void linear(const S* x, const Matrix<S>& w, Y* y, long rows, S* workspace, int t
   }
 }
 
-// down(silu(gate) * up) with gate and up fused; one parallel region.
+// One parallel region.
 template <typename S>
-void gated_mlp(const S* x, const Matrix<S>& up, const Matrix<S>& down, S* y, long rows,
-               void* memory, int threads) {
+void gated_mlp(const S* x, const Mlp<S>& mlp, S* y, long rows, void* memory, int threads) {
   Workspace workspace(memory);
-  const bool alias = can_alias<S>(rows, up.k);
-  const Rows<S> input{alias ? const_cast<S*>(x) : workspace.take<S>(Rows<S>::values(rows, up.k)),
-                      rows, up.k};
-  S* both = workspace.take<S>(rows * up.n);
-  const Rows<S> gated{workspace.take<S>(Rows<S>::values(rows, down.k)), rows, down.k};
+  const long width = mlp.up.k;
+  const bool alias = can_alias<S>(rows, width);
+  const Rows<S> input{alias ? const_cast<S*>(x) : workspace.take<S>(Rows<S>::values(rows, width)),
+                      rows, width};
+  const MlpRows<S> between(mlp, rows, workspace);
 #pragma omp parallel num_threads(threads)
   {
     const Part part = own_part();
     if (!alias) {
-      arrange(x, up.k, input, part);
+      arrange(x, width, input, part);
 #pragma omp barrier
     }
-    multiply(input, up, both, part);
-#pragma omp barrier
-    const long lines = gated.lines(), dim = down.k;
-    const Range own = share(Rows<S>::padded(rows) * lines, part);
-    for (long unit = own.begin; unit < own.end; ++unit) {
-      const long row = unit / lines, index = unit % lines, at = index * gated.kLine;
-      const long count = row < rows ? std::min(gated.kLine, dim - at) : 0;
-      S* line = gated.line(row, index);
-      const S* gate = both + row * up.n + at;
-      if (count) gate_values(gate, gate + dim, line, count);
-      if (count < gated.kLine && Rows<S>::kTiled)
-        std::memset(static_cast<void*>(line + count), 0, (gated.kLine - count) * sizeof(S));
-    }
-#pragma omp barrier
-    multiply(gated, down, y, part);
+    gate_and_up(input, mlp, between, part);
+    multiply(between.gated, mlp.down, y, part);
   }
 }
 
@@ -110,15 +95,15 @@ using penstock::Matrix;
   void pk_gated_mlp_##suffix(const S* x, const S* up, const S* up_bias, const S* down,             \
                              const S* down_bias, S* y, long rows, long ffn, long in, long out,     \
                              void* workspace, int threads) {                                       \
-    penstock::gated_mlp(x, Matrix<S>{up, up_bias, 2 * ffn, in},                                    \
-                        Matrix<S>{down, down_bias, out, ffn}, y, rows, workspace, threads);        \
+    const penstock::Mlp<S> mlp{{up, up_bias, 2 * ffn, in}, {down, down_bias, out, ffn}};           \
+    penstock::gated_mlp(x, mlp, y, rows, workspace, threads);                                      \
   }                                                                                                \
   long pk_rows_values_##suffix(long rows, long k) { return penstock::Rows<S>::values(rows, k); }   \
   PK_LINEAR(pk_linear_##suffix, S, S)
 
 extern "C" {
 
-int pk_abi() { return 2; }
+int pk_abi() { return 3; }
 
 // Makes the process ready. False: the system keeps the matrix tiles, that this library was built for,
 // to itself.

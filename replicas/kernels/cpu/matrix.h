@@ -35,19 +35,35 @@ inline bool can_alias(long rows, long k) {
   return !Rows<S>::kTiled || (rows == 1 && k % Rows<S>::kLine == 0);
 }
 
-// This thread's share of the copy of plain rows; the rows that fill up the last tiles become zero.
+// Copies a plain row to its lines; what fills up the last one is zero.
+template <typename S>
+inline void arrange_row(const S* x, const Rows<S>& to, long row) {
+  for (long index = 0; index < to.lines(); ++index) {
+    const long count = std::min(to.kLine, to.k - index * to.kLine);
+    S* line = to.line(row, index);
+    std::memcpy(static_cast<void*>(line), x + index * to.kLine, count * sizeof(S));
+    if (count < to.kLine && Rows<S>::kTiled)
+      std::memset(static_cast<void*>(line + count), 0, (to.kLine - count) * sizeof(S));
+  }
+}
+
+// This thread's share of the rows. Those that fill up the last tiles hold what they held: a row of
+// sums is made of no other row.
 template <typename S>
 void arrange(const S* x, long stride, const Rows<S>& to, Part part) {
-  const Range own = share(Rows<S>::padded(to.rows), part);
+  const Range own = share(to.rows, part);
+  for (long row = own.begin; row < own.end; ++row) arrange_row(x + row * stride, to, row);
+}
+
+// This thread's share of the zeros behind rows that do not fill their last line.
+template <typename S>
+void clear_tails(const Rows<S>& rows, Part part) {
+  const long filled = rows.k % rows.kLine;
+  if (!Rows<S>::kTiled || filled == 0) return;
+  const Range own = share(rows.rows, part);
   for (long row = own.begin; row < own.end; ++row)
-    for (long index = 0; index < to.lines(); ++index) {
-      const long count = row < to.rows ? std::min(to.kLine, to.k - index * to.kLine) : 0;
-      S* line = to.line(row, index);
-      if (count) std::memcpy(static_cast<void*>(line), x + row * stride + index * to.kLine,
-                             count * sizeof(S));
-      if (count < to.kLine && Rows<S>::kTiled)
-        std::memset(static_cast<void*>(line + count), 0, (to.kLine - count) * sizeof(S));
-    }
+    std::memset(static_cast<void*>(rows.line(row, rows.lines() - 1) + filled), 0,
+                (rows.kLine - filled) * sizeof(S));
 }
 
 // A packed weight.
@@ -101,88 +117,6 @@ void multiply(const Rows<S>& x, const Matrix<S>& w, Y* y, Part part) {
   }
 }
 
-#if defined(PENSTOCK_AMX)
-
-// Two or four blocks from `first` on; a missing one stands for the last there is.
-inline void columns_of(const Matrix<Bf16>& w, long first, long count, long depth, Column* columns,
-                       char* rest) {
-  const long whole = w.k / kTileDepth, left = words_of<Bf16>(w.k) - whole * 16;
-  for (long b = 0; b < count; ++b) {
-    const char* block = reinterpret_cast<const char*>(w.block(std::min(first + b, w.blocks() - 1)));
-    columns[b] = {block + depth * kTileBytes, nullptr};
-    if (left == 0) continue;
-    std::memset(rest + b * kTileBytes, 0, kTileBytes);
-    std::memcpy(rest + b * kTileBytes, block + whole * kTileBytes, left * 64);
-    columns[b].rest = rest + b * kTileBytes;
-  }
-}
-
-template <typename Y>
-void multiply_few(const Rows<Bf16>& x, const Matrix<Bf16>& w, Y* y, Part part) {
-  alignas(64) float sums[16 * 64];
-  alignas(64) char rest[4 * kTileBytes];
-  Column columns[4];
-  const Tiles tiles(x.side());
-  const Range own = share((w.blocks() + 3) / 4, part);
-  const char* from = reinterpret_cast<const char*>(x.data);
-  const long step = x.side() * 64, whole = w.k / kTileDepth;
-  for (long g = own.begin; g < own.end; ++g) {
-    const long first = 4 * g, count = std::min(4L, w.blocks() - first);
-    columns_of(w, first, count, 0, columns, rest);
-    switch (count) {
-      case 4: multiply_1xn<4>(from, step, columns, whole, sums); break;
-      case 3: multiply_1xn<3>(from, step, columns, whole, sums); break;
-      case 2: multiply_1xn<2>(from, step, columns, whole, sums); break;
-      default: multiply_1xn<1>(from, step, columns, whole, sums);
-    }
-    write_rows(sums, 64, w.bias ? w.bias + first * 16 : nullptr, x.rows,
-               std::min(64L, w.n - first * 16), y + first * 16, w.n);
-  }
-}
-
-// Pieces that stay in the second-level cache: 256 rows x 256 columns x 256 of the depth; with few
-// rows the weights pass by once and the depth is not cut.
-template <bool kFew, typename Y>
-void multiply_many(const Rows<Bf16>& x, const Matrix<Bf16>& w, Y* y, Part part) {
-  constexpr long kSide = 256, kDepth = 8;  // tiles of the depth
-  float* sums = reinterpret_cast<float*>(thread_scratch(kSide * kSide * sizeof(float)));
-  alignas(64) char rest[2 * kTileBytes], unused[2 * kTileBytes];
-  Column columns[2], next[2];
-  const Tiles tiles(16);
-  const long pairs = (w.blocks() + 1) / 2, whole = w.k / kTileDepth;
-  const Range own = share(pairs, part);
-  for (long top = 0; top < x.rows; top += kSide)
-    for (long left = own.begin; left < own.end; left += kSide / 32) {
-      const long rows = std::min(kSide, x.rows - top), end = std::min(left + kSide / 32, own.end);
-      for (long depth = 0; depth == 0 || depth < whole;) {
-        const long stop = kFew || depth + kDepth >= whole ? whole : depth + kDepth;
-        for (long pair = left; pair < end; ++pair) {
-          columns_of(w, 2 * pair, 2, depth, columns, rest);
-          const bool turns = pair + 1 == end;  // to the next piece of the depth
-          columns_of(w, 2 * (turns ? left : pair + 1), 2, turns ? stop : depth, next, unused);
-          const long steps = (rows + 31) / 32 * std::max(stop - depth, 1L);
-          Ahead ahead(next, (stop - depth) * kTileBytes, steps);
-          for (long row = 0; row < rows; row += 32)
-            multiply_2x2(reinterpret_cast<const char*>(x.line(top + row, depth)),
-                         reinterpret_cast<const char*>(x.line(top + row + 16, depth)), columns,
-                         stop - depth, depth == 0, stop == whole && columns[0].rest != nullptr,
-                         sums + row * kSide + (pair - left) * 32, kSide, ahead);
-        }
-        depth = std::max(stop, 1L);
-      }
-      const long column = left * 32;
-      write_rows(sums, kSide, w.bias ? w.bias + column : nullptr, rows,
-                 std::min(end * 32, w.n) - column, y + top * w.n + column, w.n);
-    }
-}
-
-template <typename Y>
-void multiply(const Rows<Bf16>& x, const Matrix<Bf16>& w, Y* y, Part part) {
-  if (x.rows <= 16) return multiply_few(x, w, y, part);
-  if (x.rows <= 64) return multiply_many<true>(x, w, y, part);
-  multiply_many<false>(x, w, y, part);
-}
-
-#endif
-
 }  // namespace penstock
+
+#include "matrix_tiles.h"

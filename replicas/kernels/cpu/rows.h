@@ -3,7 +3,7 @@
 // rounded to that dtype. Sums run in a fixed order; a row is one thread's.
 #pragma once
 
-#include "matrix.h"
+#include "vec.h"
 
 namespace penstock {
 
@@ -93,14 +93,18 @@ inline void prepare_head(const Heads<S>& with, S* qkv, long row, long h) {
     rotate_head(head, with.cos + row * with.dim, with.sin + row * with.dim, with.dim);
 }
 
+// silu(gate) * up of values that S holds exactly; still to be rounded to S.
+template <typename S>
+inline Vec gate_vec(Vec gate, Vec up, const S* like) {
+  return round_to(gate / (1.0f + exp_vec(-gate)), like) * up;
+}
+
 // y = silu(gate) * up, element by element.
 template <typename S>
 inline void gate_values(const S* gate, const S* up, S* y, long count) {
   long i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Vec value = load(gate + i);
-    store(round_to(value / (1.0f + exp_vec(-value)), gate) * load(up + i), y + i);
-  }
+  for (; i + kLanes <= count; i += kLanes)
+    store(gate_vec(load(gate + i), load(up + i), gate), y + i);
   for (; i < count; ++i) {
     const float value = to_float(gate[i]);
     from_float(rounded(value / (1.0f + std::exp(-value)), gate) * to_float(up[i]), y + i);

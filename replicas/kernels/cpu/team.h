@@ -54,6 +54,13 @@ inline char* thread_scratch(size_t bytes) {
   return scratch.at_least(bytes);
 }
 
+// The same for a use of its own, whose pieces live while others come and go.
+template <typename Use>
+inline char* thread_scratch_of(size_t bytes) {
+  static thread_local Scratch scratch;
+  return scratch.at_least(bytes);
+}
+
 // Hands out aligned pieces of a caller's memory.
 class Workspace {
  public:

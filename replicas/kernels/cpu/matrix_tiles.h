@@ -1,0 +1,131 @@
+// Products on matrix tiles: two column blocks at a time. What is made of their sums says which two.
+#pragma once
+
+#include "amx.h"
+#include "matrix.h"
+#include "rows.h"
+
+#if defined(PENSTOCK_AMX)
+
+namespace penstock {
+
+// y = x W^T + bias, from neighbouring blocks; a missing second one stands for the last there is.
+template <typename Y>
+struct Plain {
+  const Matrix<Bf16>& w;
+  Y* y;
+
+  long pairs() const { return (w.blocks() + 1) / 2; }
+  const Bf16* block(long pair, long side) const {
+    return w.block(std::min(2 * pair + side, w.blocks() - 1));
+  }
+  void write(const float* sums, long stride, long top, long rows, long left, long end) const {
+    const long column = left * 32;
+    write_rows(sums, stride, w.bias ? w.bias + column : nullptr, rows,
+               std::min(end * 32, w.n) - column, y + top * w.n + column, w.n);
+  }
+};
+
+// silu(gate) * up, from a block of gates and the block of the same columns' ups; whole lines only.
+struct Gated {
+  const Matrix<Bf16>& w;
+  const Rows<Bf16>& y;
+
+  long pairs() const { return w.blocks() / 2; }
+  const Bf16* block(long pair, long side) const { return w.block(pair + side * pairs()); }
+  Vec value(const float* sums, long column) const {
+    const Vec sum = load(sums);
+    return round_to(w.bias ? sum + load(w.bias + column) : sum, w.bias);
+  }
+  void write(const float* sums, long stride, long top, long rows, long left, long end) const {
+    for (long row = 0; row < rows; ++row)
+      for (long pair = left; pair < end; ++pair) {
+        const float* both = sums + row * stride + (pair - left) * 32;
+        const Vec gate = value(both, pair * 16), up = value(both + 16, w.n / 2 + pair * 16);
+        store(gate_vec(gate, up, w.bias), y.line(top + row, pair / 2) + pair % 2 * 16);
+      }
+  }
+};
+
+// Whether the gates can be applied as the sums come.
+inline bool suits_gated(const Matrix<Bf16>& w) { return w.n % 64 == 0; }
+
+// The two blocks of a pair from a depth tile on, what is left of an uneven depth padded into `rest`.
+template <typename Output>
+inline void columns_of(const Output& output, long pair, long depth, Column* columns, char* rest) {
+  const Matrix<Bf16>& w = output.w;
+  const long whole = w.k / kTileDepth, left = words_of<Bf16>(w.k) - whole * 16;
+  for (long side = 0; side < 2; ++side) {
+    const char* block = reinterpret_cast<const char*>(output.block(pair, side));
+    columns[side] = {block + depth * kTileBytes, nullptr};
+    if (left == 0) continue;
+    std::memset(rest + side * kTileBytes, 0, kTileBytes);
+    std::memcpy(rest + side * kTileBytes, block + whole * kTileBytes, left * 64);
+    columns[side].rest = rest + side * kTileBytes;
+  }
+}
+
+template <typename Output>
+void multiply_few(const Rows<Bf16>& x, const Output& output, Part part) {
+  alignas(64) float sums[16 * 32];
+  alignas(64) char rest[2 * kTileBytes];
+  Column columns[2];
+  const Tiles tiles(x.side());
+  const Range own = share(output.pairs(), part);
+  for (long pair = own.begin; pair < own.end; ++pair) {
+    columns_of(output, pair, 0, columns, rest);
+    multiply_1x2(reinterpret_cast<const char*>(x.data), x.side() * 64, columns,
+                 output.w.k / kTileDepth, sums);
+    output.write(sums, 32, 0, x.rows, pair, pair + 1);
+  }
+}
+
+// Pieces that stay in the second-level cache: 256 rows x 256 columns x 256 of the depth; with few
+// rows the weights pass by once and the depth is not cut.
+template <bool kFew, typename Output>
+void multiply_many(const Rows<Bf16>& x, const Output& output, Part part) {
+  constexpr long kSide = 256, kDepth = 8;  // tiles of the depth
+  float* sums = reinterpret_cast<float*>(thread_scratch(kSide * kSide * sizeof(float)));
+  alignas(64) char rest[2 * kTileBytes], unused[2 * kTileBytes];
+  Column columns[2], next[2];
+  const Tiles tiles(16);
+  const long whole = output.w.k / kTileDepth;
+  const Range own = share(output.pairs(), part);
+  for (long top = 0; top < x.rows; top += kSide)
+    for (long left = own.begin; left < own.end; left += kSide / 32) {
+      const long rows = std::min(kSide, x.rows - top), end = std::min(left + kSide / 32, own.end);
+      for (long depth = 0; depth == 0 || depth < whole;) {
+        const long stop = kFew || depth + kDepth >= whole ? whole : depth + kDepth;
+        for (long pair = left; pair < end; ++pair) {
+          columns_of(output, pair, depth, columns, rest);
+          const bool turns = pair + 1 == end;  // to the next piece of the depth
+          columns_of(output, turns ? left : pair + 1, turns ? stop : depth, next, unused);
+          const long steps = (rows + 31) / 32 * std::max(stop - depth, 1L);
+          Ahead ahead(next, (stop - depth) * kTileBytes, steps);
+          for (long row = 0; row < rows; row += 32)
+            multiply_2x2(reinterpret_cast<const char*>(x.line(top + row, depth)),
+                         reinterpret_cast<const char*>(x.line(top + row + 16, depth)), columns,
+                         stop - depth, depth == 0, stop == whole && columns[0].rest != nullptr,
+                         sums + row * kSide + (pair - left) * 32, kSide, ahead);
+        }
+        depth = std::max(stop, 1L);
+      }
+      output.write(sums, kSide, top, rows, left, end);
+    }
+}
+
+template <typename Output>
+void multiply_into(const Rows<Bf16>& x, const Output& output, Part part) {
+  if (x.rows <= 16) return multiply_few(x, output, part);
+  if (x.rows <= 64) return multiply_many<true>(x, output, part);
+  multiply_many<false>(x, output, part);
+}
+
+template <typename Y>
+void multiply(const Rows<Bf16>& x, const Matrix<Bf16>& w, Y* y, Part part) {
+  multiply_into(x, Plain<Y>{w, y}, part);
+}
+
+}  // namespace penstock
+
+#endif

@@ -1,0 +1,91 @@
+"""All layers in one call against the layers one by one: the same bits, whatever the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+
+from cluster.base.env import default_cache_dir
+from replicas.kernels import select
+from replicas.kernels.build import BuildPlan, build_library, find_compiler
+from replicas.kernels.cpu_ops import CpuKernels
+from replicas.kernels.loader import LAYER_PARTS, CpuLibrary
+from replicas.layers.weights import WeightProvider
+from replicas.models.llama import LlamaModel
+from tests.support.stepping import Stepper
+from tests.support.tiny_models import prompt_tokens
+
+Checkpoint = Callable[[str], Path]
+DENSE = ["llama", "mistral", "qwen2", "qwen3", "llama_biased"]
+
+
+@pytest.fixture(params=["this machine's", "no matrix tiles", "avx2"])
+def library(
+    request: pytest.FixtureRequest, cpu_kernels: CpuKernels, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[CpuLibrary]:
+    """The kernels as built for this machine, and for lesser ones whose code it runs."""
+    built = cpu_kernels.library
+    if request.param != "this machine's":
+        if built.isa not in ("amx_bf16", "avx512_bf16", "avx512"):
+            pytest.skip(f"{built.isa} is tested by itself")
+        march = "x86-64-v3" if request.param == "avx2" else "native"
+        plan = BuildPlan(compiler=find_compiler(), march=march, without_tiles=True)
+        built = CpuLibrary(build_library(plan, default_cache_dir() / "kernels"))
+    monkeypatch.setattr(select, "_library", lambda _: built)
+    yield built
+    torch.set_num_threads(1)
+
+
+def steppers(path: Path, dtype: str) -> tuple[Stepper, Stepper]:
+    """With and without the stack."""
+    whole, single = (Stepper.load(path, dtype=dtype) for _ in range(2))
+    assert cast("LlamaModel", whole._model)._stack is not None
+    cast("LlamaModel", single._model)._stack = None
+    return whole, single
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", DENSE)
+def test_one_call_is_the_layers_one_by_one(
+    checkpoint: Checkpoint, library: CpuLibrary, name: str, dtype: str
+) -> None:
+    whole, single = steppers(checkpoint(name), dtype)
+    works = [{f"r{index}": prompt_tokens(3 * index + 1, index) for index in range(9)}]
+    works += [{f"r{index}": [index + turn] for index in range(9)} for turn in range(2)]
+    works += [{"r3": [5]}, {"r4": [7], "r0": prompt_tokens(40)}, {"r0": [1], "r8": [2]}]
+    for turn, work in enumerate(works):
+        torch.set_num_threads(1 + turn % 3)
+        expected = single.step(work)
+        for key, logits in whole.step(work).items():
+            assert torch.equal(logits, expected[key]), (turn, key)
+
+
+def test_the_parts_add_up(checkpoint: Checkpoint, library: CpuLibrary) -> None:
+    whole, _ = steppers(checkpoint("llama"), "bfloat16")
+    whole.step({"a": prompt_tokens(20)})
+    stack = cast("LlamaModel", whole._model)._stack
+    assert stack is not None
+    assert tuple(stack.seconds) == LAYER_PARTS
+    assert all(seconds > 0 for seconds in stack.seconds.values())
+
+
+def test_weights_that_come_and_go_pass_layer_by_layer(
+    checkpoint: Checkpoint, cpu_kernels: CpuKernels
+) -> None:
+    class Passing:
+        """Hands out the units of another provider, as a streaming one does."""
+
+        def __init__(self, weights: WeightProvider) -> None:
+            self.acquire, self.release = weights.acquire, weights.release
+
+    resident, streamed = (Stepper.load(checkpoint("llama"), dtype="bfloat16") for _ in range(2))
+    streamed._weights = Passing(streamed._weights)
+    expected = resident.step({"a": prompt_tokens(20)})["a"]
+    assert torch.equal(streamed.step({"a": prompt_tokens(20)})["a"], expected)
+    stack = cast("LlamaModel", streamed._model)._stack
+    assert stack is not None
+    assert not any(stack.seconds.values())
