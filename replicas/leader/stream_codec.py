@@ -159,6 +159,8 @@ def delta_to_wire(stream_key: int, delta: GenerationDelta) -> Delta:
         and not delta.logprobs
         and not delta.prompt_logprobs
         and not delta.embedding
+        and delta.stop_token_id is None
+        and delta.error is None
     ):
         return Delta(stream_key, delta.index, delta.token_ids)
     return Delta(stream_key, delta.index, (), delta)
