@@ -1,53 +1,59 @@
 """The gateway's gRPC server: caps, keepalive, health and reflection around the servicer.
 
-Nothing is left to grpcio's defaults that a client could lean on: message and metadata sizes,
-streams per connection, ping rate. SO_REUSEPORT lets several gateways share the port, so that one
-may die.
+HTTP/2 by the h2 library on the gateway's own loop (decision 8). Nothing is left to defaults that a
+client could lean on: message and metadata sizes, streams per connection, ping and reset rates.
+SO_REUSEPORT lets several gateways share the port, so that one may die.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import ssl
 from collections.abc import Callable
 from typing import Any
 
 import grpc
-import grpc.aio
 from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection_pb2_grpc
+from grpc_reflection.v1alpha._async import ReflectionServicer
+from grpc_reflection.v1alpha.reflection import SERVICE_NAME as REFLECTION_NAME
 
 from cluster.base.errors import ConfigError
 from cluster.base.plan import GatewayPlan
 from router.api import Handler
+from router.grpc.connection import GrpcConnection
 from router.grpc.health import HandlerHealth
+from router.grpc.method_table import MethodTable
+from router.grpc.peer_conduct import ConnectionLimits
 from router.grpc.servicer import MalformedRequest, PenstockServicer
 from router.proto import penstock_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-MAX_METADATA_BYTES = 16 * 1024
-MAX_STREAMS_PER_CONNECTION = 1024
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Penstock"].full_name
+_BACKLOG = 1024
 
 
 class GrpcFront:
-    """The running gRPC front of a gateway."""
+    """The running gRPC front of a gateway; made and started on its loop."""
 
     def __init__(
-        self,
-        handler: Handler,
-        plan: GatewayPlan,
-        *,
-        credentials: grpc.ServerCredentials | None = None,
+        self, handler: Handler, plan: GatewayPlan, *, tls: ssl.SSLContext | None = None
     ) -> None:
-        """`credentials` switches TLS on."""
+        """`tls` switches TLS on; it must offer `h2` by ALPN."""
         self._plan = plan
-        self._credentials = credentials
+        self._tls = tls
         self._health = HandlerHealth(handler, SERVICE_NAME)
-        self._server = build_grpc_server(handler, plan, health=self._health)
+        self._methods = all_methods(handler, self._health)
+        self._limits = ConnectionLimits(max_message_bytes=plan.limits.max_message_bytes)
+        self._connections: set[GrpcConnection] = set()
+        self._all_gone = asyncio.Event()
+        self._listener: asyncio.Server | None = None
 
     async def start(self) -> int:
         """Listen; returns the port (the plan's, or the one the system gave for 0).
@@ -55,64 +61,62 @@ class GrpcFront:
         Raises:
             ConfigError: the address cannot be bound.
         """
-        address = f"{self._plan.host}:{self._plan.grpc_port}"
+        host, port = self._plan.host, self._plan.grpc_port
+        loop = asyncio.get_running_loop()
         try:
-            if self._credentials is None:
-                port = self._server.add_insecure_port(address)
-            else:
-                port = self._server.add_secure_port(address, self._credentials)
-        except RuntimeError as error:
+            self._listener = await loop.create_server(
+                self._accept, host, port, ssl=self._tls, backlog=_BACKLOG, reuse_port=True
+            )
+        except OSError as error:
             raise ConfigError(
-                f"The gRPC front cannot listen on {address}: {error}.",
+                f"The gRPC front cannot listen on {host}:{port}: {error.strerror or error}.",
                 "Choose a free port or stop what uses it.",
                 param="gateway.grpc_port",
             ) from error
-        await self._server.start()
         self._health.start()
-        return port
+        bound: int = self._listener.sockets[0].getsockname()[1]
+        return bound
 
     async def stop(self, grace_s: float) -> None:
         """Report NOT_SERVING, refuse new calls, let running ones finish for `grace_s`."""
         await self._health.stop()
-        await self._server.stop(grace_s)
+        if self._listener is not None:
+            self._listener.close()
+        for connection in list(self._connections):
+            connection.leave()
+        if self._connections:
+            self._all_gone.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(grace_s):
+                    await self._all_gone.wait()
+        for connection in list(self._connections):
+            connection.abort()
+
+    def _accept(self) -> GrpcConnection:
+        connection = GrpcConnection(self._methods, self._limits, self._forget)
+        self._connections.add(connection)
+        return connection
+
+    def _forget(self, connection: GrpcConnection) -> None:
+        self._connections.discard(connection)
+        if not self._connections:
+            self._all_gone.set()
 
 
-def build_grpc_server(
-    handler: Handler, plan: GatewayPlan, *, health: HandlerHealth
-) -> grpc.aio.Server:
-    """A server with every service registered and no port yet."""
-    server = grpc.aio.server(options=server_options(plan))
-    server.add_generic_rpc_handlers((_service_handler(PenstockServicer(handler)),))
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    names = (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
-    reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
-    return server
-
-
-def server_options(plan: GatewayPlan) -> list[tuple[str, int]]:
-    """Channel options of the public server."""
-    return [
-        ("grpc.so_reuseport", 1),
-        ("grpc.max_receive_message_length", plan.limits.max_message_bytes),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-        ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        ("grpc.http2.max_ping_strikes", 2),
-    ]
-
-
-def _service_handler(servicer: PenstockServicer) -> grpc.GenericRpcHandler[Any, Any]:
+def all_methods(handler: Handler, health: HandlerHealth) -> MethodTable:
+    """Every method of every service."""
+    table = MethodTable()
+    servicer = PenstockServicer(handler)
     methods = {
         method.name: _method_handler(servicer, method)
         for method in pb.DESCRIPTOR.services_by_name["Penstock"].methods
     }
-    return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
+    table.add_registered_method_handlers(SERVICE_NAME, methods)
+    health_pb2_grpc.add_HealthServicer_to_server(health, table)
+    health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+    names = (SERVICE_NAME, health_name, REFLECTION_NAME)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(ReflectionServicer(names), table)
+    return table
 
 
 def _method_handler(servicer: PenstockServicer, method: MethodDescriptor) -> Any:

@@ -1,0 +1,311 @@
+"""One client's HTTP/2 connection: the h2 library's state machine between a socket and calls.
+
+What is sent during one turn of the loop leaves in one piece: the tokens of a step for all of a
+client's calls cost one system call. A peer gets no more than it was promised: streams, header
+sizes, message sizes, pings and resets are bounded, and a peer that is silent is asked whether it
+is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import grpc
+import h2.events
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.exceptions import ProtocolError
+from h2.settings import SettingCodes, Settings
+from hyperframe.frame import GoAwayFrame
+
+from router.grpc import call_framing as framing
+from router.grpc.call import ServerCall
+from router.grpc.call_framing import CallError, Header, MessageReader
+from router.grpc.method_table import MethodTable
+from router.grpc.peer_conduct import ConnectionLimits, PeerConduct
+
+log = logging.getLogger(__name__)
+
+_CONFIG = H2Configuration(
+    client_side=False,
+    header_encoding=None,
+    # Our own headers are well-formed by construction.
+    validate_outbound_headers=False,
+    normalize_outbound_headers=False,
+)
+
+
+class GrpcConnection(asyncio.Protocol):
+    """A server's end."""
+
+    def __init__(
+        self,
+        methods: MethodTable,
+        limits: ConnectionLimits,
+        on_lost: Callable[[GrpcConnection], None],
+    ) -> None:
+        self.peer = ""
+        self._methods = methods
+        self._limits = limits
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._h2 = H2Connection(config=_CONFIG)
+        self._transport: asyncio.Transport | None = None
+        self._calls: dict[int, ServerCall] = {}
+        self._last_stream_id = 0
+        self._is_leaving = False
+        self._flush_due = False
+        self._is_paused = False
+        self._writable: asyncio.Future[None] | None = None
+        self._heard_s = time.monotonic()
+        self._conduct = PeerConduct(limits, self._heard_s)
+        self._keepalive: asyncio.TimerHandle | None = None
+
+    @property
+    def num_calls(self) -> int:
+        """Calls that have not ended."""
+        return len(self._calls)
+
+    # What the server does with it.
+
+    def leave(self) -> None:
+        """Take no new calls, and say so."""
+        if not self._is_leaving and self._transport is not None:
+            self._is_leaving = True
+            self._flush()
+            # h2's own close_connection would end the calls that run.
+            farewell = GoAwayFrame(last_stream_id=self._last_stream_id)
+            self._transport.write(farewell.serialize())
+            self._close_if_done()
+
+    def abort(self) -> None:
+        """End every call and the connection now."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # What calls do with it; each takes effect with the next flush.
+
+    def send_headers(self, stream_id: int, headers: Sequence[Header]) -> None:
+        """Begin an answer."""
+        self._h2.send_headers(stream_id, headers)
+        self._flush_soon()
+
+    def send_data(self, stream_id: int, data: bytes) -> bytes:
+        """Send as much as the client's windows take; the rest."""
+        if self._is_paused:
+            return data
+        at = 0
+        while at < len(data):
+            room = self._h2.local_flow_control_window(stream_id)
+            size = min(room, self._h2.max_outbound_frame_size, len(data) - at)
+            if size <= 0:
+                break
+            self._h2.send_data(stream_id, data[at : at + size])
+            at += size
+        self._conduct.note_answer()
+        self._flush_soon()
+        return data[at:]
+
+    async def wait_writable(self) -> None:
+        """Wait until it is worth trying `send_data` again."""
+        if self._writable is None:
+            self._writable = self._loop.create_future()
+        await asyncio.shield(self._writable)
+
+    def end_stream(self, stream_id: int, headers: Sequence[Header], *, is_read: bool) -> None:
+        """End an answer; where the request is not all there, the client need not send the rest."""
+        self._calls.pop(stream_id, None)
+        try:
+            self._h2.send_headers(stream_id, headers, end_stream=True)
+            if not is_read:
+                self._h2.reset_stream(stream_id, ErrorCodes.NO_ERROR)
+        except ProtocolError as error:
+            log.debug("call %d of %s was over already: %s", stream_id, self.peer, error)
+        self._conduct.note_answer()
+        self._flush_soon()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greet."""
+        self._transport = cast("asyncio.Transport", transport)
+        self.peer = _peer_name(transport.get_extra_info("peername"))
+        limits = self._limits
+        self._h2.local_settings = Settings(
+            client=False,
+            initial_values={
+                SettingCodes.MAX_CONCURRENT_STREAMS: limits.max_streams,
+                SettingCodes.MAX_HEADER_LIST_SIZE: limits.max_metadata_bytes,
+                SettingCodes.INITIAL_WINDOW_SIZE: limits.receive_window_bytes,
+            },
+        )
+        self._h2.decoder.max_header_list_size = limits.hard_metadata_bytes
+        self._h2.initiate_connection()
+        self._h2.increment_flow_control_window(limits.receive_window_bytes)
+        self._flush()
+        self._keepalive = self._loop.call_later(limits.keepalive_s, self._ask_if_there)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Everything on it ends."""
+        self._transport = None
+        if self._keepalive is not None:
+            self._keepalive.cancel()
+        self._drop_calls()
+        self._on_lost(self)
+
+    def pause_writing(self) -> None:
+        """See `asyncio.BaseProtocol`."""
+        self._is_paused = True
+
+    def resume_writing(self) -> None:
+        """See `asyncio.BaseProtocol`."""
+        self._is_paused = False
+        self._wake_writers()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what arrived; bytes that break HTTP/2 end the connection, as it prescribes."""
+        self._heard_s = time.monotonic()
+        try:
+            for event in self._h2.receive_data(data):
+                self._take(event)
+        except ProtocolError as error:
+            log.info("client %s breaks HTTP/2: %s", self.peer, error)
+            self._part()
+            return
+        self._flush_soon()
+        transport = self._transport
+        if (
+            transport is not None
+            and self._is_paused
+            and transport.get_write_buffer_size() > self._limits.max_unsent_bytes
+        ):
+            transport.abort()
+
+    def _take(self, event: h2.events.Event) -> None:
+        if isinstance(event, h2.events.RequestReceived):
+            self._begin(event.stream_id, event.headers)
+        elif isinstance(event, h2.events.DataReceived):
+            self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+            if call := self._calls.get(event.stream_id):
+                call.take_data(event.data)
+        elif isinstance(event, h2.events.StreamEnded):
+            if call := self._calls.get(event.stream_id):
+                call.take_end()
+        elif isinstance(event, h2.events.StreamReset):
+            if call := self._calls.pop(event.stream_id, None):
+                call.vanish()
+                self._close_if_done()
+            if not self._conduct.allows_reset(self._heard_s):
+                self._turn_out("too many calls were reset")
+        elif isinstance(event, h2.events.WindowUpdated | h2.events.RemoteSettingsChanged):
+            self._wake_writers()
+        elif isinstance(event, h2.events.SettingsAcknowledged):
+            # h2 has just taken the announced limit for the one at which it ends connections.
+            self._h2.decoder.max_header_list_size = self._limits.hard_metadata_bytes
+        elif isinstance(event, h2.events.PingReceived) and not self._conduct.allows_ping(
+            self._heard_s
+        ):
+            self._turn_out("too_many_pings")
+
+    def _begin(self, stream_id: int, fields: Sequence[Header]) -> None:
+        self._last_stream_id = max(self._last_stream_id, stream_id)
+        if self._is_leaving:
+            self._h2.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
+            return
+        headers = dict(fields)
+        if not headers.get(b"content-type", b"").startswith(b"application/grpc"):
+            self._h2.send_headers(stream_id, [(b":status", b"415")], end_stream=True)
+            self._h2.reset_stream(stream_id, ErrorCodes.NO_ERROR)
+            return
+        try:
+            self._open(stream_id, fields, headers)
+        except CallError as error:
+            status = framing.status_headers(error.code, error.text)
+            first = [(b":status", b"200"), (b"content-type", b"application/grpc")]
+            self.end_stream(stream_id, [*first, *status], is_read=False)
+
+    def _open(self, stream_id: int, fields: Sequence[Header], headers: dict[bytes, bytes]) -> None:
+        size = sum(len(name) + len(value) + 32 for name, value in fields)
+        if size > self._limits.max_metadata_bytes:
+            text = f"The metadata has {size} bytes; the limit is {self._limits.max_metadata_bytes}."
+            raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        method = self._methods.find(headers.get(b":path", b""))
+        if method is None or headers.get(b":method") != b"POST":
+            raise CallError(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        encoding = headers.get(b"grpc-encoding", b"")
+        framing.check_encoding(encoding)
+        timeout = headers.get(b"grpc-timeout")
+        seconds = framing.timeout_s(timeout) if timeout is not None else None
+        limit = self._limits.max_message_bytes
+        call = ServerCall(self, stream_id, method, MessageReader(limit, encoding))
+        self._calls[stream_id] = call
+        if seconds is not None:
+            call.expire_after(seconds)
+
+    def _turn_out(self, why: str) -> None:
+        """End the connection of a client that misbehaves."""
+        log.warning("client %s is turned out: %s", self.peer, why)
+        self._h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM, why.encode())
+        self._part()
+
+    def _part(self) -> None:
+        """Say what h2 has to say at the end, and close."""
+        self._drop_calls()
+        self._flush()
+        if self._transport is not None:
+            self._transport.close()
+
+    def _drop_calls(self) -> None:
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.vanish()
+
+    def _ask_if_there(self) -> None:
+        """Ping a silent client; one that stays silent is gone."""
+        limits, silent_s = self._limits, time.monotonic() - self._heard_s
+        pause_s = limits.keepalive_s - silent_s
+        is_closing = self._transport is None or self._transport.is_closing()
+        if is_closing or silent_s >= limits.keepalive_s + limits.keepalive_timeout_s:
+            log.info("client %s is gone: nothing came for %.0f s", self.peer, silent_s)
+            self.abort()
+            return
+        if silent_s >= limits.keepalive_s:
+            self._h2.ping(b"penstock")
+            self._flush()
+            pause_s = limits.keepalive_s + limits.keepalive_timeout_s - silent_s
+        self._keepalive = self._loop.call_later(max(0.01, pause_s), self._ask_if_there)
+
+    def _wake_writers(self) -> None:
+        if self._writable is not None:
+            self._writable.set_result(None)
+            self._writable = None
+
+    def _flush_soon(self) -> None:
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        data = self._h2.data_to_send()
+        if self._transport is not None:
+            if data:
+                self._transport.write(data)
+            self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if self._is_leaving and not self._calls and self._transport is not None:
+            self._transport.close()
+
+
+def _peer_name(address: tuple[str, int] | None) -> str:
+    """`ipv4:1.2.3.4:5` or `ipv6:[::1]:5`."""
+    if not address:
+        return "unknown"
+    host, port = address[:2]
+    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
