@@ -5,8 +5,10 @@ The child is started and ended as a user would; its processes' CPU time comes fr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -46,7 +48,7 @@ class RunningCluster:
         self._folder = tempfile.TemporaryDirectory(prefix="penstock-bench-")
         self._file = Path(self._folder.name) / "cluster.yaml"
         self._log = Path(self._folder.name) / "up.log"
-        grpc_port, http_port, dashboard = _free_ports(3)
+        grpc_port, http_port, dashboard = free_ports(3)
         self.target = f"127.0.0.1:{grpc_port}"
         self.http_target = f"127.0.0.1:{http_port}"
         self._file.write_text(
@@ -139,9 +141,17 @@ def cpu_seconds(pids: list[int]) -> float:
     return total / _TICKS_PER_S
 
 
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
+def free_ports(count: int) -> list[int]:
+    """Free ports below those that the kernel gives to whoever asks for any.
+
+    A port from that range may, before the cluster opens it, become one of Ray's own gRPC servers'.
+    They share ports (SO_REUSEPORT) as gateways do: both would listen, and calls would reach either.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(10_000, max(first, 11_000))
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            if port not in ports:
+                ports.append(port)
     return ports

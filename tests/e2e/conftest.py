@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from bench.running_cluster import free_ports
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "models" / "demo-dense"
@@ -29,14 +30,6 @@ models:
     kv_cache: {{memory: 16MiB}}
     limits: {{max_step_tokens: 128, step_timeout: 5s}}
 """
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def penstock(

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import struct
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import h2.events
@@ -23,6 +24,10 @@ from router.grpc.peer_conduct import ConnectionLimits, PeerConduct
 from router.proto import penstock_pb2 as pb
 
 GENERATE = b"/penstock.v1.Penstock/Generate"
+
+
+def fields_of(event: Any) -> dict[str, str]:
+    return dict(event.headers)
 
 
 class BareClient:
@@ -82,10 +87,10 @@ class BareClient:
             lambda e: (
                 getattr(e, "stream_id", None) == stream
                 and isinstance(e, h2.events.TrailersReceived | h2.events.ResponseReceived)
-                and "grpc-status" in dict(e.headers)
+                and "grpc-status" in fields_of(e)
             )
         )
-        return int(dict(event.headers)["grpc-status"])
+        return int(fields_of(event)["grpc-status"])
 
     def messages(self, stream):
         data = b"".join(
@@ -155,7 +160,7 @@ async def test_calls_that_begin_wrong_are_refused_and_the_connection_lives(check
         answer = await client.until(
             lambda e: isinstance(e, h2.events.ResponseReceived) and e.stream_id == page
         )
-        assert dict(answer.headers)[":status"] == "415"
+        assert fields_of(answer)[":status"] == "415"
         assert await client.status(client.ask(max_tokens=2)) == 0
 
 
