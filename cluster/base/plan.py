@@ -59,6 +59,8 @@ class SchedulerPlan:
     max_waiting_requests: int
     step_timeout_s: float
     """A step without an answer for this long means a hung rank."""
+    max_rank_restarts: int = 0
+    """Times in an hour that lost ranks are replaced while requests wait."""
     speculation: SpeculationPlan | None = None
     """None: no tokens are drafted."""
 

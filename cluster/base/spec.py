@@ -232,6 +232,12 @@ class EngineLimitsSpec(Section):
         description="A step without an answer for this long means a hung rank; the replica is "
         "then replaced.",
     )
+    max_rank_restarts: Annotated[int, Whole(0, 1000)] = Field(
+        default=0,
+        description="Times in an hour that a replica replaces ranks it has lost and goes on: its "
+        "requests wait, and get the tokens they would have got. Beyond that, and with 0, they end "
+        "with an error and the replica starts anew.",
+    )
 
 
 class ResourcesSpec(Section):

@@ -167,6 +167,7 @@ def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topolog
             max_context=cache.size.max_context.value,
             max_waiting_requests=spec.limits.max_waiting_requests,
             step_timeout_s=_step_timeout_s(draft),
+            max_rank_restarts=spec.limits.max_rank_restarts,
             speculation=_speculation(draft),
         ),
         memory=MemoryPlan(

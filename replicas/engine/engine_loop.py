@@ -19,7 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.base.errors import PenstockError, UnavailableError, error_from_dict
+from cluster.base.errors import (
+    CollectiveTimeoutError,
+    PenstockError,
+    UnavailableError,
+    WorkerDiedError,
+    error_from_dict,
+)
 from replicas.api import GenerationDelta, GenerationRequest, ReplicaStats
 from replicas.engine.executor import StepExecutor
 from replicas.engine.faults import as_penstock_error
@@ -32,6 +38,8 @@ log = logging.getLogger(__name__)
 
 OnDeltas = Callable[[list[GenerationDelta], ReplicaStats], None]
 OnFatal = Callable[[PenstockError], None]
+Recover = Callable[[PenstockError], StepExecutor[Any, Any] | None]
+"""From the loss of the workers to new ones, however long it takes; None: there are to be none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +78,11 @@ class EngineLoop:
             said is told while the next one is computed.
         on_fatal: called from the loop at most once, after the last deltas.
         step_timeout_s: longest time from the start of a step to its answer.
+        recover: called from the loop when workers are lost; requests wait for it and then go on.
         clock: monotonic seconds.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - where an engine is put together
         self,
         scheduler: StepSource[PlanT, OutputT],
         executor: StepExecutor[PlanT, OutputT],
@@ -81,6 +90,7 @@ class EngineLoop:
         on_deltas: OnDeltas,
         on_fatal: OnFatal,
         step_timeout_s: float,
+        recover: Recover = lambda error: None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._scheduler: RequestBook = scheduler
@@ -89,6 +99,8 @@ class EngineLoop:
         )
         self._on_deltas = on_deltas
         self._on_fatal = on_fatal
+        self._recover = recover
+        self._lost: PenstockError | None = None
         self._clock = clock
         self._inbox: deque[_Add | _Abort] = deque()
         self._gate = threading.Lock()
@@ -144,6 +156,11 @@ class EngineLoop:
         self._inbox.append(_Abort(request_id, index))
         self._wake.set()
 
+    def lose_workers(self, error: PenstockError) -> None:
+        """Somebody has seen that a worker is gone; the loop may be asleep. Thread-safe."""
+        self._lost = error
+        self._wake.set()
+
     def drain(self) -> None:
         """Take no new requests, finish those there are; see `wait_drained`."""
         self._refuse_with(UnavailableError("The replica is draining.", "Retry on another one."))
@@ -175,6 +192,8 @@ class EngineLoop:
             return False
         self._wake.clear()
         try:
+            if self._lost is not None:
+                raise self._lost
             if self._stopping and self._refusal is not None:
                 return self._wind_up(self._refusal)
             if not self._runner.num_in_flight and not self._submit_next():
@@ -185,9 +204,27 @@ class EngineLoop:
             if not self._runner.wait_nearly_done():
                 self._submit_next()
             self._collect()
+        except (WorkerDiedError, CollectiveTimeoutError) as error:
+            return self._replace_workers(error)
         except Exception as error:
             self._die(error)
             return False
+        return True
+
+    def _replace_workers(self, error: PenstockError) -> bool:
+        """Go on with new workers; False when there are none, and the engine has ended."""
+        self._deliver()
+        self._note_health()
+        try:
+            executor = None if self._stopping else self._recover(error)
+        except Exception:
+            log.exception("the workers could not be replaced")
+            executor = None
+        if executor is None:
+            self._die(error)
+            return False
+        self._lost = None
+        self._runner.restart(executor)
         return True
 
     def _run(self) -> None:

@@ -164,6 +164,11 @@ class LockstepScheduler:
                 )
         return deltas
 
+    def restart(self) -> None:
+        """See `Scheduler.restart`; requests stay in their groups."""
+        for group in self.groups:
+            group.restart()
+
     def stats(self) -> ReplicaStats:
         """The load of all groups together."""
         return sum_stats(self._step, [group.stats() for group in self.groups])

@@ -230,6 +230,18 @@ class Scheduler:
         request.num_computed_tokens -= num_rejected
         return num_rejected
 
+    def restart(self) -> None:
+        """New workers know nothing: every request waits again, with the tokens that it has.
+
+        Steps in flight will have no answers. What they sampled was told to nobody and is sampled
+        anew, the same.
+        """
+        self._in_flight.clear()
+        for request in self._requests.values():
+            request.num_steps_in_flight = 0
+            request.num_pending_tokens = request.num_draft_tokens = 0
+        self._planner.restart()
+
     def stats(self) -> ReplicaStats:
         """The load now."""
         planner = self._planner

@@ -88,6 +88,16 @@ class StepPlanner:
         self.speculator.forget(request)
         self._drop_row(request)
 
+    def restart(self) -> None:
+        """The workers are gone, and every block's content with them: all that ran waits again."""
+        for request in list(self.running):
+            self._preempt(request)
+        while self._take_back_blocks():
+            pass
+        self._finished_keys.clear()
+        config = self._config
+        self.kv = KvManager(config.num_blocks, config.block_size, config.prefix_caching)
+
     def _schedule_running(self, builder: PlanBuilder) -> None:
         """Most important first; one token each is kept back for those that follow.
 

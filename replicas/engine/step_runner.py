@@ -77,6 +77,13 @@ class StepRunner(Generic[PlanT, OutputT]):
         """
         return self.collect() if self.submit() else None
 
+    def restart(self, executor: StepExecutor[PlanT, OutputT]) -> None:
+        """Go on with new workers; steps in flight are forgotten."""
+        self._executor = executor
+        self._flights.clear()
+        self._woke_s = None
+        self._scheduler.restart()
+
     def submit(self) -> bool:
         """Plan the next step and hand it to the workers; False when there is nothing to plan.
 

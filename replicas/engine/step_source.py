@@ -74,6 +74,10 @@ class RequestBook(Protocol):
         """End every choice with the same error."""
         ...
 
+    def restart(self) -> None:
+        """The workers were replaced: everything is computed anew from the tokens there are."""
+        ...
+
     def stats(self) -> ReplicaStats:
         """The load now."""
         ...

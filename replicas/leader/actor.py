@@ -1,9 +1,9 @@
 """The leader replica: a Ray Serve deployment that owns one engine and its worker ranks.
 
-It ties scheduler, engine loop, step link, worker group and replica stream together and stays free
-of torch. It is ready when its constructor returns. On the loss or hang of any rank every
-request ends with the root cause, the ranks are killed and the process exits; Serve starts a new
-one. It never waits for a collective to notice.
+It ties scheduler, engine loop, ranks and replica stream together and stays free of torch. It is
+ready when its constructor returns. On the loss or hang of any rank all ranks are killed. If the
+plan allows, others take their place while requests wait; else every request ends with the root
+cause and the process exits; Serve starts a new one. It never waits for a collective to notice.
 """
 
 from __future__ import annotations
@@ -19,15 +19,12 @@ from ray import serve
 from cluster.base import names
 from cluster.base.errors import CollectiveTimeoutError, InternalError, PenstockError
 from cluster.base.ids import new_epoch
-from cluster.base.plan import ExpertPlan, ModelPlan, from_json
+from cluster.base.plan import ModelPlan, from_json
 from replicas.api import GenerationDelta, ReplicaStats
-from replicas.engine.lockstep import ExpertOrders
-from replicas.leader.engine_parts import make_balancer, make_engine
-from replicas.leader.expert_balancer import ExpertBalancer
+from replicas.leader.engine_parts import AnyExecutor, make_engine
 from replicas.leader.expert_metrics import ExpertMetrics
-from replicas.leader.expert_upkeep import ExpertUpkeep
-from replicas.leader.expert_watch import ExpertWatch
 from replicas.leader.load_metrics import LoadMetrics
+from replicas.leader.rank_side import RankEvents, RankSide
 from replicas.leader.record import ExpertRecord, LoadRecord, ReplicaRecord, ReplicaState
 from replicas.leader.reporter import DirectoryReporter
 from replicas.leader.stream_server import ReplicaStreamServer
@@ -37,7 +34,6 @@ from replicas.worker.actor import WorkerActor
 _LAST_WORDS_S = 0.25
 _DRAIN_S = 4.0
 _METRICS_PERIOD_S = 1.0
-_ACCOUNT_S = 1.5
 # The loop's own deadline fires first; this one is for a loop that is itself stuck.
 _HANG_MARGIN_S = 5.0
 
@@ -64,7 +60,6 @@ class LeaderReplica:
         self._stats = ReplicaStats()
         self._dying = False
         replica_id = serve.get_replica_context().replica_id.unique_id
-        self._replica_id = replica_id
         host = host or ray.util.get_node_ip_address()
         epoch = new_epoch("leader")
         self._reporter = DirectoryReporter(
@@ -80,17 +75,28 @@ class LeaderReplica:
             lambda: _load_record(self._stats),
         )
         self._metrics = LoadMetrics(self._plan.name, replica_id)
-        self._group = WorkerGroup(
+        self._expert_metrics = ExpertMetrics(self._plan.name, replica_id)
+        self._ranks = RankSide(
             self._plan,
-            cluster=cluster,
-            replica_id=replica_id,
-            epoch=epoch,
-            worker_class=worker_class,
+            lambda epoch: WorkerGroup(
+                self._plan,
+                cluster=cluster,
+                replica_id=replica_id,
+                epoch=epoch,
+                worker_class=worker_class,
+            ),
+            host,
+            RankEvents(
+                on_progress=self._show_progress,
+                on_lost=self._on_lost,
+                on_experts=self._on_experts,
+                newest_step=lambda: self._stats.step,
+            ),
         )
         try:
             await self._start(host, epoch)
         except Exception as error:
-            self._group.kill()
+            self._ranks.stop()
             await self._report_failure(error)
             raise
 
@@ -98,33 +104,33 @@ class LeaderReplica:
         """Workers first, then the engine, then the door."""
         started_s = time.monotonic()
         self._asyncio_loop = asyncio.get_running_loop()
-        link = await self._group.start(host, self._show_progress)
-        balancer = make_balancer(self._plan, self._group.facts, self._group.nodes)
+        await self._ranks.start()
         self._engine = make_engine(
             self._plan,
-            link,
-            self._group.facts,
-            expert_orders=balancer.orders if balancer else ExpertOrders,
+            self._ranks,
             on_deltas=self._on_deltas,
             on_fatal=self._on_fatal,
+            recover=self._recover,
         )
         self._stats = self._engine.stats
         self._server = ReplicaStreamServer(self._engine, epoch=epoch)
         self._server.publish((), self._stats)
         port = await self._server.start(host)
         self._engine.start()
-        self._watcher = asyncio.create_task(self._watch_workers())
-        self._background = [asyncio.create_task(self._export_metrics())]
-        if self._plan.experts is not None and balancer is not None:
-            upkeep = self._look_after_experts(self._plan.experts, balancer)
-            self._background.append(asyncio.create_task(upkeep.run()))
+        self._exporter = asyncio.create_task(self._export_metrics())
+        self._say_ready(
+            endpoint=f"{host}:{port}",
+            startup_s=self._ranks.group.startup_s
+            | {"total": round(time.monotonic() - started_s, 3)},
+        )
+
+    def _say_ready(self, **changes: Any) -> None:
         self._reporter.update(
             state=ReplicaState.READY,
             detail="",
             progress=1.0,
-            endpoint=f"{host}:{port}",
-            workers=self._group.records,
-            startup_s=self._group.startup_s | {"total": round(time.monotonic() - started_s, 3)},
+            workers=self._ranks.group.records,
+            **changes,
         )
 
     def check_health(self) -> None:
@@ -150,12 +156,10 @@ class LeaderReplica:
         self._dying = True
         self._reporter.update(state=ReplicaState.DRAINING)
         await self._server.drain(_DRAIN_S)
-        self._watcher.cancel()
-        for task in self._background:
-            task.cancel()
+        self._exporter.cancel()
         await self._asyncio_loop.run_in_executor(None, self._engine.stop)
         await self._server.stop()
-        self._group.kill()
+        self._ranks.stop()
         await self._reporter.goodbye()
 
     async def _report_failure(self, error: Exception) -> None:
@@ -176,40 +180,41 @@ class LeaderReplica:
         """Engine thread: the loop has ended every request and is over."""
         self._asyncio_loop.call_soon_threadsafe(self._die, error)
 
-    async def _watch_workers(self) -> None:
-        error = await self._group.wait_failure()
-        if self._plan.experts is not None:
-            # The other ranks are about to tell in which layer they miss it, which is worth more.
-            await asyncio.sleep(_ACCOUNT_S)
-        self._die(error)
+    def _on_lost(self, error: PenstockError) -> None:
+        """A rank has left its parked call. An engine that may go on hears it, asleep or not."""
+        if self._plan.scheduler.max_rank_restarts:
+            self._engine.lose_workers(error)
+        else:
+            self._die(error)
+
+    def _recover(self, error: PenstockError) -> AnyExecutor | None:
+        """Engine thread: the loop waits for other ranks."""
+        if not self._plan.scheduler.max_rank_restarts or self._dying:
+            return None
+        replacing = asyncio.run_coroutine_threadsafe(self._replace(error), self._asyncio_loop)
+        return replacing.result()
+
+    async def _replace(self, error: PenstockError) -> AnyExecutor | None:
+        executor = await self._ranks.replace(error)
+        if executor is not None:
+            self._say_ready()
+        return executor
 
     async def _export_metrics(self) -> None:
         while True:
             await asyncio.sleep(_METRICS_PERIOD_S)
             self._metrics.flush(self._stats, self._engine.times)
 
-    def _look_after_experts(self, plan: ExpertPlan, balancer: ExpertBalancer) -> ExpertUpkeep:
-        metrics = ExpertMetrics(self._plan.name, self._replica_id)
-
-        def report(record: ExpertRecord) -> None:
-            metrics.flush(record)
-            self._reporter.update(experts=record)
-
-        return ExpertUpkeep(
-            ask_ranks=self._group.expert_states,
-            newest_step=lambda: self._stats.step,
-            watch=ExpertWatch(tuple(balancer.tables.values())),
-            balancer=balancer,
-            interval_s=plan.balance_interval_s,
-            report=report,
-        )
+    def _on_experts(self, record: ExpertRecord) -> None:
+        self._expert_metrics.flush(record)
+        self._reporter.update(experts=record)
 
     def _die(self, error: PenstockError) -> None:
         """Leave so that Serve starts a new replica; the clients hear the cause first."""
         if self._dying:
             return
         self._dying = True
-        self._group.kill()
+        self._ranks.stop()
         self._server.fail_all(error)
         self._reporter.update(state=ReplicaState.FAILED, detail=error.cause, error=error.to_dict())
         self._asyncio_loop.call_later(_LAST_WORDS_S, os._exit, 1)

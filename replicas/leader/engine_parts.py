@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from cluster.base.plan import ModelPlan, from_json
 from moe.expert_table import ExpertTable
-from replicas.engine.engine_loop import EngineLoop, OnDeltas, OnFatal
+from replicas.engine.engine_loop import EngineLoop, OnDeltas, OnFatal, Recover
 from replicas.engine.lockstep import ExpertOrders
 from replicas.engine.lockstep_scheduler import ChooseScheme, LockstepScheduler
 from replicas.engine.scheduler import Scheduler
@@ -23,43 +23,65 @@ from replicas.worker.lockstep_executor import LockstepExecutor
 _ACCOUNT_MARGIN_S = 1.0
 
 
+AnyExecutor = LinkExecutor | LockstepExecutor
+
+
+class Ranks(Protocol):
+    """The present ranks as the engine uses them; see `RankSide`."""
+
+    executor: AnyExecutor | None
+
+    def choose_scheme(self, num_tokens: int) -> tuple[str, str]:
+        """The exchange of a step, and why; of expert-parallel ranks."""
+        ...
+
+    def expert_orders(self) -> ExpertOrders:
+        """What the next step says of experts; of expert-parallel ranks."""
+        ...
+
+
 def make_engine(
     plan: ModelPlan,
-    link: LeaderLink,
-    facts: Mapping[str, Any],
+    ranks: Ranks,
     *,
-    expert_orders: Callable[[], ExpertOrders] = ExpertOrders,
     on_deltas: OnDeltas,
     on_fatal: OnFatal,
+    recover: Recover,
 ) -> EngineLoop:
-    """The loop over the ranks at the other end of `link`, not yet started.
+    """The loop over started ranks, not yet started itself.
 
     Args:
-        facts: what rank 0 found out while it loaded.
-        expert_orders: see `LockstepScheduler`.
+        recover: see `EngineLoop`.
     """
     limits, timeout_s = scheduler_config(plan), plan.scheduler.step_timeout_s
+    scheduler: Scheduler | LockstepScheduler
     if plan.experts is None:
-        return EngineLoop(
-            Scheduler(limits, plan.eos_token_ids),
-            LinkExecutor(link),
-            on_deltas=on_deltas,
-            on_fatal=on_fatal,
-            step_timeout_s=timeout_s,
-        )
-    return EngineLoop(
-        LockstepScheduler(
+        scheduler = Scheduler(limits, plan.eos_token_ids)
+    else:
+        timeout_s += _ACCOUNT_MARGIN_S
+        scheduler = LockstepScheduler(
             limits,
             plan.dp_size,
-            choose_scheme=scheme_chooser(facts["schemes"], plan.tp_size),
+            choose_scheme=ranks.choose_scheme,
             eos_token_ids=plan.eos_token_ids,
-            expert_orders=expert_orders,
-        ),
-        LockstepExecutor(link, dp_size=plan.dp_size, tp_size=plan.tp_size),
+            expert_orders=ranks.expert_orders,
+        )
+    executor: Any = ranks.executor
+    return EngineLoop(
+        scheduler,
+        executor,
         on_deltas=on_deltas,
         on_fatal=on_fatal,
-        step_timeout_s=timeout_s + _ACCOUNT_MARGIN_S,
+        step_timeout_s=timeout_s,
+        recover=recover,
     )
+
+
+def make_executor(plan: ModelPlan, link: LeaderLink) -> AnyExecutor:
+    """The executor of steps over the ranks at the other end of a link."""
+    if plan.experts is None:
+        return LinkExecutor(link)
+    return LockstepExecutor(link, dp_size=plan.dp_size, tp_size=plan.tp_size)
 
 
 def make_balancer(

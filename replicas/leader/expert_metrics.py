@@ -9,7 +9,7 @@ from ray.util import metrics as ray_metrics
 
 from cluster.base import metrics as table
 from cluster.base.metrics import Metric
-from replicas.leader.record import ExpertRecord
+from replicas.leader.record import ExpertLayerRecord, ExpertRecord
 
 
 class ExpertMetrics:
@@ -29,7 +29,12 @@ class ExpertMetrics:
         self._last_rows: dict[tuple[int, int], int] = {}
 
     def flush(self, record: ExpertRecord) -> None:
-        """Export the newest totals; counters grow by what was added since the last flush."""
+        """Export the newest totals; counters grow by what was added since the last flush.
+
+        New ranks count from zero again.
+        """
+        if sum(map(_rows, record.layers)) < sum(map(_rows, self._last.layers)):
+            self._last, self._last_rows = ExpertRecord(), {}
         for layer in record.layers:
             tags = {**self._tags, "layer": str(layer.layer)}
             self._imbalance.set(layer.imbalance, tags=tags)
@@ -43,6 +48,10 @@ class ExpertMetrics:
         if (moved := record.num_moves - self._last.num_moves) > 0:
             self._moves.inc(moved, tags=self._tags)
         self._last = record
+
+
+def _rows(layer: ExpertLayerRecord) -> int:
+    return sum(layer.rows)
 
 
 def _counter(metric: Metric) -> ray_metrics.Counter:

@@ -45,16 +45,19 @@ class ExpertUpkeep:
     async def run(self) -> None:
         """Until cancelled."""
         seen_step, looked_s = 0, time.monotonic()
+        is_settled = True
         while True:
             await asyncio.sleep(self.period_s)
-            if (step := self.newest_step()) == seen_step:
+            step = self.newest_step()
+            if step == seen_step and is_settled:
                 continue
             try:
                 await self._look()
             except PenstockError as error:
                 log.warning("the ranks did not say what their experts do: %s", error)
                 continue
-            seen_step = step
+            # The last step may have been under way: its end is worth another look.
+            is_settled, seen_step = step == seen_step, step
             if self.interval_s is not None and time.monotonic() - looked_s >= self.interval_s:
                 looked_s = time.monotonic()
                 await self._balance()

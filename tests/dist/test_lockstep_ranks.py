@@ -20,7 +20,7 @@ from replicas.api import (
     ReplicaStats,
     SamplingParams,
 )
-from replicas.engine.engine_loop import EngineLoop
+from replicas.engine.engine_loop import EngineLoop, Recover
 from tests.support.lockstep_ranks import LockstepRanks, model_plan
 
 pytestmark = pytest.mark.dist
@@ -79,7 +79,9 @@ def greedy(name: str, prompt: list[int], num_tokens: int = NUM_TOKENS) -> Genera
 class LoopRun:
     """An engine loop over the ranks in a thread of its own, and what it said."""
 
-    def __init__(self, ranks: LockstepRanks) -> None:
+    def __init__(
+        self, ranks: LockstepRanks, recover: Recover = lambda error: None
+    ) -> None:
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, FinishReason] = {}
         self.causes: set[str] = set()
@@ -91,6 +93,7 @@ class LoopRun:
             on_deltas=self._hear,
             on_fatal=self.fatal.append,
             step_timeout_s=15.0,
+            recover=recover,
         )
         self.loop.start()
 
@@ -141,6 +144,23 @@ def test_every_routed_row_is_counted_once(ranks):
     assert len(set(rows)) == 1
     assert 4 * len(PROMPTS) * top_k < rows[0] <= num_tokens * top_k
     assert sum(state.num_dropped for state in after) == 0
+
+
+def test_in_bfloat16_other_requests_change_no_token():
+    ranks = LockstepRanks(
+        model_plan(MODEL, dp=2, tp=2, exchange="hierarchical", dtype="bfloat16"),
+        ("a", "a", "b", "b"),
+    )
+    try:
+        engine = ranks.engine()
+        alone = [
+            engine.generate([greedy(f"alone{n}", prompt)])[0].token_ids
+            for n, prompt in enumerate(PROMPTS)
+        ]
+        together = engine.generate([greedy(f"all{n}", p) for n, p in enumerate(PROMPTS)])
+        assert [completion.token_ids for completion in together] == alone
+    finally:
+        ranks.close()
 
 
 def test_capacity_drops_and_counts_what_is_beyond_it():
@@ -203,3 +223,39 @@ def test_a_lost_rank_is_named_with_node_and_operation_in_every_answer(dp, tp, si
     assert "ank 1" in cause
     assert "node b" in cause
     assert "layer" in cause or "tensor-parallel" in cause
+
+
+def test_requests_go_on_with_other_ranks_and_get_the_same_tokens():
+    first = LockstepRanks(model_plan(MODEL, dp=2, tp=1), ("a", "b"))
+    others: list[LockstepRanks] = []
+
+    def recover(error: PenstockError):
+        first.close()
+        others.append(LockstepRanks(model_plan(MODEL, dp=2, tp=1), ("a", "b")))
+        return others[0].executor
+
+    try:
+        undisturbed = first.engine().generate(
+            [sampled(f"u{n}", prompt) for n, prompt in enumerate(PROMPTS)]
+        )
+        run = LoopRun(first, recover)
+        for number, prompt in enumerate(PROMPTS):
+            run.loop.add_request(sampled(f"r{number}", prompt))
+        run.wait_for_tokens("r4", 20)
+        first.signal(1, signal.SIGKILL)
+        run.loop.drain()
+        assert run.loop.wait_drained(60.0)
+        assert run.loop.stop()
+    finally:
+        for ranks in (first, *others):
+            ranks.close()
+    assert len(others) == 1
+    assert run.fatal == []
+    assert [run.tokens[f"r{n}"] for n in range(len(PROMPTS))] == [
+        completion.token_ids for completion in undisturbed
+    ]
+
+
+def sampled(name: str, prompt: list[int]) -> GenerationRequest:
+    params = SamplingParams(temperature=0.9, seed=7, max_tokens=120, ignore_eos=True)
+    return GenerationRequest(request_id=name, prompt_token_ids=tuple(prompt), params=params)

@@ -60,6 +60,7 @@ def model_plan(
     capacity_factor: float | None = None,
     num_redundant: int = 0,
     max_moves: int = 0,
+    dtype: str = "float32",
     **limits: int,
 ) -> ModelPlan:
     """A plan as the planner would make it, small."""
@@ -84,7 +85,7 @@ def model_plan(
             max_moves=max_moves,
         ),
         device="cpu",
-        dtype="float32",
+        dtype=dtype,
         num_threads=1,
         cpus_per_rank=1.0,
         gpus_per_rank=0.0,
@@ -93,7 +94,7 @@ def model_plan(
         kv=KvPlan(
             block_size=16,
             num_blocks=sizes["num_blocks"],
-            dtype="float32",
+            dtype=dtype,
             bytes_per_rank=0,
             prefix_caching=True,
         ),

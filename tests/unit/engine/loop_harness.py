@@ -23,6 +23,8 @@ class Harness:
         self.now = 100.0
         self.calls: list[tuple[list[GenerationDelta], ReplicaStats]] = []
         self.fatal: list[PenstockError] = []
+        self.losses: list[PenstockError] = []
+        self.spare_executors: list[SimulatedExecutor] = []
         self.heard = threading.Condition()
         self.on_deltas: Callable[[], None] = lambda: None
         self.loop = EngineLoop(
@@ -31,8 +33,16 @@ class Harness:
             on_deltas=self._hear,
             on_fatal=self.fatal.append,
             step_timeout_s=5.0,
+            recover=self._recover,
             clock=lambda: self.now,
         )
+
+    def _recover(self, error: PenstockError) -> SimulatedExecutor | None:
+        self.losses.append(error)
+        if self.spare_executors:
+            self.executor = self.spare_executors.pop()
+            return self.executor
+        return None
 
     def _hear(self, deltas: list[GenerationDelta], stats: ReplicaStats) -> None:
         with self.heard:

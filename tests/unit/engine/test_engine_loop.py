@@ -132,6 +132,43 @@ def test_losing_the_executor_ends_everything_at_once(error: Exception, code: str
     assert refusal.value.code == code
 
 
+@pytest.mark.parametrize("idle", [False, True])
+def test_requests_go_on_with_other_workers(harness: Harness, idle: bool) -> None:
+    wanted = request("a", [1, 2, 3], max_tokens=20, ignore_eos=True)
+    harness.spare_executors = [SimulatedExecutor(harness.config)]
+    if not idle:
+        harness.loop.add_request(wanted)
+        for _ in range(4):
+            harness.loop.run_once()
+        harness.executor.fail_with = WorkerDiedError("Rank 1 was killed.")
+    else:
+        harness.loop.lose_workers(WorkerDiedError("Rank 1 was killed."))
+        assert harness.loop.run_once()
+        harness.loop.add_request(wanted)
+    while harness.loop.run_once():
+        pass
+    assert harness.fatal == []
+    assert [str(loss.cause) for loss in harness.losses] == ["Rank 1 was killed."]
+    tokens = [token for delta in harness.deltas for token in delta.token_ids]
+    assert tokens == expected(wanted, 0, 128).token_ids
+    # Another loss finds no others.
+    harness.loop.add_request(request("b", [1, 2]))
+    harness.executor.fail_with = CollectiveTimeoutError("No answer in 5 s.")
+    while harness.loop.run_once():
+        pass
+    assert harness.codes()["b"] == "collective_timeout"
+    assert [fatal.code for fatal in harness.fatal] == ["collective_timeout"]
+
+
+def test_a_fault_of_the_engine_is_no_loss_of_workers(harness: Harness) -> None:
+    harness.spare_executors = [SimulatedExecutor(harness.config)]
+    harness.loop.add_request(request("a", [1, 2, 3], max_tokens=20))
+    harness.executor.fail_with = ZeroDivisionError("oops")
+    assert not harness.loop.run_once()
+    assert harness.losses == []
+    assert harness.codes() == {"a": "internal"}
+
+
 def test_a_request_that_arrives_while_the_executor_dies_is_answered(harness: Harness) -> None:
     harness.executor.before_collect = lambda: harness.loop.add_request(request("late", [1], n=2))
     harness.executor.fail_with = WorkerDiedError("Rank 1 was killed.")

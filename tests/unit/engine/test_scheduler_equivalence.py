@@ -128,6 +128,22 @@ class PipelinedRun(Run):
         return self.runner.collect()
 
 
+class RestartedRun(PipelinedRun):
+    """Now and then all workers are replaced by others that know nothing."""
+
+    num_restarts = 0
+
+    def advance(self) -> list[GenerationDelta]:
+        # Few enough for a long prompt in small steps to get through.
+        if self.num_restarts < 6 and self.rng.random() < 0.08:
+            self.num_restarts += 1
+            former, self.executor = self.executor, SimulatedExecutor(self.limits)
+            self.executor.errors, self.executor.errors_from = former.errors, former.errors_from
+            self.runner.restart(self.executor)
+            self.scheduler.check_invariants()
+        return super().advance()
+
+
 def random_request(
     rng: random.Random, name: str, max_context: int, *, copies: bool = False
 ) -> GenerationRequest:
@@ -177,11 +193,17 @@ def random_limits(rng: random.Random, *, speculates: bool = False) -> SchedulerC
     )
 
 
-def random_run(seed: int, depth: int = 1, *, speculates: bool = False) -> Run:
+def random_run(
+    seed: int,
+    depth: int = 1,
+    *,
+    speculates: bool = False,
+    kind: type[PipelinedRun] = PipelinedRun,
+) -> Run:
     """Requests arrive and some are aborted between steps, in an order drawn from the seed."""
     rng = random.Random(seed)
     limits = random_limits(rng, speculates=speculates)
-    run = Run(limits) if depth == 1 else PipelinedRun(limits, random.Random(seed), depth)
+    run = Run(limits) if depth == 1 else kind(limits, random.Random(seed), depth)
     if depth == 2 and rng.random() < 0.2:
         run.executor.errors_from[rng.randrange(8)] = rng.randrange(1, 12)
     abort_rate = rng.choice((0.0, 0.0, 0.05))
@@ -232,6 +254,17 @@ def test_many_random_runs_in_flight_meet_every_mechanism() -> None:
     assert preemptions > 80
     assert copies > 100
     assert hits > 500
+
+
+@engine_settings(max_examples=150)
+@given(st.integers(0, 2**32), st.sampled_from((2, 3)), st.booleans())
+def test_other_workers_change_no_stream(seed: int, depth: int, speculates: bool) -> None:
+    random_run(seed, depth, speculates=speculates, kind=RestartedRun)
+
+
+def test_many_random_runs_replace_their_workers() -> None:
+    runs = [random_run(seed, 2, kind=RestartedRun) for seed in range(100)]
+    assert sum(run.num_restarts for run in runs if isinstance(run, RestartedRun)) > 100
 
 
 @engine_settings(max_examples=150)
