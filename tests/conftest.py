@@ -25,6 +25,13 @@ EXIT_GRACE_S = 10.0
 INTERPRETER_HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the tests that go on for a while do."""
+    parser.addoption(
+        "--soak-s", type=float, default=20.0, help="seconds of random arrivals in soak tests"
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_process_left_behind() -> Iterator[None]:
     """Fail the run when a process that a test started is still there at its end."""
