@@ -125,7 +125,7 @@ def test_copied_text_is_drafted_and_counted(cluster):
     sampling = pb.SamplingOptions(temperature=0, max_tokens=48, ignore_eos=True)
     with grpc.insecure_channel(cluster.grpc) as channel:
         request = pb.GenerateRequest(
-            model="demo-dense", text="    self.name = name\n" * 6, sampling=sampling
+            model="demo-dense", text="import os\n" * 8, sampling=sampling
         )
         for _ in pb_grpc.PenstockStub(channel).Generate(request, timeout=60):
             pass
