@@ -124,9 +124,7 @@ def test_what_is_too_long_for_the_resident_replica_runs_on_the_streamed_one(clus
 def test_copied_text_is_drafted_and_counted(cluster):
     sampling = pb.SamplingOptions(temperature=0, max_tokens=48, ignore_eos=True)
     with grpc.insecure_channel(cluster.grpc) as channel:
-        request = pb.GenerateRequest(
-            model="demo-dense", text="import os\n" * 8, sampling=sampling
-        )
+        request = pb.GenerateRequest(model="demo-dense", text="import os\n" * 8, sampling=sampling)
         for _ in pb_grpc.PenstockStub(channel).Generate(request, timeout=60):
             pass
     (streamed,) = (r for r in cluster.replicas() if r["model"] == "demo-dense")
