@@ -31,8 +31,7 @@ class MemoryCgroup:
 
     def __enter__(self) -> Self:
         self.path.mkdir(exist_ok=True)
-        limit = "memory.limit_in_bytes" if self._v1 else "memory.max"
-        (self.path / limit).write_text(str(self._limit_bytes), encoding="utf-8")
+        self.limit(self._limit_bytes)
         if not self._v1:
             (self.path / "memory.swap.max").write_text("0", encoding="utf-8")
         return self
@@ -48,6 +47,11 @@ class MemoryCgroup:
                 self.path.rmdir()
                 return
             time.sleep(0.1)
+
+    def limit(self, limit_bytes: int) -> None:
+        """Another bound from now on."""
+        name = "memory.limit_in_bytes" if self._v1 else "memory.max"
+        (self.path / name).write_text(str(limit_bytes), encoding="utf-8")
 
     def reset(self) -> None:
         """Forget the peak, and give back pages that nobody uses any more."""

@@ -37,6 +37,8 @@ class ChildTask:
     threads: int
     vocab_size: int
     precision: str = "native"
+    resident_layers: int = 0
+    """Ours keeps so many in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ class Runner:
     cgroup: MemoryCgroup
     stores: Mapping[Precision, Path]
     accelerate: Path | None
+    limit_bytes: int
     notes: list[str] = field(default_factory=list)
     peak_bytes: int = 0
     """Largest peak of ours."""
@@ -47,8 +48,16 @@ class Runner:
         engine: str,
         batches: Sequence[int] = (),
         precision: Precision = Precision.NATIVE,
+        *,
+        limit_bytes: int | None = None,
+        resident_layers: int = 0,
     ) -> ChildResult | None:
-        """One child from start to end; None, and a note, when it failed."""
+        """One child from start to end; None, and a note, when it failed.
+
+        Args:
+            limit_bytes: of memory; None: the limit of all.
+            resident_layers: as in `ChildTask`.
+        """
         if engine == "accelerate_disk" and self.accelerate is None:
             self._note("Accelerate could not be installed")
             return None
@@ -60,10 +69,13 @@ class Runner:
             cgroup_procs=str(self.cgroup.procs),
             batches=tuple(batches) or self.task.batches,
             precision=precision.value,
+            resident_layers=resident_layers,
         )
         for path in (*folder.glob("*.weights"), *Path(task.checkpoint).iterdir()):
             _drop_cache(path)
         self.cgroup.reset()
+        self.cgroup.limit(limit_bytes or self.limit_bytes)
+        print(f"{engine} ...", flush=True)
         outcome = self._child(task)
         peak, hits = self.cgroup.peak_bytes(), self.cgroup.num_hits()
         if engine == "ours":
@@ -71,7 +83,9 @@ class Runner:
         if isinstance(outcome, str):
             self._note(f"{engine} failed: {outcome}")
             return None
-        self._note(f"{engine}: peak {peak / 1e6:.0f} MB, memory limit met {hits} times")
+        self._note(
+            f"{engine}, {precision.value}: peak {peak / 1e6:.0f} MB, memory limit met {hits} times"
+        )
         return outcome
 
     def _child(self, task: ChildTask) -> ChildResult | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,12 @@ import torch
 
 from bench.offload_child import ChildTask, Generate
 from bench.offload_engines.batches import generator_of
-from cluster.base.env import default_cache_dir
+from bench.offload_engines.roofline import disk_bytes_per_s
 from cluster.base.plan import OffloadPlan
 from cluster.dist.communicator import SingleRank
 from offload.assembly import kernel_adapter, streamed_weights
 from offload.layout import Store, read_store
 from offload.provider import StreamedWeights
-from offload.readers.choose import choose_reader, measure, openers
 from replicas.layers.weights import WeightProvider
 from replicas.worker.assembly import RankSpec, WeightsFactory, WeightsRequest, build_runner
 
@@ -38,22 +38,35 @@ def opened(task: ChildTask) -> Iterator[tuple[Generate, Callable[[], dict[str, f
         return weights
 
     generate = engine_of(task, plan, factory)
+    store = store_of(task)
+    rates: list[float] = []
+
+    def measured(prompts: list[list[int]], new_tokens: int) -> tuple[list[float], list[list[int]]]:
+        """The disk alone before and after each batch: it drifts."""
+        if not rates:
+            rates.append(disk_bytes_per_s(store, made[0].stats.reader))
+        result = generate(prompts, new_tokens)
+        rates.append(disk_bytes_per_s(store, made[0].stats.reader))
+        return result
 
     def facts() -> dict[str, float]:
-        stats = made[0].stats
-        return {"disk_bytes_per_s": _disk_rate(task), "read_bytes": float(stats.ring.num_bytes)}
+        return {
+            "disk_bytes_per_s": statistics.median(rates),
+            "read_bytes": float(made[0].stats.ring.num_bytes),
+        }
 
-    yield generate, facts
+    yield measured, facts
 
 
 def offload_plan(task: ChildTask) -> OffloadPlan:
-    """Three slots, everything that is not a layer resident."""
+    """Three slots, resident what is not a layer and the layers that the task says."""
+    kept = (f"layer.{index}" for index in range(task.resident_layers))
     return OffloadPlan(
         disk_path=task.folder,
         device_bytes=4096 * MIB,
         host_bytes=0,
         workspace_bytes=0,
-        resident_units=("embed", "norm", "head"),
+        resident_units=("embed", *kept, "norm", "head"),
         precision=task.precision,
     )
 
@@ -83,16 +96,3 @@ def store_of(task: ChildTask) -> Store:
     """The store of the task's format: the only one in its folder."""
     (path,) = Path(task.folder).glob("*.weights")
     return read_store(path)
-
-
-def _disk_rate(task: ChildTask) -> float:
-    """What the reader itself gets from the store, alone, in this cgroup: the best of three."""
-    store = store_of(task)
-    engines = openers(store.path, default_cache_dir())
-    name = choose_reader("auto", store.path, engines)
-    rates = []
-    for _ in range(3):
-        engine = engines[name](2)
-        rates.append(measure(engine, store.path))
-        engine.close()
-    return max(rates)

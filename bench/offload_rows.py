@@ -1,0 +1,187 @@
+"""What `bench.offload` makes of its children's results: rows of ours against each peer."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bench.offload_child import BatchResult, ChildResult
+from bench.offload_run import Runner
+from bench.report import Row, Samples, compared, measured, not_measured
+from offload.cost_model import PassLoad, Placement, Rates, pass_time
+from offload.model_shape import ModelShape
+from offload.precision import Precision
+
+RESIDENT_LAYERS = 6
+"""What the limit leaves room for beside ring, engine and Python; against peers, which use the same
+memory their own way."""
+AIM_OF_BATCHES = 60.0
+"""How many times the rate of one row the largest batch should give."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """Somebody else who streams."""
+
+    name: str
+    target: float
+    """The ratio to reach."""
+    limit_bytes: int | None = None
+    """What it needs where it cannot run under everybody's limit."""
+
+
+PEERS: Mapping[str, Peer] = {
+    "mapped": Peer(name="mapped store, same engine", target=1.4),
+    "deepspeed_zero3": Peer(
+        name="DeepSpeed ZeRO-3 NVMe, limit 2600 MB", target=2.5, limit_bytes=2600 * 10**6
+    ),
+    "accelerate_disk": Peer(name="Accelerate disk offload", target=5.0),
+}
+"""By the engine of `bench.offload_engines`. DeepSpeed is killed under less memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What all cases share."""
+
+    shape: ModelShape
+    rates: Rates
+    limit_bytes: int
+    context_tokens: int
+
+
+def peer_rows(runner: Runner, engine: str, rounds: int, setting: Setting) -> list[Row]:
+    """The same batch by ours and a peer, in turn."""
+    peer = PEERS[engine]
+    ours: list[ChildResult] = []
+    theirs: list[ChildResult] = []
+    for _ in range(rounds):
+        if (result := runner.run("ours", resident_layers=RESIDENT_LAYERS)) is not None:
+            ours.append(result)
+        if (result := runner.run(engine, limit_bytes=peer.limit_bytes)) is not None:
+            theirs.append(result)
+    label = f"{engine}: batch {ours[0].batches[0].rows}, model twice the memory"
+    row = measured(label, "rate", "tok/s", _rates([run.batches[0] for run in ours]))
+    if not theirs:
+        return [not_measured(row, peer.name, runner.notes[-1], target=peer.target)]
+    start = measured(label, "engine start", "s", Samples(values=_loads(ours)))
+    rates = _rates([run.batches[0] for run in theirs])
+    same = 1.0 if engine == "mapped" else None
+    rows = [
+        compared(row, peer.name, rates, target=peer.target),
+        compared(start, peer.name, Samples(values=_loads(theirs)), lower_is_better=True),
+        _same_tokens(label, peer.name, ours[0].batches[0], theirs[0].batches[0], same),
+    ]
+    return rows if engine != "mapped" else [*rows, *_own_rows(label, ours, runner, setting)]
+
+
+def _own_rows(
+    label: str, ours: Sequence[ChildResult], runner: Runner, setting: Setting
+) -> list[Row]:
+    """Start and memory of ours."""
+    start = measured(label, "engine start", "s", Samples(values=_loads(ours)))
+    whole = measured(label, "process start", "s", Samples(values=tuple(run.load_s for run in ours)))
+    peak = measured(label, "peak memory", "MB", Samples(values=(runner.peak_bytes / 1e6,)))
+    limit = Samples(values=(setting.limit_bytes / 1e6,))
+    return [
+        compared(start, "aim", Samples(values=(2.0,)), target=1.0, lower_is_better=True),
+        whole,
+        compared(peak, "limit", limit, target=1.0, lower_is_better=True),
+    ]
+
+
+def format_rows(
+    runner: Runner, precision: Precision, batches: tuple[int, ...], rounds: int, setting: Setting
+) -> list[Row]:
+    """One format of ours: each batch against the disk and the cost model, batches against one row.
+
+    Raises:
+        RuntimeError: no child came through.
+    """
+    results = (runner.run("ours", batches, precision) for _ in range(rounds))
+    done = [run for run in results if run is not None]
+    if not done:
+        raise RuntimeError(f"no result for {precision}: {runner.notes[-1]}")
+    disk = Samples(values=tuple(run.facts["disk_bytes_per_s"] / 1e9 for run in done))
+    step_bytes = setting.shape.layer_bytes(precision)
+    rows: list[Row] = []
+    alone = _rates([run.batches[0] for run in done])
+    for index, count in enumerate(batches):
+        label = f"{precision.value}: batch {count}"
+        each = [run.batches[index] for run in done]
+        row = measured(label, "rate", "tok/s", _rates(each))
+        if count > 1:
+            is_last = precision is Precision.NATIVE and index == len(batches) - 1
+            row = compared(row, "batch 1", alone, target=AIM_OF_BATCHES if is_last else None)
+        used = Samples(values=tuple(step_bytes / _step_s(batch) / 1e9 for batch in each))
+        read = measured(label, "read while serving", "GB/s", used)
+        target = 0.95 if precision is Precision.NATIVE else None
+        rows += [
+            row,
+            compared(read, "its reader alone", disk, target=target),
+            predicted_row(label, setting, precision, count, disk.median * 1e9, _rates(each)),
+        ]
+    return rows
+
+
+def predicted_row(
+    label: str,
+    setting: Setting,
+    precision: Precision,
+    rows: int,
+    disk_bytes_per_s: float,
+    rates: Samples,
+) -> Row:
+    """The cost model's figure with the disk as fast as it was in the run, against the run's."""
+    speeds = dataclasses.replace(setting.rates, disk_bytes_per_s=disk_bytes_per_s)
+    placement = Placement(resident_layers=0, host_layers=0, precision=precision)
+    load = PassLoad(rows=rows, context_tokens=setting.context_tokens)
+    predicted = rows / pass_time(setting.shape, placement, speeds, load).total_s
+    near = min(predicted / rates.median, rates.median / predicted)
+    return Row(
+        case=label,
+        metric="predicted rate",
+        unit="tok/s",
+        ours=predicted,
+        samples=1,
+        spread=0.0,
+        against="measured",
+        theirs=rates.median,
+        ratio=near,
+        target=0.9,
+    )
+
+
+def _step_s(batch: BatchResult) -> float:
+    return statistics.median(batch.step_s)
+
+
+def _rates(batches: Sequence[BatchResult]) -> Samples:
+    """Tokens per second while all rows decode."""
+    return Samples(values=tuple(batch.rows / _step_s(batch) for batch in batches))
+
+
+def _loads(runs: Sequence[ChildResult]) -> tuple[float, ...]:
+    return tuple(run.engine_load_s for run in runs)
+
+
+def _same_tokens(
+    label: str, name: str, ours: BatchResult, theirs: BatchResult, target: float | None
+) -> Row:
+    """Share of rows with equal tokens; other kernels round bf16 logits to other ties."""
+    equal = [mine == other for mine, other in zip(ours.token_ids, theirs.token_ids, strict=True)]
+    share = sum(equal) / len(equal)
+    return Row(
+        case=label,
+        metric="rows with equal tokens",
+        unit="",
+        ours=share,
+        samples=len(equal),
+        spread=0.0,
+        against=name,
+        theirs=1.0,
+        ratio=share,
+        target=target,
+    )
