@@ -1,6 +1,6 @@
 """The gateway's gRPC server: caps, keepalive, health and reflection around the servicer.
 
-HTTP/2 by the h2 library on the gateway's own loop (decision 8). Nothing is left to defaults that a
+HTTP/2 by the h2 library on the gateway's own loop (decision 10). Nothing is left to defaults that a
 client could lean on: message and metadata sizes, streams per connection, ping and reset rates.
 SO_REUSEPORT lets several gateways share the port, so that one may die.
 """
