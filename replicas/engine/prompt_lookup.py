@@ -6,8 +6,8 @@ true the match goes on, and is only looked for again after a miss. How often it 
 measured on every token, whether it was used as a draft or not, so that drafting can stop and start
 again at no cost on the device.
 
-Source: prompt lookup decoding (Saxena, 2023); the index is a hash chain as in LZ77 compressors. A
-token costs O(1) to add; a search visits a bounded number of places.
+Source: prompt lookup decoding (Saxena, 2023); the index is hash chains in two arrays, as in zlib's
+deflate. A token costs O(1) to add and about 12 bytes; a search visits a bounded number of places.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ MIN_ACCURACY = 0.3
 _FIRST_ACCURACY = 0.5
 _GAIN = 1 / 8
 _MAX_PLACES = 32
+_MAX_LEARNT = 8192
+"""Tokens taken in at one time, a few milliseconds: a long prompt takes several steps' answers."""
 _NOWHERE = -1
 
 
@@ -30,19 +32,27 @@ class PromptLookup:
     Args:
         token_ids: of the request, prompt and output; grown by their owner, see `learn`.
         num_prompt_tokens: how many of them were not generated.
+        max_num_tokens: how many there can be; sizes the index.
         min_ngram, max_ngram: tokens that a match needs, and that a search looks at.
     """
 
     def __init__(
-        self, token_ids: Sequence[int], num_prompt_tokens: int, *, min_ngram: int, max_ngram: int
+        self,
+        token_ids: Sequence[int],
+        num_prompt_tokens: int,
+        max_num_tokens: int,
+        *,
+        min_ngram: int,
+        max_ngram: int,
     ) -> None:
         self._token_ids = token_ids
         self._num_prompt_tokens = num_prompt_tokens
         self._min_ngram = min_ngram
         self._max_ngram = max_ngram
         self._num_learnt = 0
-        self._latest: dict[tuple[int, ...], int] = {}
-        self._earlier = array("q")
+        # Twice as many chains as tokens: few chains hold n-grams that only share a hash.
+        self._latest = array("i", [_NOWHERE]) * (2 << max_num_tokens.bit_length())
+        self._earlier = array("i")
         self._source: int | None = None
         self.accuracy = _FIRST_ACCURACY
         """Share of the latest guesses that came true, exponentially weighted."""
@@ -50,18 +60,23 @@ class PromptLookup:
     @property
     def is_promising(self) -> bool:
         """Whether there is a guess, and guesses came true often enough lately."""
-        return self._source is not None and self.accuracy >= MIN_ACCURACY
+        return (
+            self._source is not None
+            and self.accuracy >= MIN_ACCURACY
+            and self._num_learnt == len(self._token_ids)
+        )
 
     def learn(self) -> None:
-        """Take in the tokens that the request got since the last call."""
+        """Take in tokens that the request got since the last call; of very many, the first."""
         tokens = self._token_ids
-        for position in range(self._num_learnt, len(tokens)):
+        end = min(len(tokens), self._num_learnt + _MAX_LEARNT)
+        for position in range(self._num_learnt, end):
             if self._source is not None and position >= self._num_prompt_tokens:
                 hit = tokens[self._source] == tokens[position]
                 self.accuracy += _GAIN * (hit - self.accuracy)
                 self._source = self._source + 1 if hit else None
             self._index(position + 1)
-        self._num_learnt = len(tokens)
+        self._num_learnt = end
 
     def draft(self, limit: int) -> tuple[int, ...]:
         """The next tokens, at most `limit`; none when there is no promising guess.
@@ -82,21 +97,21 @@ class PromptLookup:
     def _index(self, end: int) -> None:
         """Make the n-gram before `end` findable, and look for it if there is no match to follow.
 
-        `_earlier[end - min_ngram]` is the place before `end` that follows the same n-gram.
+        `_earlier[end - min_ngram]` is the place before `end` of the same chain.
         """
         start = end - self._min_ngram
         if start < 0:
             return
-        ngram = tuple(self._token_ids[start:end])
-        place = self._latest.get(ngram, _NOWHERE)
+        chain = hash(tuple(self._token_ids[start:end])) & (len(self._latest) - 1)
+        place = self._latest[chain]
         if self._source is None and end >= self._num_prompt_tokens:
             self._source = self._longest(end, place)
         self._earlier.append(place)
-        self._latest[ngram] = end
+        self._latest[chain] = end
 
     def _longest(self, end: int, place: int) -> int | None:
         """Of the places after the last n-gram, the one with most tokens in common before it."""
-        best, longest = None, 0
+        best, longest = None, self._min_ngram - 1
         for _ in range(_MAX_PLACES):
             if place == _NOWHERE:
                 break
@@ -109,8 +124,8 @@ class PromptLookup:
         return best
 
     def _common(self, end: int, place: int) -> int:
-        tokens = self._token_ids
-        length = self._min_ngram
+        """Tokens that are the same before both, at most `max_ngram`."""
+        tokens, length = self._token_ids, 0
         longest = min(self._max_ngram, place)
         while length < longest and tokens[place - length - 1] == tokens[end - length - 1]:
             length += 1

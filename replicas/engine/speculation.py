@@ -61,21 +61,16 @@ class Speculator:
             lookup = self._lookups[request.key] = PromptLookup(
                 request.token_ids,
                 request.num_prompt_tokens,
+                request.max_num_tokens,
                 min_ngram=config.min_ngram,
                 max_ngram=config.max_ngram,
             )
         lookup.learn()
 
     def waits(self, request: EngineRequest) -> bool:
-        """Whether a running request should not be planned before the steps in flight answer.
-
-        Where it goes on depends on how much of its draft is accepted; or its next token is not
-        known yet, and with it a draft could be made.
-        """
+        """Whether a draft could be made for a running request, were its next token known."""
         if self._config is None or not request.num_pending_tokens:
             return False
-        if request.num_draft_tokens:
-            return True
         lookup = self._lookups.get(request.key)
         return lookup is not None and lookup.is_promising and _room(request) > 0
 

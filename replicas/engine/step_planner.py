@@ -43,10 +43,15 @@ class StepPlanner:
 
     @property
     def waits_for_answers(self) -> bool:
-        """Whether a step planned now would have to leave out a request that the answers of the
-        steps in flight let go on by more than one token."""
+        """Whether a request's draft is being checked, so that nobody knows where it goes on; or a
+        draft could be made, and have room, once the steps in flight have answered."""
+        if self._config.speculation is None:
+            return False
         room = min(self._config.max_step_tokens, self._max_sampled_rows) - len(self.running)
-        return room > 0 and any(self.speculator.waits(request) for request in self.running)
+        return any(
+            request.num_draft_tokens or (room > 0 and self.speculator.waits(request))
+            for request in self.running
+        )
 
     def plan(self, step: int) -> SchedulerOutput | None:
         """Plan a step, which has to be sent; None when there is nothing to compute now."""

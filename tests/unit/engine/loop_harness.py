@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from simulated_executor import EOS, SimulatedExecutor, config
 
@@ -16,7 +17,7 @@ from replicas.engine.scheduler import Scheduler
 class Harness:
     """A loop over the simulated executor; collects what it says."""
 
-    def __init__(self, **limits: int) -> None:
+    def __init__(self, **limits: Any) -> None:
         self.config = config(**limits)
         self.scheduler = Scheduler(self.config, EOS)
         self.executor = SimulatedExecutor(self.config)

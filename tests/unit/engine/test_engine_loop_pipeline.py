@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 import threading
+from typing import Any
 
 import pytest
 from loop_harness import Harness
-from simulated_executor import expected, request
+from simulated_executor import COPYING, expected, request
 
 from cluster.base.errors import WorkerDiedError
 from replicas.api import FinishReason
+from replicas.engine.speculation import SpeculationConfig
 
 
-def pipelined(**limits: int) -> Harness:
+def pipelined(**limits: Any) -> Harness:
     """No answer is there early, so each step is planned on top of the one before."""
     harness = Harness(**limits)
     harness.executor.is_ready = lambda: False
@@ -216,3 +218,49 @@ def test_many_threads_add_and_abort_and_every_choice_ends_once(seed: int) -> Non
     assert harness.calls[-1][1].kv_blocks_free == 24
     assert harness.loop.stop()
     harness.scheduler.check_invariants()
+
+
+SPECULATION = SpeculationConfig(num_tokens=5, min_ngram=1, max_ngram=3)
+
+
+def test_only_a_promising_guess_holds_the_next_plan_back() -> None:
+    """One request copies and one does not: while the first has a guess, plans wait for answers."""
+    harness = pipelined(speculation=SPECULATION)
+    copies = request("copies", [1, 2, 3], max_tokens=40, ignore_eos=True, seed=COPYING)
+    other = request("other", [1, 2, 3], max_tokens=40, ignore_eos=True, seed=1)
+    for new in (copies, other):
+        harness.loop.add_request(new)
+    depths: list[int] = []
+    harness.executor.before_collect = lambda: depths.append(len(harness.executor.plans))
+    run_to_the_end(harness)
+    for new in (copies, other):
+        assert tokens_of(harness, new.request_id) == expected(new, 0, 128).token_ids
+    stats = harness.calls[-1][1]
+    assert stats.accepted_draft_tokens > 10
+    assert stats.kv_blocks_free == 256
+    # Steps with a draft in them stand alone, and others are planned ahead.
+    drafted = [bool(plan.draft_token_ids) for plan in harness.executor.history]
+    assert all(depth == 1 for depth, drafts in zip(depths, drafted, strict=True) if drafts)
+    assert depths.count(2) > 5
+    assert sum(drafted) > 5
+
+
+def test_an_abort_with_a_draft_in_flight_frees_everything() -> None:
+    harness = pipelined(speculation=SPECULATION)
+    copies = request("a", [1, 2, 3], max_tokens=60, ignore_eos=True, seed=COPYING)
+    harness.loop.add_request(copies)
+    aborted = []
+
+    def while_the_step_runs() -> bool:
+        if harness.executor.plans[-1].draft_token_ids and not aborted:
+            aborted.append(harness.executor.plans[-1].draft_token_ids)
+            harness.loop.abort("a")
+        return False
+
+    harness.executor.is_ready = while_the_step_runs
+    run_to_the_end(harness)
+    assert aborted
+    assert harness.last()["a", 0].finish_reason is FinishReason.ABORT
+    heard = tokens_of(harness, "a")
+    assert heard == expected(copies, 0, 128).token_ids[: len(heard)]
+    assert harness.calls[-1][1].kv_blocks_free == 256

@@ -14,7 +14,7 @@ from replicas.engine.prompt_lookup import MIN_ACCURACY, PromptLookup
 def lookup(prompt: list[int], **changes: int) -> tuple[PromptLookup, list[int]]:
     tokens = list(prompt)
     ngrams = {"min_ngram": 2, "max_ngram": 4} | changes
-    made = PromptLookup(tokens, len(prompt), **ngrams)
+    made = PromptLookup(tokens, len(prompt), 1000, **ngrams)
     made.learn()
     return made, tokens
 
@@ -40,7 +40,7 @@ def test_without_a_match_there_is_no_guess() -> None:
     tokens += [8, 1, 2]
     guess.learn()
     assert guess.draft(1) == (3,)
-    assert PromptLookup([], 0, min_ngram=1, max_ngram=1).draft(3) == ()
+    assert PromptLookup([], 0, 9, min_ngram=1, max_ngram=1).draft(3) == ()
 
 
 def test_a_period_is_guessed_further_than_once() -> None:
@@ -85,7 +85,7 @@ def test_a_guess_follows_an_earlier_occurrence_of_the_last_tokens(
 ) -> None:
     """However the tokens arrive, the first guess is what stood behind the same n-gram before."""
     held: list[int] = tokens[: min(num_prompt, len(tokens))]
-    guess = PromptLookup(held, num_prompt, min_ngram=min_ngram, max_ngram=min_ngram + more)
+    guess = PromptLookup(held, num_prompt, 60, min_ngram=min_ngram, max_ngram=min_ngram + more)
     guess.learn()
     for token in tokens[len(held) :]:
         held.append(token)
@@ -98,3 +98,15 @@ def test_a_guess_follows_an_earlier_occurrence_of_the_last_tokens(
         held[end] for end in range(min_ngram, len(held)) if held[end - min_ngram : end] == last
     }
     assert draft[0] in followers
+
+
+def test_a_very_long_prompt_is_taken_in_over_several_calls() -> None:
+    prompt = [*range(20_000), 5, 6]
+    tokens = list(prompt)
+    guess = PromptLookup(tokens, len(prompt), 20_100, min_ngram=2, max_ngram=4)
+    drafts = []
+    for token in (7, 8, 9, 10):
+        tokens.append(token)
+        guess.learn()
+        drafts.append(guess.draft(1))
+    assert drafts == [(), (), (10,), (11,)]
