@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from cluster.base.errors import ConfigError, CorruptWeightsError
 from replicas.layers.weights import ResidentWeights
 from replicas.models.arch import ArchConfig
-from replicas.models.checkpoint import load_weights
+from replicas.models.checkpoint import load_unit, load_weights
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.memory import weight_bytes_per_rank
+from replicas.models.mixture_weights import expert_unit
 from replicas.models.weight_units import weight_units
 
 Checkpoint = Callable[[str], Path]
@@ -54,6 +55,30 @@ def test_units_follow_their_layer_in_the_order_of_the_forward_pass(checkpoint: C
         *("layer.1", "layer.2", "layer.2.expert.4"),
         *("norm", "head"),
     ]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_an_expert_read_later_is_the_one_read_at_first(checkpoint: Checkpoint, name: str) -> None:
+    path, weights = checkpoint(name), _load(checkpoint(name))
+    unit = expert_unit(_arch(path), 2, 1)
+    expected = weights.acquire(unit.name)
+    later = load_unit(path, unit, dtype="float32")
+    assert later.keys() == expected.keys()
+    assert all(torch.equal(later[key], tensor) for key, tensor in expected.items())
+    weights.exchange({"layer.2.expert.9": later}, ["layer.2.expert.0"])
+    assert weights.acquire("layer.2.expert.9") is later
+    with pytest.raises(KeyError):
+        weights.acquire("layer.2.expert.0")
+
+
+def test_an_expert_that_is_not_stored_any_more_is_named(tmp_path: Path, checkpoint: Checkpoint):
+    path = checkpoint("mixtral")
+    stored = load_file(path / "model.safetensors")
+    gone = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    stored.pop(gone)
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(CorruptWeightsError, match=gone):
+        load_unit(tmp_path, expert_unit(_arch(path), 0, 1), dtype="float32")
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
