@@ -116,8 +116,9 @@ class Kernels(Protocol):
         ...
 
     def experts(self, experts: ExpertSet) -> GroupedExperts | None:
-        """Routed experts as one call, with the bits of `linear` and `silu_mul` one by one.
+        """Routed experts as one call, with the roundings of `linear` and `silu_mul` one by one.
 
-        None: this set has none for them.
+        The compiled kernels add up in the same order too, to the same bits. None: this set has no
+        such call for them.
         """
         ...

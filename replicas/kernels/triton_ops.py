@@ -17,6 +17,7 @@ from replicas.kernels.expert_ops import ExpertSet
 from replicas.kernels.fp8 import Fp8Weights
 from replicas.kernels.ops import HeadShape, HeadTensors, MlpNames
 from replicas.kernels.torch_ops import TORCH_KERNELS, silu_mlp_in_steps, split_heads
+from replicas.kernels.triton_experts import TritonExperts
 
 # A row of a norm is held by one program; beyond this it would spill its registers.
 _MAX_ROW = 32768
@@ -141,8 +142,8 @@ class TritonKernels:
         return TORCH_KERNELS.route(logits_TE, spec, bias_E)
 
     def experts(self, experts: ExpertSet) -> GroupedExperts | None:
-        """See `Kernels.experts`; one by one."""
-        return None
+        """See `Kernels.experts`; for weights that are stored plainly."""
+        return None if TritonExperts.why_not(experts) else TritonExperts(experts)
 
     def _norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight_D: torch.Tensor, eps: float

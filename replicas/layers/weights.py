@@ -125,6 +125,7 @@ class ResidentWeights:
         self, added: Mapping[str, Mapping[str, torch.Tensor]], dropped: Iterable[str]
     ) -> None:
         """Take in units and give up others; between steps."""
+        self._derived.clear()
         self._units.update(added)
         for unit in dropped:
             del self._units[unit]
