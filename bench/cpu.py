@@ -5,8 +5,8 @@
 
 Makes the seeded models, then measures case by case; all engines take turns in each case and the
 memory's own speed is probed in between. bench/results/cpu.json is written after each case, so an
-interrupted run keeps what it has; `--add` keeps the other cases of a file of this very commit and
-machine. A peer that cannot be measured has a row that says why.
+interrupted run keeps what it has; `--add` keeps the other cases of a file of this machine, and each
+names its commit if that is another. A peer that cannot be measured has a row that says why.
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ def _section(report: dict[str, Any]) -> str:
         f"commit `{str(report.get('commit', 'none'))[:10]}`.",
         "",
         *(f"- {note}" for note in report["notes"]),
+        *_older(report["rows"]),
         "",
         "| case | metric | ours | unit | against | theirs | ratio | target | n | ± | ± theirs |",
         "|---|---|--:|---|---|--:|--:|---|--:|--:|--:|",
@@ -59,6 +60,15 @@ def _section(report: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _older(rows: list[dict[str, Any]]) -> list[str]:
+    """Which cases were measured at which other commit."""
+    cases: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if commit := row.get("commit"):
+            cases.setdefault(commit, {})[row["case"]] = None
+    return [f"- at commit `{commit[:10]}`: {', '.join(names)}" for commit, names in cases.items()]
 
 
 def _row(row: dict[str, Any]) -> str:

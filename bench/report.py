@@ -61,6 +61,8 @@ class Row:
     ratio: float | None = None
     target: float | None = None
     """The ratio to reach."""
+    commit: str = ""
+    """Where it was measured, if not at the report's commit."""
 
     @property
     def met(self) -> bool | None:
@@ -148,19 +150,25 @@ def save_report(
 
 
 def kept_rows(name: str, folder: Path = RESULTS) -> list[Row]:
-    """The rows of a report that was written on this machine at this commit; else none."""
+    """The rows of a report that was written on this machine; those of other commits name theirs.
+
+    None of another machine, or of files that were in no commit.
+    """
     path = folder / f"{name}.json"
     if not path.is_file():
         return []
     report = json.loads(path.read_text(encoding="utf-8"))
-    now = describe_commit()
-    same = report["machine"] == describe_machine() and all(
-        report.get(key) == now.get(key) for key in ("commit", "uncommitted_changes")
-    )
-    names = {field.name for field in dataclasses.fields(Row)}
-    if not same:
+    now, then = describe_commit(), str(report.get("commit", ""))
+    if report["machine"] != describe_machine():
         return []
-    return [Row(**{key: row[key] for key in row if key in names}) for row in report["rows"]]
+    same = all(report.get(key) == now.get(key) for key in ("commit", "uncommitted_changes"))
+    if not same and (not then or report.get("uncommitted_changes")):
+        return []
+    names = {field.name for field in dataclasses.fields(Row)}
+    rows = [Row(**{key: row[key] for key in row if key in names}) for row in report["rows"]]
+    if same:
+        return rows
+    return [dataclasses.replace(row, commit=row.commit or then) for row in rows]
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ def test_rows_carry_ratio_and_verdict(tmp_path):
     row = {
         "case": "8 streams", "metric": "tokens/s", "unit": "1/s", "ours": 90.0, "against": "bare",
         "theirs": 100.0, "ratio": 0.9, "target": 0.97, "met": False, "samples": 3, "spread": 0.1,
-        "theirs_spread": 0.04,
+        "theirs_spread": 0.04, "commit": "0123456789abcdef",
     }  # fmt: skip
     report = {
         "name": "x", "machine": {"cores": 2, "python": "3.11"}, "date": "2026-01-02T00:00",
@@ -26,4 +26,5 @@ def test_rows_carry_ratio_and_verdict(tmp_path):
         "| 8 streams | tokens/s | 90 | 1/s | bare | 100 | 0.9 | 0.97 **missed** | 3 | 10% | 4% |"
         in page
     )
+    assert "- at commit `0123456789`: 8 streams\n" in page
     assert page.index("| 8 streams") < page.index("Because of this.")

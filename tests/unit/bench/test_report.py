@@ -83,14 +83,30 @@ def test_unknown_facts_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "python" in machine
 
 
-def test_rows_are_kept_only_of_this_commit_and_machine(
+def test_rows_are_kept_on_one_machine_and_name_another_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def at(commit: str, *, changed: bool = False) -> None:
+        described = {"commit": commit, "uncommitted_changes": changed}
+        monkeypatch.setattr("bench.report.describe_commit", lambda: described)
+
+    at("first")
     full = compared(row(), "peer", Samples(values=(150.0,)), target=1.2)
     named = not_measured(row(), "other", "not installed", target=1.2)
     save_report("x", [full, named], folder=tmp_path)
     assert kept_rows("x", tmp_path) == [full, named]
     assert named.met is None
     assert kept_rows("y", tmp_path) == []
-    monkeypatch.setattr("bench.report.describe_commit", lambda: {"commit": "another"})
+    at("second")
+    older = kept_rows("x", tmp_path)
+    assert [row.commit for row in older] == ["first", "first"]
+    save_report("x", [*older, full], folder=tmp_path)
+    at("third", changed=True)
+    assert [row.commit for row in kept_rows("x", tmp_path)] == ["first", "first", "second"]
+    save_report("x", [full], folder=tmp_path)
+    at("fourth")
+    assert kept_rows("x", tmp_path) == [], "of files that were in no commit"
+    at("third", changed=True)
+    assert kept_rows("x", tmp_path) == [full]
+    monkeypatch.setattr("bench.report.describe_machine", lambda: {"cores": 999})
     assert kept_rows("x", tmp_path) == []
