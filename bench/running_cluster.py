@@ -80,8 +80,9 @@ class RunningCluster:
             )
         while not (match := re.search(r"ready in .*\((.*)\)", self._log.read_text())):
             if self._process.poll() is not None or time.monotonic() - started_s > _READY_S:
+                said = self._log.read_text()
                 self.__exit__(None, None, None)
-                raise RuntimeError(f"the cluster did not start:\n{self._log.read_text()}")
+                raise RuntimeError(f"the cluster did not start:\n{said}")
             time.sleep(0.02)
         self.ready_s = time.monotonic() - started_s
         for part in match[1].split(", "):
