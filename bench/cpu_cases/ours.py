@@ -14,7 +14,7 @@ from replicas.models.hf_config import arch_from_hf
 from replicas.models.weight_units import weight_units
 
 MAX_CONTEXT = 1024
-MAX_STEP_TOKENS = 2048
+MAX_STEP_TOKENS = 512
 ONE_KERNEL = "the kernels of the engine alone are compared offline"
 
 
