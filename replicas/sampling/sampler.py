@@ -60,8 +60,12 @@ class Sampler:
     def _sample_batch(self, logits_RV: torch.Tensor, batch: ParamsBatch) -> list[SampledRow]:
         changed_RV = apply_penalties(logits_RV, batch)
         # The maximum shows a NaN, a +inf or a row of nothing but -inf, all in one pass.
-        peak_R = changed_RV.amax(dim=-1)
-        tokens_R = self._pick(changed_RV, peak_R, batch)
+        if (batch.column("temperature") > 0.0).any():
+            peak_R = changed_RV.amax(dim=-1)
+            tokens_R = self._pick(changed_RV, peak_R, batch)
+        else:  # the same pass finds the tokens; a row's first NaN counts as its largest entry
+            tokens_R = _argmax(changed_RV)
+            peak_R = changed_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
         errors = self._errors(logits_RV, changed_RV, peak_R)
         logprobs = self._logprobs(logits_RV, tokens_R, batch, errors)
         return [
