@@ -85,6 +85,10 @@ class ExpertWeights(Protocol):
         """`gate_up.weight` (2F, D), `down.weight` (D, F) and biases, valid until released."""
         ...
 
+    def announce(self, experts: Sequence[int]) -> None:
+        """These are acquired next, one after the other in this order."""
+        ...
+
     def lasting(self, held: tuple[int, ...], make: Make[Made]) -> Made | None:
         """`make(tensors of each held expert, held)`, kept for the next time with the same `held`.
 
@@ -129,10 +133,11 @@ class ExpertRunner:
         partial_AD = torch.zeros_like(arrivals.hidden_AD, dtype=torch.float32)
         pairs = arrivals.pairs()
         offsets = pairs.offsets_L1.tolist()
-        for slot in sorted(range(len(held)), key=held.__getitem__):
+        order = sorted(range(len(held)), key=held.__getitem__)
+        visited = [slot for slot in order if offsets[slot] < offsets[slot + 1]]
+        weights.announce([held[slot] for slot in visited])
+        for slot in visited:
             own = slice(offsets[slot], offsets[slot + 1])
-            if own.start == own.stop:
-                continue
             row_M = pairs.row_M[own]
             with _acquired(weights, held[slot]) as tensors:
                 output_MD = self._expert(arrivals.hidden_AD[row_M], tensors)

@@ -121,29 +121,67 @@ class Placement:
     precision: Precision = Precision.NATIVE
     """Of all layers, wherever they are: answers do not depend on the budget."""
     ring_slots: int = 3
+    bases_resident: bool = False
+    """Of mixture layers that stream only the routed experts do; the rest of them stays."""
+    expert_slots: int = 0
+    """Places for routed experts of layers that are not resident."""
     kv_home: KvHome = KvHome.DEVICE
 
-    def streamed_bytes(self, model: ModelShape) -> tuple[int, int]:
-        """Bytes that one pass reads from (disk, host memory)."""
-        sizes = [layer.record_bytes(self.precision) for layer in model.layers]
+    def streamed_bytes(self, model: ModelShape, tokens: int) -> tuple[int, int]:
+        """Bytes that one pass of `tokens` tokens reads from (disk, host memory).
+
+        Of routed experts those that uniform routing hits and that are not in a slot: a skewed
+        routing hits fewer and finds more of them, so this errs on the slow side.
+        """
+        missed = self._missed_share(model)
+        sizes = [self._read_bytes(layer, tokens, missed) for layer in model.layers]
         first_disk = self.resident_layers + self.host_layers
         fixed = 0 if self.fixed_resident else model.fixed_read_bytes
-        return sum(sizes[first_disk:]) + fixed, sum(sizes[self.resident_layers : first_disk])
+        from_disk = round(sum(sizes[first_disk:])) + fixed
+        return from_disk, round(sum(sizes[self.resident_layers : first_disk]))
 
     def slot_bytes(self, model: ModelShape) -> int:
-        """The largest record that streams; 0 when nothing does."""
+        """The largest record that passes through the ring; 0 when nothing does."""
         streamed = model.layers[self.resident_layers :]
-        sizes = [layer.largest_record_bytes(self.precision) for layer in streamed]
+        sizes = [layer.base.record_bytes(self.precision) for layer in streamed]
+        sizes = [] if self.bases_resident else sizes
         if not self.fixed_resident:
             sizes += [unit.native_bytes for unit in model.fixed_units]
         return max(sizes, default=0)
 
+    def expert_slot_bytes(self, model: ModelShape) -> int:
+        """The largest routed expert that streams; 0 when none does."""
+        streamed = model.layers[self.resident_layers :]
+        return max((layer.largest_expert_bytes(self.precision) for layer in streamed), default=0)
+
+    def streamed_experts(self, model: ModelShape) -> int:
+        """Routed experts of the layers that are not resident."""
+        return sum(len(layer.experts) for layer in model.layers[self.resident_layers :])
+
     def weight_bytes(self, model: ModelShape) -> int:
-        """Device bytes of resident weights and ring."""
-        resident = model.layers[: self.resident_layers]
+        """Device bytes of resident weights, ring and expert slots."""
+        resident, streamed = (
+            model.layers[: self.resident_layers],
+            model.layers[self.resident_layers :],
+        )
         held = sum(layer.record_bytes(self.precision) for layer in resident)
+        if self.bases_resident:
+            held += sum(layer.base.record_bytes(self.precision) for layer in streamed)
         fixed = model.fixed_bytes if self.fixed_resident else 0
-        return held + fixed + self.ring_slots * self.slot_bytes(model)
+        slots = self.ring_slots * self.slot_bytes(model)
+        return held + fixed + slots + self.expert_slots * self.expert_slot_bytes(model)
+
+    def _missed_share(self, model: ModelShape) -> float:
+        """Of visits to streamed experts, those that find it in no slot when all are as likely."""
+        streamed = self.streamed_experts(model)
+        return max(0.0, 1 - self.expert_slots / streamed) if streamed else 0.0
+
+    def _read_bytes(self, layer: LayerShape, tokens: int, missed: float) -> float:
+        base = 0 if self.bases_resident else layer.base.record_bytes(self.precision)
+        if not layer.experts:
+            return base
+        visited = distinct_experts(len(layer.experts), layer.top_k, tokens) / len(layer.experts)
+        return base + visited * missed * layer.expert_bytes(self.precision)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +224,7 @@ _TRANSFERS = (Resource.DISK, Resource.LINK)
 
 def pass_time(model: ModelShape, placement: Placement, rates: Rates, load: PassLoad) -> PassCost:
     """Seconds of one pass of `load` over the model."""
-    from_disk, from_host = placement.streamed_bytes(model)
+    from_disk, from_host = placement.streamed_bytes(model, load.tokens)
     kv_bytes = load.rows * load.context_tokens * model.kv_bytes_per_token
     seconds = {
         Resource.DISK: from_disk / rates.disk_bytes_per_s,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offload.layout import TENSOR_ALIGN, aligned
-from offload.precision import GROUP, GROUP_BYTES, Precision
+from offload.precision import GROUP, GROUP_BYTES, NEVER_QUANTISED, Precision
 from offload.record_sizes import record_bytes, tensor_bytes
 from replicas.layers.weights import TensorSpec, WeightUnit
 from replicas.models.arch import ArchConfig
@@ -66,11 +66,15 @@ class LayerShape:
 
     def record_bytes(self, precision: Precision) -> int:
         """Bytes of all records."""
-        return sum(unit.record_bytes(precision) for unit in self.units)
+        return self.base.record_bytes(precision) + self.expert_bytes(precision)
 
-    def largest_record_bytes(self, precision: Precision) -> int:
-        """Bytes of the largest record."""
-        return max(unit.record_bytes(precision) for unit in self.units)
+    def expert_bytes(self, precision: Precision) -> int:
+        """Bytes of the routed experts' records."""
+        return len(self.experts) * self.largest_expert_bytes(precision)
+
+    def largest_expert_bytes(self, precision: Precision) -> int:
+        """Bytes of one routed expert's record, the same for all of a layer; 0 without any."""
+        return self.experts[0].record_bytes(precision) if self.experts else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +116,7 @@ def model_shape(arch: ArchConfig, tp_size: int, dtype: str) -> ModelShape:
     heads = arch.num_heads // tp_size
     return ModelShape(
         layers=tuple(
-            _layer([unit for unit in units if _layer_of(unit) == index], dtype)
+            _layer(arch, index, [unit for unit in units if _layer_of(unit) == index], dtype)
             for index in range(arch.num_layers)
         ),
         fixed_units=tuple(_unit(unit, dtype) for unit in fixed),
@@ -128,10 +132,13 @@ def _layer_of(unit: WeightUnit) -> int | None:
     return int(rest.partition(".")[0]) if kind == "layer" else None
 
 
-def _layer(units: Sequence[WeightUnit], dtype: str) -> LayerShape:
+def _layer(arch: ArchConfig, index: int, units: Sequence[WeightUnit], dtype: str) -> LayerShape:
     base, *experts = units
+    moe = arch.layers[index].moe
     return LayerShape(
-        base=_unit(base, dtype), experts=tuple(_unit(expert, dtype) for expert in experts)
+        base=_unit(base, dtype),
+        experts=tuple(_unit(expert, dtype) for expert in experts),
+        top_k=0 if moe is None else moe.gate.top_k,
     )
 
 
@@ -149,7 +156,7 @@ def _quantised_bytes(unit: WeightUnit, dtype: str, precision: Precision) -> int:
     """Most bytes of the unit's record with its linear weights as codes and scales."""
     total = 0
     for spec in unit.tensors:
-        if not spec.is_linear:
+        if not spec.is_linear or spec.name in NEVER_QUANTISED:
             total += tensor_bytes(spec, dtype)
             continue
         rows, width = aligned(spec.shape[0], _BLOCK_ROWS), aligned(spec.shape[1], GROUP)

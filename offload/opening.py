@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from offload.residents import (
     tensors_of,
 )
 from replicas.worker.device import pin_host_memory
+
+_MAX_AIO_SLOTS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +119,7 @@ class Opening:
         Raises:
             ConfigError: there is no memory for them.
         """
-        engine = self._runtime.wrap_engine(self._engines[self._reader](num_slots))
+        engine = self._runtime.wrap_engine(self._streaming_engine(num_slots))
         self._opened.callback(engine.close)
         try:
             memory = engine.allocate(num_slots * slot_bytes)
@@ -152,6 +154,13 @@ class Opening:
         if self._runtime.copier is not None:
             return self._runtime.copier(self._device, num_slots)
         return None if self._device.type == "cpu" else DeviceCopier(self._device, num_slots)
+
+    def _streaming_engine(self, num_slots: int) -> ReadEngine:
+        """The chosen reader; for many slots, of which each takes a thread in `aio`, `direct`."""
+        if self._reader == "aio" and num_slots > _MAX_AIO_SLOTS:
+            with suppress(ReaderUnavailableError):
+                return self._engines["direct"](num_slots)
+        return self._engines[self._reader](num_slots)
 
     def _plain_engine(self, num_slots: int) -> ReadEngine:
         """A reader whose memory outlives it, as that of `aio` does not."""

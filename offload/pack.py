@@ -44,8 +44,8 @@ class Packer(Protocol):
     layout: str
     """Changes with the bytes that `pack` makes of the same tensor."""
 
-    def pack(self, unit: str, weight_OI: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """The tensors that stand for a linear weight of `unit`, by what is added to its name.
+    def pack(self, unit: str, name: str, weight_OI: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """The tensors that stand for the linear weight `name` of `unit`, by what is added to it.
 
         One on the meta device has no bytes and tells dtype and shape.
         """
@@ -59,7 +59,7 @@ class NativePacker:
         self._kernels = kernels
         self.layout = layout_digest(kernels.name, lambda probe: kernels.pack("", probe), dtype)
 
-    def pack(self, unit: str, weight_OI: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    def pack(self, unit: str, name: str, weight_OI: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """See `Packer`."""
         return self._kernels.pack("", weight_OI)
 
@@ -215,7 +215,7 @@ class _Packing:
         local = self._load(spec)
         laid_out: Mapping[str, torch.Tensor] = {"": local}
         if _identity(spec) in self._linear:
-            laid_out = self._packer.pack(unit, local)
+            laid_out = self._packer.pack(unit, spec.name, local)
         for suffix, tensor in laid_out.items():
             yield PackedTensor(
                 name=suffix,

@@ -72,6 +72,8 @@ class Choices:
 
     precisions: tuple[Precision, ...] = (Precision.NATIVE,)
     ring_slots: tuple[int, ...] = (2, 3, 4)
+    expert_shares: tuple[float, ...] = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0625, 0.0)
+    """Parts of the streamed routed experts that slots are tried for."""
     resident_layers: int | None = None
     """None: free."""
     max_chunk: int = 131_072
@@ -170,7 +172,7 @@ def _placements(model: ModelShape, budgets: Budgets, choices: Choices) -> Iterat
     for precision in choices.precisions:
         for slots in choices.ring_slots:
             for fixed in (True, False):
-                for resident in _resident_choices(layers, choices.resident_layers):
+                for resident in _resident_choices(model, choices.resident_layers):
                     base = Placement(
                         resident_layers=resident,
                         host_layers=0,
@@ -180,12 +182,36 @@ def _placements(model: ModelShape, budgets: Budgets, choices: Choices) -> Iterat
                         kv_home=KvHome.DEVICE,
                     )
                     if slots <= layers - resident:
-                        yield replace(base, host_layers=_host_layers(model, base, budgets))
+                        for placement in _expert_homes(model, base, choices):
+                            yield replace(
+                                placement, host_layers=_host_layers(model, placement, budgets)
+                            )
 
 
-def _resident_choices(layers: int, wanted: int | None) -> Sequence[int]:
+def _expert_homes(model: ModelShape, base: Placement, choices: Choices) -> Iterator[Placement]:
+    """With each number of expert slots, for a model whose streamed layers have routed experts."""
+    count = base.streamed_experts(model)
+    if not count:
+        yield base
+        return
+    least = least_expert_slots(model)
+    for slots in sorted({max(least, round(share * count)) for share in choices.expert_shares}):
+        for bases_resident in (False, True):
+            yield replace(base, expert_slots=min(slots, count), bases_resident=bases_resident)
+
+
+def least_expert_slots(model: ModelShape) -> int:
+    """Slots without which streaming experts makes no sense: one token's, and one to read into."""
+    return 1 + max((layer.top_k for layer in model.layers), default=0)
+
+
+def _resident_choices(model: ModelShape, wanted: int | None) -> Sequence[int]:
+    """Of a mixture none unless asked: slots hold what is visited, in any layer."""
+    layers = len(model.layers)
     if wanted is not None:
         return (wanted,)
+    if any(layer.experts for layer in model.layers):
+        return (0,)
     if layers <= MAX_RESIDENT_CHOICES:
         return range(layers)
     steps = MAX_RESIDENT_CHOICES - 1

@@ -6,7 +6,7 @@ What the engine sees is a `WeightProvider` like any other; how a unit came is no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,9 @@ class StreamStats:
     ring: LinkStats
     experts: LinkStats
     num_jumps: int
+    num_expert_hits: int = 0
+    """Visits of streamed experts that found them in a slot; the others are misses."""
+    num_expert_misses: int = 0
 
 
 class StreamedWeights:
@@ -66,6 +69,11 @@ class StreamedWeights:
             return tensors
         return self._home(unit).acquire(unit)
 
+    def announce(self, units: Sequence[str]) -> None:
+        """These experts are asked for next, in this order; others' places are not for them."""
+        if self._experts is not None:
+            self._experts.announce(units)
+
     def release(self, unit: str) -> None:
         """The unit's memory may be reused; what comes next starts to load."""
         if unit not in self._resident:
@@ -79,6 +87,8 @@ class StreamedWeights:
             ring=LinkStats() if self._ring is None else self._ring.stats,
             experts=LinkStats() if self._experts is None else self._experts.stats,
             num_jumps=0 if self._ring is None else self._ring.num_jumps,
+            num_expert_hits=0 if self._experts is None else self._experts.num_hits,
+            num_expert_misses=0 if self._experts is None else self._experts.num_misses,
         )
 
     def close(self) -> None:

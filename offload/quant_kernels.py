@@ -21,7 +21,7 @@ from moe.experts import GroupedExperts
 from moe.spec import GateSpec
 from offload.dequant_library import DequantLibrary
 from offload.pack import layout_digest
-from offload.precision import Precision
+from offload.precision import NEVER_QUANTISED, Precision
 from offload.quant import (
     ROWS,
     SCALES,
@@ -212,11 +212,12 @@ class QuantPacker:
 
     def __init__(self, kernels: QuantKernels, dtype: torch.dtype) -> None:
         self._kernels = kernels
-        self.layout = layout_digest(kernels.name, lambda probe: kernels.quantise("", probe), dtype)
+        digest = layout_digest(kernels.name, lambda probe: kernels.quantise("", probe), dtype)
+        self.layout = " ".join((digest, *NEVER_QUANTISED))
 
-    def pack(self, unit: str, weight_OI: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    def pack(self, unit: str, name: str, weight_OI: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """See `Packer`."""
-        if unit.startswith("layer."):
+        if unit.startswith("layer.") and name not in NEVER_QUANTISED:
             return self._kernels.quantise("", weight_OI)
         return self._kernels.pack("", weight_OI)
 

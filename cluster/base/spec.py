@@ -266,11 +266,6 @@ class OffloadSpec(Section):
         description="Memory of the device (on the CPU: of the machine) for resident weights, the "
         "ring, the cache and the computation together. auto: what the device or node leaves.",
     )
-    host_memory: Annotated[int | Auto, Size(64 * KIB, 16 * TIB, auto=True)] = Field(
-        default="auto",
-        description="Host memory beside a GPU for weights and for what is on its way from the "
-        "disk. auto: what the node leaves. An error on the CPU, which has one memory.",
-    )
     disk_path: Annotated[str | Auto, Text("a directory", r".+", 4096)] = Field(
         default="auto",
         description="Directory for the packed weights, relative to this file (`~` is your home), "

@@ -143,7 +143,6 @@ def _room(draft: Draft, loads: Sequence[NodeLoad], topology: Topology, num_model
     cores = min(load.cores for load in loads)
     return Room(
         device_bytes=device,
-        host_bytes=host if draft.on_gpu else 0,
         auto_share=CPU_KV_SHARE,
         num_threads=max(1, cores // ranks) if isinstance(threads, str) else threads,
     )

@@ -179,7 +179,7 @@ def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topolog
         reasons=_reasons(draft, compute, cache),
         leader_cpus=compute.leader_cpus,
         nodes=tuple(topology.nodes[node].host for node in model.nodes),
-        offload=streaming.offload_plan() if streaming else None,
+        offload=streaming.offload_plan(_step_timeout_s(draft)) if streaming else None,
         speed=streaming.speed_plan() if streaming else None,
         overflow=overflow_plan(spec),
     )

@@ -23,7 +23,15 @@ from cluster.planner.streaming_choice import Streaming
 from offload.cost_model import Rates
 from offload.machine_rates import RatesRequest, machine_rates
 from offload.model_shape import ModelShape, model_shape
-from offload.policy_search import Budgets, Choices, Demand, Found, Objective, search
+from offload.policy_search import (
+    Budgets,
+    Choices,
+    Demand,
+    Found,
+    Objective,
+    least_expert_slots,
+    search,
+)
 from offload.precision import Precision
 
 MEAN_CONTEXT = 1024
@@ -49,8 +57,6 @@ class Room:
     """What one rank may use on the emptiest node, processes not counted."""
 
     device_bytes: int
-    host_bytes: int
-    """0 where the device is the host."""
     auto_share: float
     """Part of a node's memory that an automatic budget takes; of a GPU it takes all."""
     num_threads: int
@@ -74,12 +80,6 @@ class Streamer:
             raise ConfigError(
                 "Weights are streamed to the CPU only in this version.",
                 "Set device: cpu.",
-                param=draft.source.param("engine"),
-            )
-        if any(layer.moe is not None for layer in draft.source.arch.layers):
-            raise ConfigError(
-                "The experts of a mixture are not planned for streaming in this version.",
-                "Give the ranks more memory, or spread the experts with parallel: {dp: ..}.",
                 param=draft.source.param("engine"),
             )
         draft = _own_dtype(draft)
@@ -140,26 +140,15 @@ def _own_dtype(draft: Draft) -> Draft:
 
 
 def _budgets(draft: Draft, asked: OffloadSpec, room: Room) -> Budgets:
-    """Device and host bytes; workspace is filled in later.
+    """Device bytes: a CPU has one memory; workspace is filled in later.
 
     Raises:
-        ConfigError: more was asked than the machine has, or a memory that it has not.
+        ConfigError: more was asked than the machine has.
     """
-    on_gpu, share = draft.on_gpu, room.auto_share
     device = _within(
-        draft, "device_memory", asked.device_memory, room.device_bytes, 1.0 if on_gpu else share
+        draft, "device_memory", asked.device_memory, room.device_bytes, room.auto_share
     )
-    if on_gpu:
-        host = _within(draft, "host_memory", asked.host_memory, room.host_bytes, share)
-    elif asked.host_memory != "auto":
-        raise ConfigError(
-            "host_memory has no effect on the CPU, where device and host are one memory.",
-            "Delete it; device_memory bounds everything.",
-            param=draft.source.param("offload.host_memory"),
-        )
-    else:
-        host = 0
-    return Budgets(device_bytes=device, workspace_bytes=0, host_bytes=host)
+    return Budgets(device_bytes=device, workspace_bytes=0, host_bytes=0)
 
 
 def _within(draft: Draft, key: str, asked: int | str, have: int, auto_share: float) -> int:
@@ -326,7 +315,10 @@ def _least_parts(trial: _Trial, choices: Choices, precision: Precision) -> dict[
     """What the smallest placement takes, by part."""
     model, budgets = trial.model, trial.with_step(trial.sizes()[-1])
     resident, slots = choices.resident_layers or 0, min(choices.ring_slots)
-    streamed = [layer.largest_record_bytes(precision) for layer in model.layers[resident:]]
+    layers = model.layers[resident:]
+    streamed = [layer.base.record_bytes(precision) for layer in layers]
+    expert = max((layer.largest_expert_bytes(precision) for layer in layers), default=0)
+    experts = least_expert_slots(model) if expert else 0
     slot = max(streamed + [unit.native_bytes for unit in model.fixed_units])
     context = trial.demand.max_context
     parts = {
@@ -334,6 +326,7 @@ def _least_parts(trial: _Trial, choices: Choices, precision: Precision) -> dict[
             layer.record_bytes(precision) for layer in model.layers[:resident]
         ),
         f"ring of {slots} x {size_text(slot)}": slots * slot,
+        f"{experts} x {size_text(expert)} for experts": experts * expert,
         f"cache of one request of {context} tokens": budgets.kv_bytes
         or context * model.kv_bytes_per_token,
         "workspace": budgets.workspace_bytes,

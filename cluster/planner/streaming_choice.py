@@ -10,6 +10,10 @@ from offload.cost_model import PassLoad, Placement, Rates, pass_time
 from offload.model_shape import ModelShape
 from offload.policy_search import Budgets, Candidate, Demand, Found
 
+READ_TIMEOUT_S = 30.0
+"""A read that has not ended after so long never will."""
+READ_SHARE = 0.8
+"""Of the time that a step may take, what one read may take."""
 MAX_POINTS = 16
 """Points of the frontier that a plan carries."""
 
@@ -34,11 +38,14 @@ class Streaming:
         """Where the weights are."""
         return self.found.best.placement
 
-    def offload_plan(self) -> OffloadPlan:
-        """The rank's slice."""
+    def offload_plan(self, step_timeout_s: float) -> OffloadPlan:
+        """The rank's slice; a read that hangs is named before the step is given up."""
         placement, model = self.placement, self.model
         first_disk = placement.resident_layers + placement.host_layers
         resident = list(_unit_names(model, 0, placement.resident_layers))
+        if placement.bases_resident:
+            streamed = model.layers[placement.resident_layers :]
+            resident += [layer.base.name for layer in streamed]
         if placement.fixed_resident:
             resident += [unit.name for unit in model.fixed_units]
         return OffloadPlan(
@@ -50,12 +57,15 @@ class Streaming:
             host_units=tuple(_unit_names(model, placement.resident_layers, first_disk)),
             ring_slots=placement.ring_slots,
             prefetch_depth=placement.ring_slots,
+            expert_slots=placement.expert_slots,
+            read_timeout_s=min(READ_TIMEOUT_S, READ_SHARE * step_timeout_s),
             precision=placement.precision.value,
         )
 
     def speed_plan(self) -> SpeedPlan:
         """What is predicted."""
-        disk_bytes, host_bytes = self.placement.streamed_bytes(self.model)
+        rows = self.found.best.rows
+        disk_bytes, host_bytes = self.placement.streamed_bytes(self.model, rows)
         return SpeedPlan(
             chosen=_point(self.found.best),
             ttft_s=self.found.ttft_s,
@@ -94,6 +104,10 @@ class Streaming:
             "on disk": on_disk,
         }
         where = ", ".join(f"{count} {home}" for home, count in homes.items() if count)
+        if placement.expert_slots:
+            rest = ", the rest of them on the device" if placement.bases_resident else ""
+            experts = placement.streamed_experts(self.model)
+            where += f" ({placement.expert_slots} of {experts} experts in slots{rest})"
         best = self.found.best
         speed = (
             f"predicted {best.tokens_per_s:.3g} tokens/s with {best.rows} requests, "

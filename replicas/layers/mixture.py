@@ -12,7 +12,7 @@ from torch.nn import functional
 from moe.experts import GroupedExperts, Made, Make, Tensors
 from replicas.kernels.expert_ops import ExpertSet
 from replicas.layers.activations import activation
-from replicas.layers.weights import ResidentWeights
+from replicas.layers.weights import AnnouncedWeights, ResidentWeights
 
 if TYPE_CHECKING:
     from moe.spec import MoeSpec
@@ -114,6 +114,11 @@ class ExpertUnits:
     def acquire(self, expert: int) -> Mapping[str, torch.Tensor]:
         """The expert's tensors, valid until released."""
         return self._weights.acquire(f"{self._prefix}{expert}")
+
+    def announce(self, experts: Sequence[int]) -> None:
+        """See `ExpertWeights.announce`."""
+        if isinstance(self._weights, AnnouncedWeights):
+            self._weights.announce([f"{self._prefix}{expert}" for expert in experts])
 
     def release(self, expert: int) -> None:
         """The step is done with this expert."""

@@ -9,10 +9,10 @@ streamed through a ring) is the provider's affair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +87,15 @@ class WeightProvider(Protocol):
 
     def release(self, unit: str) -> None:
         """The step is done with `unit`; its memory may be reused."""
+        ...
+
+
+@runtime_checkable
+class AnnouncedWeights(Protocol):
+    """A provider that can use to know what comes."""
+
+    def announce(self, units: Sequence[str]) -> None:
+        """These units are asked for next, in this order."""
         ...
 
 

@@ -63,6 +63,9 @@ class HeldExperts:
         """Back again."""
         self.open.remove(expert)
 
+    def announce(self, experts) -> None:
+        """All of them are here."""
+
     def lasting(self, held: tuple[int, ...], make: Make[Made]) -> Made | None:
         """They come and go."""
         return None

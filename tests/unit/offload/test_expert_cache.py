@@ -68,4 +68,51 @@ def test_announced_units_are_read_side_by_side() -> None:
         cache.acquire(unit)
         cache.release(unit)
     assert link.stats.num_reads == 3
-    assert cache.num_misses == 0
+    assert (cache.num_hits, cache.num_misses) == (0, 3)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_a_skewed_step_reads_what_it_visits_and_little_else(tokens: int) -> None:
+    """Four layers of 32 experts, two per token, slots for a third of them."""
+    units = [f"layer.{layer}.expert.{i}" for layer in range(4) for i in range(32)]
+    link = FakeLink(dict.fromkeys(units, 100), bytes_per_s=1e9)
+    cache = ExpertCache(units, 40, link)
+    chance = random.Random(1)
+    weights = [1 / (rank + 1) for rank in range(32)]
+    needed = visits = 0
+    for _ in range(300):
+        for layer in range(4):
+            chosen = {chance.choices(range(32), weights)[0] for _ in range(2 * tokens)}
+            visited = [f"layer.{layer}.expert.{i}" for i in sorted(chosen)]
+            visits += len(visited)
+            needed += sum(unit not in link.held.values() for unit in visited)
+            cache.announce(visited)
+            for unit in visited:
+                cache.acquire(unit)
+                cache.release(unit)
+    assert cache.num_hits + cache.num_misses == visits
+    assert cache.num_misses == needed
+    assert link.stats.num_bytes <= 1.15 * 100 * needed
+    assert needed < 0.75 * visits
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_when_all_are_visited_they_stream_at_the_rate_of_the_link(ahead: bool) -> None:
+    """As in a ring: reading goes on through the layers, and nothing is read for nothing."""
+    units = [f"layer.{layer}.expert.{i}" for layer in range(4) for i in range(16)]
+    link = FakeLink(dict.fromkeys(units, 100), bytes_per_s=1000.0)
+    cache = ExpertCache(units, 12, link)
+    for _ in range(6):
+        started_s, before = link.clock.now_s, link.stats.num_bytes
+        for layer in range(4):
+            visited = [f"layer.{layer}.expert.{i}" for i in range(16)]
+            if ahead:
+                cache.announce(visited)
+            for unit in visited:
+                cache.acquire(unit)
+                link.clock.now_s += 0.08
+                cache.release(unit)
+    seconds, read = link.clock.now_s - started_s, link.stats.num_bytes - before
+    assert read <= 64 * 100
+    roofline = max(read / 1000.0, 64 * 0.08)
+    assert (seconds <= 1.05 * roofline) == ahead

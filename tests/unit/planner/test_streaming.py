@@ -143,7 +143,6 @@ def test_settings_reach_the_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "param", "told"),
     [
-        ({"offload": {"host_memory": "1GiB"}}, "offload.host_memory", "no effect on the CPU"),
         ({"offload": {"device_memory": "900GiB"}}, "offload.device_memory", "are left for it"),
         ({"offload": {"device_memory": "1GiB"}}, "offload.device_memory", "asked ring of 2"),
         ({"kv_cache": {"memory": "8MiB"}}, "kv_cache.memory", "one request of 2048 tokens takes"),
