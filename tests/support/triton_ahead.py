@@ -23,8 +23,11 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
+from moe.experts import DOWN, DOWN_BIAS, UP, UP_BIAS
+from replicas.kernels.expert_ops import ExpertSet
 from replicas.kernels.gpu import paged_attention
 from replicas.kernels.ops import HeadShape, HeadTensors
+from replicas.kernels.triton_experts import TritonExperts
 from replicas.kernels.triton_ops import FP8_SINCE, TritonKernels
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
@@ -163,6 +166,27 @@ def _rows(recorder: _Recorder, dtype: torch.dtype) -> None:
         kernels.prepare_heads(torch.empty((4, 48 * 128), dtype=dtype), heads, tensors)
 
 
+def _experts(recorder: _Recorder, dtype: torch.dtype, *, biased: bool) -> None:
+    recorder.case = f"experts {dtype}{' with biases' if biased else ''}"
+    tensors = {
+        UP: torch.empty((2 * 768, 2048), dtype=dtype),
+        DOWN: torch.empty((2048, 768), dtype=dtype),
+    }
+    if biased:
+        tensors |= {
+            UP_BIAS: torch.empty(2 * 768, dtype=dtype),
+            DOWN_BIAS: torch.empty(2048, dtype=dtype),
+        }
+    experts = ExpertSet(
+        tensors=(tensors,) * 4,
+        held=(0, 1, 2, 3),
+        down_bias=biased,
+        glu_limit=7.0 if biased else 0.0,
+    )
+    slots = torch.zeros((4, 2), dtype=torch.int64)
+    TritonExperts(experts).forward(torch.empty((4, 2048), dtype=dtype), slots, torch.ones((4, 2)))
+
+
 def _fp8(recorder: _Recorder, dtype: torch.dtype) -> None:
     recorder.case = f"fp8 {dtype}"
     kernels = TritonKernels(fp8=True)
@@ -176,6 +200,7 @@ def main(arch: int) -> None:
     _attention(recorder, torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         _rows(recorder, dtype)
+        _experts(recorder, dtype, biased=dtype is torch.bfloat16)
         if arch >= FP8_SINCE:
             _fp8(recorder, dtype)
     json.dump([asdict(compiled) for compiled in recorder.compiled], sys.stdout)
