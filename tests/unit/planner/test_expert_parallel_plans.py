@@ -182,7 +182,11 @@ def test_a_replica_that_no_nodes_hold_together_is_refused(tmp_path: Path):
     assert "kv_cache.memory" in error.remedy
 
 
-def test_streaming_a_mixture_of_experts_is_refused(tmp_path: Path):
-    error = refused(tmp_path, LAPTOP, MIXTURE, engine="offload")
-    assert error.param == "models[0].engine"
-    assert "experts of a mixture" in error.cause
+def test_a_streamed_mixture_gets_slots_for_its_experts(tmp_path: Path):
+    plan = planned(tmp_path, engine="offload", offload={"device_memory": "8MiB"})
+    assert plan.engine is EngineKind.OFFLOAD
+    assert plan.offload is not None
+    # As many as there are, since they fit; experts are never resident units.
+    assert plan.offload.expert_slots == 2 * MIXTURE["num_experts"]
+    assert not [unit for unit in plan.offload.resident_units if ".expert." in unit]
+    assert "20 of 20 experts in slots" in plan.reasons["engine"]
