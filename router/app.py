@@ -15,6 +15,7 @@ import ray
 from cluster.base import names
 from cluster.base.errors import UnavailableError
 from cluster.base.ids import new_epoch
+from cluster.base.interpreter import settle_for_serving
 from cluster.base.plan import ClusterPlan, from_json
 from replicas.leader.record import ReplicaRecord
 from router.directory import ReplicaDirectory
@@ -97,6 +98,7 @@ class GatewayReplica:
             bind_http(gateway.host, gateway.http_port),
             drain_s=_STOP_GRACE_S,
         )
+        settle_for_serving()
         await self._grpc.start()
 
     async def __del__(self) -> None:

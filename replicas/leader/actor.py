@@ -19,6 +19,7 @@ from ray import serve
 from cluster.base import names
 from cluster.base.errors import CollectiveTimeoutError, InternalError, PenstockError
 from cluster.base.ids import new_epoch
+from cluster.base.interpreter import settle_for_serving
 from cluster.base.plan import ModelPlan, from_json
 from replicas.api import GenerationDelta, ReplicaStats
 from replicas.leader.engine_parts import AnyExecutor, make_engine
@@ -116,6 +117,7 @@ class LeaderReplica:
         self._server = ReplicaStreamServer(self._engine, epoch=epoch)
         self._server.publish((), self._stats)
         port = await self._server.start(host)
+        settle_for_serving()
         self._engine.start()
         self._exporter = asyncio.create_task(self._export_metrics())
         self._say_ready(
