@@ -113,12 +113,16 @@ def pack_all(checkpoint: RandomCheckpoint, folder: Path) -> dict[Precision, Path
     stores = {precision: folder / precision.value for precision in Precision}
     for precision, store in stores.items():
         print(f"{precision.value} store ...", flush=True)
-        pack_model(
+        current = pack_model(
             str(checkpoint.path),
             dtype="bfloat16",
             precision=precision.value,
             disk_path=str(store),
         )
+        # What an earlier version of the format left is of no use to anybody.
+        for path in store.glob("*.weights"):
+            if path != current.path:
+                path.unlink()
     return stores
 
 
