@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -17,3 +20,13 @@ def cpu_kernels() -> CpuKernels:
     if not isinstance(kernels, CpuKernels):
         pytest.skip("there are no compiled kernels here: no C++ compiler, or it fails")
     return kernels
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """That many compute threads inside; one, as everywhere in tests, after it."""
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)

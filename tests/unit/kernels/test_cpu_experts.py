@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -21,20 +20,12 @@ from replicas.kernels.cpu_ops import CpuKernels
 from replicas.kernels.loader import CpuLibrary
 from replicas.layers.mixture import ExpertUnits, KernelMath
 from replicas.layers.weights import ResidentWeights
+from tests.support.compiled_kernels import threads
 
 DTYPES = [torch.float32, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 HELD = (3, 0, 7, 1)
 """Logical experts by slot, not in order."""
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,19 +16,11 @@ from replicas.kernels.cpu_ops import CpuKernels
 from replicas.kernels.loader import CpuLibrary
 from replicas.kernels.ops import HeadShape, HeadTensors, MlpNames
 from replicas.kernels.torch_ops import TORCH_KERNELS, silu_mlp_in_steps
+from tests.support.compiled_kernels import threads
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(1)
 
 
 def noise(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
