@@ -41,12 +41,13 @@ void whole_block(const Block<S>& block, const Step& step, const S* x, S* cache, 
       step.rows, block.width};
   const BlockRows<S> rows(block, step.rows, workspace);
   const std::vector<Task> tasks = tasks_of(block.shape, step, threads);
+  Team team(threads);
 #pragma omp parallel num_threads(threads)
   {
-    const Part part = own_part();
+    const Part part = own_part(team);
     if (!alias) {
       arrange(x, block.width, input, part);
-#pragma omp barrier
+      wait(part);
     }
     attention_block(block, step, tasks, input, rows, cache, y, part);
   }

@@ -69,6 +69,8 @@ struct Block {
 
   long inner() const { return shape.heads * shape.dim; }
   long fused() const { return inner() + 2 * shape.kv_heads * shape.dim; }
+  Matrix<S> into() const { return {qkv, qkv_bias, fused(), width}; }
+  Matrix<S> out_of() const { return {out, out_bias, out_width, inner()}; }
 };
 
 // Head h of a row becomes a query, or a key or value that goes to its slot.
@@ -122,27 +124,26 @@ void attend_all(const Block<S>& block, const Step& step, const std::vector<Task>
     const Range own = share(step.rows * heads, part);  // so that a single row is shared out too
     for (long unit = own.begin; unit < own.end; ++unit)
       prepare_and_write(block, step, memory.qkv, cache, unit / heads, unit % heads);
-#pragma omp barrier
+    wait(part);
   }
   const HeadRows<S> output{nullptr, memory.attended};
-#pragma omp for schedule(dynamic, 1)
-  for (size_t index = 0; index < tasks.size(); ++index) {
+  Units units(static_cast<long>(tasks.size()), part);
+  for (long index = units.next(); index >= 0; index = units.next()) {
     if (alone) prepare_task(block, step, tasks[index], memory.qkv, cache);
     run_task(block.shape, step, tasks[index], memory.qkv, cache, output);
   }
+  wait(part, EarlyReads(block.out_of(), part));
 }
 
 // From the projections' input to the block's output; `y` is whole once all threads are done.
 template <typename S>
 void attention_block(const Block<S>& block, const Step& step, const std::vector<Task>& tasks,
                      const Rows<S>& input, const BlockRows<S>& memory, S* cache, S* y, Part part) {
-  multiply(input, Matrix<S>{block.qkv, block.qkv_bias, block.fused(), block.width}, memory.qkv,
-           part);
+  multiply(input, block.into(), memory.qkv, part);
   clear_tails(memory.attended, part);
-#pragma omp barrier
+  wait(part);
   attend_all(block, step, tasks, memory, cache, part);
-  multiply(memory.attended, Matrix<S>{block.out, block.out_bias, block.out_width, block.inner()}, y,
-           part);
+  multiply(memory.attended, block.out_of(), y, part);
 }
 
 }  // namespace penstock

@@ -81,7 +81,7 @@ class Residual {
       norm_sum_row(hidden, delta ? delta + row * dim : nullptr, weight, hidden, line, dim, eps);
       arrange_row(line, normed_, row);
     }
-    wait();
+    if (shared_) wait(part_);
     return normed_;
   }
 
@@ -95,11 +95,6 @@ class Residual {
   }
 
  private:
-  void wait() {
-    if (!shared_) return;
-#pragma omp barrier
-  }
-
   S* hidden_;
   Rows<S> normed_;
   Part part_;
@@ -117,9 +112,10 @@ void run_layers(const Stack<S>& stack, const Step& step, S* hidden, S* y, void* 
   const BlockRows<S> block_rows(stack.layers[0].block, rows, workspace);
   const MlpRows<S> mlp_rows(stack.mlp(stack.layers[0]), rows, workspace);
   const std::vector<Task> tasks = tasks_of(stack.layers[0].block.shape, step, threads);
+  Team team(threads);
 #pragma omp parallel num_threads(threads)
   {
-    const Part part = own_part();
+    const Part part = own_part(team);
     Watch watch(stack.seconds, part.index == 0 && stack.seconds != nullptr);
     Residual<S> residual(hidden, normed, part);
     const S* added = nullptr;
@@ -128,24 +124,23 @@ void run_layers(const Stack<S>& stack, const Step& step, S* hidden, S* y, void* 
       const Block<S>& block = layer.block;
       const Rows<S>& input = residual.add_norm(added, layer.attention_norm, stack.eps);
       watch.count(kNorms);
-      multiply(input, Matrix<S>{block.qkv, block.qkv_bias, block.fused(), block.width},
-               block_rows.qkv, part);
+      multiply(input, block.into(), block_rows.qkv, part);
       clear_tails(block_rows.attended, part);
-#pragma omp barrier
+      wait(part, EarlyReads(block.out_of(), part));
       watch.count(kQkv);
       attend_all(block, step, tasks, block_rows, layer.cache, part);
       watch.count(kAttention);
-      multiply(block_rows.attended,
-               Matrix<S>{block.out, block.out_bias, block.out_width, block.inner()}, delta, part);
-#pragma omp barrier
+      multiply(block_rows.attended, block.out_of(), delta, part);
+      const Mlp<S> mlp = stack.mlp(layer);
+      wait(part, early_gate_and_up(mlp, part));
       watch.count(kOut);
       const Rows<S>& attended = residual.add_norm(delta, layer.mlp_norm, stack.eps);
       watch.count(kNorms);
-      const Mlp<S> mlp = stack.mlp(layer);
       gate_and_up(attended, mlp, mlp_rows, part);
       watch.count(kUp);
       multiply(mlp_rows.gated, mlp.down, delta, part);
-#pragma omp barrier
+      const bool is_last = index + 1 == stack.count;
+      wait(part, is_last ? EarlyReads() : EarlyReads(stack.layers[index + 1].block.into(), part));
       watch.count(kDown);
     }
     residual.last_norm(delta, stack.last_norm, stack.eps, y);

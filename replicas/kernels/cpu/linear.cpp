@@ -29,12 +29,13 @@ template <typename S, typename Y>
 void linear(const S* x, const Matrix<S>& w, Y* y, long rows, S* workspace, int threads) {
   const bool alias = can_alias<S>(rows, w.k);
   const Rows<S> input{alias ? const_cast<S*>(x) : workspace, rows, w.k};
+  Team team(threads);
 #pragma omp parallel num_threads(threads)
   {
-    const Part part = own_part();
+    const Part part = own_part(team);
     if (!alias) {
       arrange(x, w.k, input, part);
-#pragma omp barrier
+      wait(part);
     }
     multiply(input, w, y, part);
   }
@@ -49,12 +50,13 @@ void gated_mlp(const S* x, const Mlp<S>& mlp, S* y, long rows, void* memory, int
   const Rows<S> input{alias ? const_cast<S*>(x) : workspace.take<S>(Rows<S>::values(rows, width)),
                       rows, width};
   const MlpRows<S> between(mlp, rows, workspace);
+  Team team(threads);
 #pragma omp parallel num_threads(threads)
   {
-    const Part part = own_part();
+    const Part part = own_part(team);
     if (!alias) {
       arrange(x, width, input, part);
-#pragma omp barrier
+      wait(part);
     }
     gate_and_up(input, mlp, between, part);
     multiply(between.gated, mlp.down, y, part);

@@ -78,6 +78,56 @@ struct Matrix {
   const S* block(long index) const { return packed + index * block_values(); }
 };
 
+// Asks for the weights that a thread will read first, a few lines a call, while it waits for others: a
+// core has only so many lines on their way, and those it does not ask for are lost to its rate.
+class EarlyReads {
+ public:
+  EarlyReads() = default;  // of nothing
+  // Of the product with `w`.
+  template <typename S>
+  EarlyReads(const Matrix<S>& w, Part part) {
+    const Range own = share(w.blocks(), part);
+    const long bytes = std::min(kMost, (own.end - own.begin) * block_bytes(w)) / 128 * 64;
+    set(w.block(own.begin), bytes, bytes);
+  }
+  // Of two parts of it, side by side: its first half of columns and its second.
+  template <typename S>
+  static EarlyReads halves(const Matrix<S>& w, Part part) {
+    EarlyReads reads;
+    const long half = w.blocks() / 2;
+    const Range own = share(half, part);
+    const long bytes = std::min(kMost / 2, (own.end - own.begin) * block_bytes(w)) / 64 * 64;
+    reads.set(w.block(own.begin), half * block_bytes(w), bytes);
+    return reads;
+  }
+
+  // Whether anything was left to ask for.
+  bool operator()() {
+    if (at_ == end_) return false;
+    for (long line = 0; line < 8 && at_ < end_; ++line, at_ += 64) {
+      __builtin_prefetch(at_, 0, 2);
+      __builtin_prefetch(at_ + apart_, 0, 2);
+    }
+    return true;
+  }
+
+ private:
+  static constexpr long kMost = 256 << 10;  // a part of the second-level cache
+
+  template <typename S>
+  static long block_bytes(const Matrix<S>& w) {
+    return w.block_values() * static_cast<long>(sizeof(S));
+  }
+  void set(const void* begin, long apart, long bytes) {
+    at_ = static_cast<const char*>(begin);
+    end_ = at_ + bytes;
+    apart_ = apart;
+  }
+
+  const char *at_ = nullptr, *end_ = nullptr;
+  long apart_ = 0;
+};
+
 // y[row][0..columns) = sums[row][...] + bias, rounded once.
 template <typename S, typename Y>
 void write_rows(const float* sums, long sums_stride, const S* bias, long rows, long columns, Y* y,
@@ -95,7 +145,7 @@ constexpr long kDepthChunk = 1024;  // even; bf16 blocks of this depth are 128 K
 
 template <typename S, typename Y>
 void multiply(const Rows<S>& x, const Matrix<S>& w, Y* y, Part part) {
-  const Range own = share((w.blocks() + kVectors - 1) / kVectors, part);
+  Units units((w.blocks() + kVectors - 1) / kVectors, part);
   alignas(64) float sums[kRowChunk * kWidth];
   const auto group = [&](long first, long step, long columns) {
     for (long top = 0; top < x.rows; top += kRowChunk) {
@@ -108,7 +158,7 @@ void multiply(const Rows<S>& x, const Matrix<S>& w, Y* y, Part part) {
                  y + top * w.n + first * kLanes, w.n);
     }
   };
-  for (long g = own.begin; g < own.end; ++g) {
+  for (long g = units.next(); g >= 0; g = units.next()) {
     const long first = g * kVectors, end = std::min(first + kVectors, w.blocks());
     if (end - first == kVectors)
       group(first, w.block_values(), std::min<long>(kWidth, w.n - first * kLanes));

@@ -71,8 +71,8 @@ void multiply_few(const Rows<Bf16>& x, const Output& output, Part part) {
   alignas(64) char rest[2 * kTileBytes];
   Column columns[2];
   const Tiles tiles(x.side());
-  const Range own = share(output.pairs(), part);
-  for (long pair = own.begin; pair < own.end; ++pair) {
+  Units units(output.pairs(), part);
+  for (long pair = units.next(); pair >= 0; pair = units.next()) {
     columns_of(output, pair, 0, columns, rest);
     multiply_1x2(reinterpret_cast<const char*>(x.data), x.side() * 64, columns,
                  output.w.k / kTileDepth, sums);
@@ -80,9 +80,33 @@ void multiply_few(const Rows<Bf16>& x, const Output& output, Part part) {
   }
 }
 
-// Pieces that stay in the second-level cache: 256 rows x 256 columns x 256 of the depth; with few
-// rows the weights pass by once and the depth is not cut.
-template <bool kFew, typename Output>
+constexpr long kSomeRows = 64;
+
+// Up to kSomeRows: the weights pass by once, the next two columns are known while these are read.
+template <typename Output>
+void multiply_some(const Rows<Bf16>& x, const Output& output, Part part) {
+  alignas(64) float sums[kSomeRows * 32];
+  alignas(64) char rest[2 * kTileBytes], unused[2 * kTileBytes];
+  Column columns[2], following[2];
+  const Tiles tiles(16);
+  const long whole = output.w.k / kTileDepth;
+  Units units(output.pairs(), part);
+  for (long pair = units.next(), next; pair >= 0; pair = next) {
+    next = units.next();
+    columns_of(output, pair, 0, columns, rest);
+    columns_of(output, std::max(next, 0L), 0, following, unused);
+    Ahead ahead(following, next < 0 ? 0 : whole * kTileBytes,
+                (x.rows + 31) / 32 * std::max(whole, 1L));
+    for (long row = 0; row < x.rows; row += 32)
+      multiply_2x2(reinterpret_cast<const char*>(x.line(row, 0)),
+                   reinterpret_cast<const char*>(x.line(row + 16, 0)), columns, whole, true,
+                   columns[0].rest != nullptr, sums + row * 32, 32, ahead);
+    output.write(sums, 32, 0, x.rows, pair, pair + 1);
+  }
+}
+
+// Pieces that stay in the second-level cache: 256 rows x 256 columns x 256 of the depth.
+template <typename Output>
 void multiply_many(const Rows<Bf16>& x, const Output& output, Part part) {
   constexpr long kSide = 256, kDepth = 8;  // tiles of the depth
   float* sums = reinterpret_cast<float*>(thread_scratch(kSide * kSide * sizeof(float)));
@@ -95,7 +119,7 @@ void multiply_many(const Rows<Bf16>& x, const Output& output, Part part) {
     for (long left = own.begin; left < own.end; left += kSide / 32) {
       const long rows = std::min(kSide, x.rows - top), end = std::min(left + kSide / 32, own.end);
       for (long depth = 0; depth == 0 || depth < whole;) {
-        const long stop = kFew || depth + kDepth >= whole ? whole : depth + kDepth;
+        const long stop = depth + kDepth >= whole ? whole : depth + kDepth;
         for (long pair = left; pair < end; ++pair) {
           columns_of(output, pair, depth, columns, rest);
           const bool turns = pair + 1 == end;  // to the next piece of the depth
@@ -117,8 +141,8 @@ void multiply_many(const Rows<Bf16>& x, const Output& output, Part part) {
 template <typename Output>
 void multiply_into(const Rows<Bf16>& x, const Output& output, Part part) {
   if (x.rows <= 16) return multiply_few(x, output, part);
-  if (x.rows <= 64) return multiply_many<true>(x, output, part);
-  multiply_many<false>(x, output, part);
+  if (x.rows <= kSomeRows) return multiply_some(x, output, part);
+  multiply_many(x, output, part);
 }
 
 template <typename Y>

@@ -35,6 +35,16 @@ void gate_rows(const S* both, const Rows<S>& gated, Part part) {
   clear_tails(gated, part);
 }
 
+// What a thread reads first of gate and up.
+template <typename S>
+EarlyReads early_gate_and_up(const Mlp<S>& mlp, Part part) {
+#if defined(PENSTOCK_AMX)
+  if constexpr (sizeof(S) == 2)
+    if (suits_gated(mlp.up)) return EarlyReads::halves(mlp.up, part);
+#endif
+  return EarlyReads(mlp.up, part);
+}
+
 // Ends with all threads done.
 template <typename S>
 void gate_and_up(const Rows<S>& input, const Mlp<S>& mlp, const MlpRows<S>& memory, Part part) {
@@ -42,14 +52,14 @@ void gate_and_up(const Rows<S>& input, const Mlp<S>& mlp, const MlpRows<S>& memo
   if constexpr (sizeof(S) == 2)
     if (suits_gated(mlp.up)) {
       multiply_into(input, Gated{mlp.up, memory.gated}, part);
-#pragma omp barrier
+      wait(part, EarlyReads(mlp.down, part));
       return;
     }
 #endif
   multiply(input, mlp.up, memory.both, part);
-#pragma omp barrier
+  wait(part);
   gate_rows(memory.both, memory.gated, part);
-#pragma omp barrier
+  wait(part, EarlyReads(mlp.down, part));
 }
 
 }  // namespace penstock
