@@ -26,6 +26,15 @@ class CpuDemand:
     """Ranks on each node."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """A model's share of cores."""
+
+    threads: Decision[int]
+    cpus: Decision[float]
+    leader_cpus: float
+
+
 def front_share(loads: Sequence[NodeLoad]) -> float:
     """Logical CPUs of every gateway and leader: one figure that suits all nodes."""
     return min(front_cpus(load.cores, load.num_gateways + load.num_leaders) for load in loads)

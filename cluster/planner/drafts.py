@@ -5,6 +5,7 @@ Drafts are cheap to recompute, so a refusal can try other settings and recommend
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from cluster.base.errors import ConfigError
@@ -18,6 +19,8 @@ from cluster.planner.streaming_choice import Streaming
 from replicas.models.memory import kv_bytes_per_token, weight_bytes_per_rank
 
 DEFAULT_STEP_TOKENS = 512
+TIMEOUT_STEPS = 10
+"""A step that takes so many times the prediction hangs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,15 @@ class Draft:
     def on_gpu(self) -> bool:
         """Whether ranks hold their memory on devices."""
         return self.device.device == "cuda"
+
+    @property
+    def step_timeout_s(self) -> float:
+        """The user's, or more where even the predicted step would come near it."""
+        asked = self.source.spec.limits.step_timeout
+        if self.streaming is None:
+            return asked
+        found = self.streaming.found
+        return max(asked, math.ceil(TIMEOUT_STEPS * max(found.best.tpot_s, found.ttft_s)))
 
     def parts(self) -> dict[str, int]:
         """The fixed bytes of one rank by name, for reasons and errors."""

@@ -129,6 +129,8 @@ def _reasons(model: ModelPlan) -> Iterator[tuple[str, str, str, str]]:
         value: object = model
         for part in setting.split("."):
             value = getattr(value, part)
+        if isinstance(value, int) and setting.endswith("_bytes"):
+            value = size_text(value)
         yield model.name, setting, _value_text(value), reason
 
 

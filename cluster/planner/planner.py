@@ -6,9 +6,7 @@ left for the caches. Pure but for reading checkpoints; equal inputs give equal p
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.base.errors import ConfigError
@@ -25,28 +23,17 @@ from cluster.base.plan import (
 from cluster.base.spec import ClusterSpec, MoeSectionSpec, SpeculationSpec
 from cluster.dist.topology import Topology
 from cluster.planner.caches import Cache, size_caches
-from cluster.planner.cpus import CpuDemand, front_share, share_cpus
+from cluster.planner.cpus import Compute, CpuDemand, front_share, share_cpus
 from cluster.planner.decisions import Decision, choose_devices, choose_threads
 from cluster.planner.drafts import Draft
-from cluster.planner.front import is_loopback, plan_gateway
+from cluster.planner.front import plan_gateway
 from cluster.planner.hub import Hub
-from cluster.planner.overflow import check_overflows, overflow_plan, overflow_warnings
+from cluster.planner.overflow import check_overflows, overflow_plan
 from cluster.planner.packing import NodeLoad, empty_loads
 from cluster.planner.placement import Placed, draft_all, place_all
+from cluster.planner.reasons import reasons_of, warnings_of
 from cluster.planner.sources import open_source
 from cluster.planner.streaming import RatesSource, Streamer, probed_rates
-
-_TIMEOUT_STEPS = 10
-"""A step that takes so many times the prediction hangs."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compute:
-    """A model's share of cores."""
-
-    threads: Decision[int]
-    cpus: Decision[float]
-    leader_cpus: float
 
 
 def make_plan(
@@ -89,7 +76,7 @@ def make_plan(
         gateway=plan_gateway(spec.gateway, models, front_share(loads)),
         models=models,
         dashboard_port=spec.dashboard.port,
-        warnings=tuple(_warnings(spec, models, placed, loads)),
+        warnings=tuple(warnings_of(spec, models, placed, loads)),
     )
 
 
@@ -166,7 +153,7 @@ def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topolog
             max_step_tokens=draft.max_step_tokens,
             max_context=cache.size.max_context.value,
             max_waiting_requests=spec.limits.max_waiting_requests,
-            step_timeout_s=_step_timeout_s(draft),
+            step_timeout_s=draft.step_timeout_s,
             max_rank_restarts=spec.limits.max_rank_restarts,
             speculation=_speculation(draft),
         ),
@@ -176,22 +163,13 @@ def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topolog
             workspace_bytes=draft.space.total_bytes,
             available_bytes=cache.available_bytes,
         ),
-        reasons=_reasons(draft, compute, cache),
+        reasons=reasons_of(draft, compute, cache),
         leader_cpus=compute.leader_cpus,
         nodes=tuple(topology.nodes[node].host for node in model.nodes),
-        offload=streaming.offload_plan(_step_timeout_s(draft)) if streaming else None,
+        offload=streaming.offload_plan(draft.step_timeout_s) if streaming else None,
         speed=streaming.speed_plan() if streaming else None,
         overflow=overflow_plan(spec),
     )
-
-
-def _step_timeout_s(draft: Draft) -> float:
-    """The user's, or more where even the predicted step would come near it."""
-    asked = draft.source.spec.limits.step_timeout
-    if draft.streaming is None:
-        return asked
-    found = draft.streaming.found
-    return max(asked, math.ceil(_TIMEOUT_STEPS * max(found.best.tpot_s, found.ttft_s)))
 
 
 def _speculation(draft: Draft) -> SpeculationPlan | None:
@@ -230,81 +208,3 @@ def _experts(draft: Draft) -> ExpertPlan | None:
         balance_interval_s=moe.balance.interval if moe.balance.enabled else None,
         max_moves=draft.layout.max_moves,
     )
-
-
-def _reasons(draft: Draft, compute: Compute, cache: Cache) -> dict[str, str]:
-    streaming = draft.streaming
-    reasons = {
-        "engine": draft.layout.reason if streaming is None else streaming.reason(),
-        **_step_reasons(draft),
-        "device": draft.device.reason,
-        "dtype": draft.dtype.reason,
-        "num_threads": compute.threads.reason,
-        "cpus_per_rank": compute.cpus.reason,
-        "kv.num_blocks": cache.size.num_blocks.reason,
-        "scheduler.max_context": cache.size.max_context.reason,
-    }
-    return {key: reason for key, reason in reasons.items() if reason}
-
-
-def _step_reasons(draft: Draft) -> dict[str, str]:
-    """Why a streamed model's steps have their size, their deadline and drafts in them."""
-    if draft.streaming is None:
-        return {}
-    spec = draft.source.spec
-    size = "the largest step that the transfer of the weights hides, or that memory allows"
-    deadline = f"{_TIMEOUT_STEPS} times the predicted longest step"
-    return {
-        "scheduler.max_step_tokens": size if spec.limits.max_step_tokens == "auto" else "",
-        "scheduler.step_timeout_s": (
-            deadline if _step_timeout_s(draft) > spec.limits.step_timeout else ""
-        ),
-        "scheduler.speculation": (
-            "a streamed step costs the same with a few tokens more"
-            if spec.speculation is None
-            else ""
-        ),
-    }
-
-
-def _warnings(
-    spec: ClusterSpec,
-    models: Sequence[ModelPlan],
-    placed: Sequence[Placed],
-    loads: Sequence[NodeLoad],
-) -> Iterator[str]:
-    if not is_loopback(spec.gateway.host):
-        yield (
-            f"gateway.host {spec.gateway.host}: everybody who can reach this address can use the "
-            "cluster; there is no authentication."
-        )
-    for load in loads:
-        if len(load.cpu_models) > load.cores:
-            yield f"{len(load.cpu_models)} CPU ranks share {load.cores} cores on {load.host}."
-    for model, where in zip(models, placed, strict=True):
-        wanted = where.draft.source.spec.limits.max_running_requests
-        if model.scheduler.max_running_requests < wanted:
-            yield (
-                f"{model.name}: max_running_requests {wanted} is lowered to "
-                f"{model.scheduler.max_running_requests}: a step has only that many tokens."
-            )
-        yield from _streaming_warnings(model, where.draft)
-        yield from overflow_warnings(model, models)
-        if not model.eos_token_ids:
-            yield f"{model.name}: the checkpoint names no end-of-text token; outputs end at length."
-
-
-def _streaming_warnings(model: ModelPlan, draft: Draft) -> Iterator[str]:
-    streaming, spec = draft.streaming, draft.source.spec
-    if streaming is None:
-        if spec.offload is not None:
-            yield f"{model.name}: the model fits, so the `offload` section has no effect."
-        return
-    if streaming.fits:
-        yield (
-            f"{model.name}: engine offload is asked for although the model fits; predicted "
-            f"{streaming.found.best.tokens_per_s:.3g} tokens/s, and "
-            f"{streaming.resident_tokens_per_s:.3g} with engine: tensor_parallel."
-        )
-    elif streaming.why:
-        yield f"{model.name}: served by an offload replica: {streaming.reason()}."

@@ -7,6 +7,7 @@ against the checkpoint itself.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from cluster.base.errors import ConfigError
 from replicas.models.arch import ArchConfig
 from replicas.models.config_fields import ConfigFields
 from replicas.models.hf_deepseek import deepseek_v2_from_hf, deepseek_v3_from_hf
+from replicas.models.hf_encoding import encoding_from_hf
 from replicas.models.hf_learned import gpt2_from_hf, opt_from_hf
 from replicas.models.hf_llama import (
     llama_from_hf,
@@ -27,23 +29,32 @@ from replicas.models.hf_mixture import (
     qwen2_moe_from_hf,
     qwen3_moe_from_hf,
 )
+from replicas.models.weight_encoding import Codes
+
+_MXFP4_FAMILY = "GptOssForCausalLM"
 
 
 def arch_from_hf(config: Mapping[str, Any]) -> ArchConfig:
     """The architecture a parsed `config.json` describes.
 
     Raises:
-        ConfigError: unknown architecture, quantised weights, a setting that is not supported, or
-            a missing or mistyped key; `param` names it.
+        ConfigError: unknown architecture, a quantised format that is not read, a setting that is
+            not supported, or a missing or mistyped key; `param` names it.
     """
     fields = ConfigFields(config)
-    if fields.raw("quantization_config", "compression_config") is not None:
+    encoding = encoding_from_hf(config)
+    name = _architecture(fields)
+    if encoding is not None and encoding.codes is Codes.MXFP4 and name != _MXFP4_FAMILY:
         raise ConfigError(
-            "The checkpoint is quantised (quantization_config).",
-            "Use a float32, bfloat16 or float16 checkpoint.",
+            f"The checkpoint is quantised with mxfp4, which is read of {_MXFP4_FAMILY} only; it is "
+            f"a {name}.",
+            "Use the model's float32, bfloat16, float16 or FP8 checkpoint.",
             param="quantization_config",
         )
-    return _FAMILIES[_architecture(fields)](fields)
+    arch = _FAMILIES[name](fields)
+    if encoding is not None and fields.raw("dtype", "torch_dtype") is None:
+        return dataclasses.replace(arch, dtype="bfloat16")  # what its plain tensors are in
+    return arch
 
 
 def _architecture(fields: ConfigFields) -> str:

@@ -241,7 +241,7 @@ def test_deepseek_scales_and_windows_of_gpt_oss() -> None:
         (_mixture("DeepseekV3", n_group=7), "num_experts_per_tok"),
         (_mixture("Qwen3Moe", mlp_only_layers=["0"]), "mlp_only_layers"),
         (_mixture("GptOss"), "rope_scaling"),
-        (_mixture("GptOss", quantization_config={"quant_method": "mxfp4"}), "quantization_config"),
+        (_mixture("Mixtral", quantization_config={"quant_method": "mxfp4"}), "quantization_config"),
     ],
 )
 def test_mixtures_that_are_refused(config: dict[str, Any], param: str) -> None:

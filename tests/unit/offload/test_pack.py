@@ -17,12 +17,14 @@ from cluster.dist.communicator import SingleRank
 from offload import pack
 from offload.layout import GUARD_BYTES, GUARD_STRIDE, PAGE_BYTES, Store, read_store
 from offload.pack import NativePacker, StoreRequest, ensure_store
+from offload.pack_model import pack_model
 from offload.record_sizes import record_bytes
 from replicas.kernels.torch_ops import TORCH_KERNELS
 from replicas.models.checkpoint import load_weights
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.registry import build_model
 from replicas.models.weight_units import weight_units
+from tests.support.encoded_checkpoints import write_mxfp4
 from tests.support.tiny_models import TINY_NAMES, tiny_configs, write_checkpoint
 
 DTYPE = "float32"
@@ -191,3 +193,19 @@ def test_two_packers_make_one_store(tmp_path: Path) -> None:
         child.join(60)
         assert child.exitcode == 0
     assert len(list(disk.glob("*.weights*"))) == 1
+
+
+def test_quantised_weights_are_packed_as_what_they_stand_for(tmp_path: Path) -> None:
+    pair = write_mxfp4(tmp_path)
+    stores = [
+        pack_model(
+            str(path), dtype="bfloat16", precision="native", disk_path=str(tmp_path / path.name)
+        )
+        for path in (pair.path, pair.plain)
+    ]
+    assert stores[0].path.name != stores[1].path.name
+    for unit in stores[1].by_name:
+        ours, expected = (tensors_of(store, unit) for store in stores)
+        assert ours.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert tensor.is_meta or torch.equal(ours[name], tensor)

@@ -197,3 +197,16 @@ def test_nodes_without_cpus_take_nothing(tmp_path: Path):
     assert (plan.models[0].device, plan.gateway.cpus) == ("cpu", 0.1)
     with pytest.raises(ConfigError, match="No node"):
         plan_model(tmp_path, Topology(nodes=(head,)))
+
+
+def test_decoded_weights_are_counted_and_explained(tmp_path: Path):
+    section = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    plain = plan_model(tmp_path, LAPTOP, TINY, dtype="bfloat16").models[0]
+    model = plan_model(
+        tmp_path, LAPTOP, {**TINY, "quantization_config": section}, dtype="bfloat16"
+    ).models[0]
+    assert model.memory == plain.memory
+    assert "memory.weights_bytes" not in plain.reasons
+    assert model.reasons["memory.weights_bytes"] == (
+        "38B stored in all; fp8 weights are decoded while loading and held in bfloat16"
+    )

@@ -118,7 +118,8 @@ def test_cpus_that_do_not_fit(tmp_path: Path):
     ("change", "cause"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"quantization_config": {"bits": 4}}, "quantised by an unnamed method"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised with awq"),
         ({"hidden_size": "big"}, "hidden_size"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000"),
     ],
