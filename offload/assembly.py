@@ -108,7 +108,6 @@ def open_weights(
     reader = choose_reader(plan.reader, store.path, openers(store.path, runtime.cache_dir))
     with ExitStack() as opened:
         opening = Opening(store, plan, runtime, device, reader=reader, opened=opened)
-        resident = opening.resident(placement.resident)
         pinned = opening.pinned(placement.host)
         ring = experts = None
         if placement.ring:
@@ -120,6 +119,8 @@ def open_weights(
             slots = placement.expert_slots
             link = opening.link(slots, placement.expert_slot_bytes, pinned)
             experts = ExpertCache(placement.experts, slots, link)
+        # Last: units that arrive make pages, and the slots' huge pages would wait for them.
+        resident = opening.resident(placement.resident)
         closing = opened.pop_all()
     _log_placement(placement, reader)
     return StreamedWeights(resident, ring, experts, reader=reader, on_close=closing.close)

@@ -35,7 +35,7 @@ class HostLink:
 
     Args:
         slots: memory of each slot, from `engine.allocate`; a unit's record must fit its slot.
-        verify: one of `record_check.VERIFY`.
+        check: of what was read; None: checksums at the first read of each record.
         poison: overwrite evicted slots with NaN, so that a use after release shows.
     """
 
@@ -45,7 +45,7 @@ class HostLink:
         engine: ReadEngine,
         slots: Sequence[torch.Tensor],
         *,
-        verify: str = "first",
+        check: RecordCheck | None = None,
         timeout_s: float = 30.0,
         poison: bool = False,
     ) -> None:
@@ -53,7 +53,7 @@ class HostLink:
         self._store = store
         self._engine = engine
         self._slots = list(slots)
-        self._check = RecordCheck(store, verify)
+        self._check = check or RecordCheck(store)
         self._timeout_s = timeout_s
         self._poison = poison
         self._reading: list[Record | None] = [None] * len(slots)

@@ -39,18 +39,28 @@ def allocate_block(num_bytes: int) -> HostBlock:
     Raises:
         OSError: there is no memory.
     """
-    # Room to align; pages that are never touched cost nothing.
-    room = mmap.mmap(-1, num_bytes + HUGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = torch.frombuffer(room, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_BYTES
-    memory = whole[start : start + num_bytes]
     libc = ctypes.CDLL(None, use_errno=True)
-    if num_bytes >= HUGE_BYTES:
-        _advise(libc, memory, _MADV_HUGEPAGE)
+    memory = _mapped(libc, num_bytes)
     is_locked = libc.mlock(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(num_bytes)) == 0
     if not is_locked:
         memory.zero_()  # touched now, so that a budget that does not hold is noticed at start
     return HostBlock(memory=memory, is_locked=is_locked, is_huge=collapse_pages(memory))
+
+
+def block_on_demand(num_bytes: int) -> torch.Tensor:
+    """As `allocate_block`, but a page is there, and then locked, only once something touches it.
+
+    For what arrives piece by piece: making pages can take as long as reading into them (a virtual
+    machine asks its host for each), and whoever reads makes them beside the others' work.
+
+    Raises:
+        OSError: there is no memory.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    memory = _mapped(libc, num_bytes)
+    size = ctypes.c_size_t(num_bytes)
+    libc.mlock2(ctypes.c_void_p(memory.data_ptr()), size, _MLOCK_ONFAULT)
+    return memory
 
 
 def collapse_pages(memory: torch.Tensor) -> bool:
@@ -89,6 +99,18 @@ def container_limit_bytes(root: Path | None = None) -> int | None:
             limit = None if text == "max" else int(text)
             return limit if limit is not None and limit < _NO_LIMIT_BYTES else None
     return None
+
+
+def _mapped(libc: ctypes.CDLL, num_bytes: int) -> torch.Tensor:
+    """Anonymous memory that begins at a huge page; its pages are not there yet."""
+    # Room to align; pages that are never touched cost nothing.
+    room = mmap.mmap(-1, num_bytes + HUGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = torch.frombuffer(room, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_BYTES
+    memory = whole[start : start + num_bytes]
+    if num_bytes >= HUGE_BYTES:
+        _advise(libc, memory, _MADV_HUGEPAGE)
+    return memory
 
 
 def _advise(libc: ctypes.CDLL, memory: torch.Tensor, advice: int) -> bool:

@@ -19,7 +19,9 @@ from offload.layout import Store
 from offload.link import Link
 from offload.readers.choose import openers
 from offload.readers.engine import ReadEngine, ReaderUnavailableError
+from offload.record_check import RecordCheck
 from offload.residents import (
+    ArrivingUnits,
     Tensors,
     copy_records,
     read_records,
@@ -72,27 +74,34 @@ class Opening:
         self._engines = openers(store.path, runtime.cache_dir)
 
     def resident(self, units: tuple[str, ...]) -> Mapping[str, Tensors]:
-        """Tensors of units that stay on the device.
+        """Tensors of units that stay on the device; on the host's they may still be arriving.
 
         Raises:
             ConfigError: there is no memory for them.
-            CorruptWeightsError, WeightStreamError: they cannot be read.
+            CorruptWeightsError, WeightStreamError: they cannot be read; see `ArrivingUnits` too.
         """
         if not units:
             return {}
-        timeout_s = self._plan.read_timeout_s
-        on_host = self._device.type == "cpu"
-        engine = self._plain_engine(len(record_numbers(self._store, units)) if on_host else 1)
+        if self._device.type == "cpu":
+            return self._arriving(units)
+        engine = self._plain_engine(1)
         try:
-            if on_host:
-                records = read_records(self._store, units, engine, timeout_s)
-            else:
-                records = copy_records(self._store, units, engine, self._device, timeout_s)
-        except OSError as error:
-            raise _no_memory(error) from error
+            records = copy_records(
+                self._store, units, engine, self._device, self._plan.read_timeout_s
+            )
         finally:
             engine.close()
         return tensors_of(self._store, units, records)
+
+    def _arriving(self, units: tuple[str, ...]) -> ArrivingUnits:
+        engine = self._plain_engine(len(record_numbers(self._store, units)))
+        try:
+            arriving = ArrivingUnits(self._store, units, engine, self._plan.read_timeout_s)
+        except OSError as error:
+            engine.close()
+            raise _no_memory(error) from error
+        self._opened.callback(arriving.close)
+        return arriving
 
     def pinned(self, units: tuple[str, ...]) -> Mapping[str, torch.Tensor]:
         """Records of units that stay in host memory, ready to be copied to the device.
@@ -129,7 +138,7 @@ class Opening:
             self._store,
             engine,
             torch.split(memory, slot_bytes),
-            verify=self._plan.verify,
+            check=RecordCheck(self._store, self._plan.verify),
             timeout_s=self._plan.read_timeout_s,
             poison=self._runtime.poison,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from cluster.base.errors import WeightStreamError
 from cluster.base.plan import OffloadPlan
 from offload.assembly import streamed_weights
 from offload.opening import Runtime
-from offload.readers.engine import ReadEngine
+from offload.readers.engine import ReadEngine, ReadTimeoutError
 from replicas.engine.sync_engine import SyncEngine
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.weight_units import weight_units
@@ -94,4 +95,33 @@ class FaultyEngine:
             self.faulty[slot][100] ^= 4
 
     def close(self) -> None:
+        self.inner.close()
+
+
+@dataclass
+class HeldEngine:
+    """Passes everything on, but no read ends before `may_end` is set."""
+
+    inner: ReadEngine
+    may_end: threading.Event = field(default_factory=threading.Event)
+    name: str = "held"
+    num_reads: int = 0
+    num_ended: int = 0
+    is_closed: bool = False
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        return self.inner.allocate(num_bytes)
+
+    def submit(self, slot: int, buffer: torch.Tensor, offset: int) -> None:
+        self.num_reads += 1
+        self.inner.submit(slot, buffer, offset)
+
+    def wait(self, slot: int, timeout_s: float) -> None:
+        if not self.may_end.wait(timeout_s):
+            raise ReadTimeoutError("Held.")
+        self.inner.wait(slot, timeout_s)
+        self.num_ended += 1
+
+    def close(self) -> None:
+        self.is_closed = True
         self.inner.close()

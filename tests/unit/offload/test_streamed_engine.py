@@ -15,10 +15,12 @@ from cluster.base.errors import (
 )
 from offload.budget import BudgetError
 from offload.device_link import HostCopier
+from offload.readers.engine import ReadEngine
 from replicas.api import FinishReason, GenerationRequest, SamplingParams
 from tests.support.in_process_engine import generate_pipelined, in_process_engine
 from tests.support.offload_engine import (
     FaultyEngine,
+    HeldEngine,
     offload_engine,
     offload_plan,
     unit_names,
@@ -86,6 +88,34 @@ def test_every_ring_and_every_residency(
     )
     engine = offload_engine(llama, plan)
     assert [c.token_ids for c in engine.generate(requests_of())] == llama_tokens
+
+
+def test_units_that_stay_are_waited_for_when_they_are_used(llama: Path, llama_tokens) -> None:
+    """Not before: an engine is there while all of its resident weights are still being read."""
+    names = tuple(unit_names(llama))
+    engines: list[HeldEngine] = []
+
+    def wrap(inner: ReadEngine) -> ReadEngine:
+        engines.append(HeldEngine(inner))
+        return engines[-1]
+
+    plan = offload_plan(llama.parent / "disk", resident_units=names)
+    engine = in_process_engine(llama, weights_factory=weights_of(plan, wrap_engine=wrap))
+    (held,) = engines
+    assert held.num_ended == 0
+    held.may_end.set()
+    assert [c.token_ids for c in engine.generate(requests_of())] == llama_tokens
+    assert held.num_ended == held.num_reads
+    assert held.is_closed
+
+
+@pytest.mark.parametrize("kind", ["error", "flip"])
+def test_a_unit_that_stays_and_cannot_be_read_is_a_coded_error(llama: Path, kind: str) -> None:
+    plan = offload_plan(llama.parent / "disk", resident_units=("layer.1",))
+    factory = weights_of(plan, wrap_engine=lambda inner: FaultyEngine(inner, kind))
+    engine = in_process_engine(llama, weights_factory=factory)
+    with pytest.raises(CorruptWeightsError if kind == "flip" else WeightStreamError):
+        engine.generate(requests_of())
 
 
 @pytest.mark.parametrize("reader", READERS)
