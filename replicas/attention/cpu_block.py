@@ -13,14 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from replicas.attention.backend import AttentionMetadata, AttentionSpec
-from replicas.kernels.loader import (
-    PACKED,
-    AttentionShape,
-    BlockShape,
-    CpuLibrary,
-    StepShape,
-    scratch_bytes,
-)
+from replicas.kernels.cpu_shapes import AttentionShape, BlockShape, StepShape
+from replicas.kernels.loader import PACKED, CpuLibrary, scratch_bytes
 from replicas.kernels.ops import HeadShape
 
 _QKV, _OUT = "qkv.weight", "attention_out.weight"

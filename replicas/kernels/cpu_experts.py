@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
+from ctypes import addressof
 
 import torch
 
 from cluster.base.errors import InternalError
 from moe.experts import DOWN, DOWN_BIAS, UP, UP_BIAS
+from replicas.kernels.cpu_shapes import ExpertsShape
 from replicas.kernels.expert_ops import ExpertSet
 from replicas.kernels.loader import PACKED, SUFFIX, CpuLibrary
 
-_P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
-_SIGNATURE = [_P, _P, _P, _L, _L, _P, _P, _L, _L, _L, _F, _F, _P, _P, _I]
+_P, _L, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+_SIGNATURE = [_P, _P, _P, _L, _L, _P, _P, _P, _I]
 
 
 class CpuExperts:
@@ -30,16 +32,26 @@ class CpuExperts:
     def __init__(self, library: CpuLibrary, experts: ExpertSet) -> None:
         first = experts.tensors[0]
         self._dtype = first[UP].dtype
-        self._dim, self._ffn = first[DOWN].shape
+        self._dim, ffn = first[DOWN].shape
         self._library = library
         self._experts = experts  # keeps the memory that the addresses lead to
         self._addresses = torch.tensor(
             [_addresses(tensors, down_bias=experts.down_bias) for tensors in experts.tensors]
         )
         self._order = torch.tensor(experts.order)
+        self.shape = ExpertsShape(
+            self._addresses.data_ptr(),
+            self._order.data_ptr(),
+            len(experts.tensors),
+            self._dim,
+            ffn,
+            experts.glu_limit,
+            experts.glu_alpha,
+        )
+        """Valid as long as this object."""
         suffix = SUFFIX[self._dtype]
         self._call = library.function(f"pk_experts_{suffix}", _SIGNATURE)
-        self._bytes = library.function(f"pk_experts_bytes_{suffix}", [_L] * 5, _L)
+        self._bytes = library.function(f"pk_experts_bytes_{suffix}", [_P, _L, _L], _L)
 
     @staticmethod
     def why_not(library: CpuLibrary, experts: ExpertSet) -> list[str]:
@@ -82,23 +94,16 @@ class CpuExperts:
         partial_AD = torch.empty((num_rows, self._dim), dtype=torch.float32)
         if not num_rows:
             return partial_AD
-        threads, num_slots = torch.get_num_threads(), len(self._experts.tensors)
-        needed = self._bytes(num_rows * top_k, num_slots, self._dim, self._ffn, threads)
+        threads, shape = torch.get_num_threads(), addressof(self.shape)
         self._call(
             hidden_AD.data_ptr(),
             slot_AK.data_ptr(),
             weight_AK.data_ptr(),
             num_rows,
             top_k,
-            self._addresses.data_ptr(),
-            self._order.data_ptr(),
-            num_slots,
-            self._dim,
-            self._ffn,
-            self._experts.glu_limit,
-            self._experts.glu_alpha,
+            shape,
             partial_AD.data_ptr(),
-            self._library.scratch.at_least(needed),
+            self._library.scratch.at_least(self._bytes(shape, num_rows * top_k, threads)),
             threads,
         )
         return partial_AD

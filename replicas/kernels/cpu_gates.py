@@ -9,25 +9,11 @@ import torch
 
 from cluster.base.errors import InternalError
 from moe.spec import GateSpec, GroupScore, Score
+from replicas.kernels.cpu_shapes import GateShape
 from replicas.kernels.loader import CpuLibrary
 
-_P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+_P, _L, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _SCORES = (Score.SOFTMAX, Score.SIGMOID, Score.RAW)
-
-
-class GateShape(ctypes.Structure):
-    """The C side's `Gate`."""
-
-    _fields_ = (
-        ("experts", _L),
-        ("top_k", _L),
-        ("groups", _L),
-        ("top_groups", _L),
-        ("score", ctypes.c_int32),
-        ("group_top2", ctypes.c_int32),
-        ("normalise", ctypes.c_int32),
-        ("scale", _F),
-    )
 
 
 class CpuGates:
@@ -57,7 +43,7 @@ class CpuGates:
         self._route(
             logits_TE.data_ptr(),
             None if bias_E is None else bias_E.data_ptr(),
-            ctypes.byref(_gate_shape(spec)),
+            ctypes.byref(gate_shape(spec)),
             shape[0],
             ids_TK.data_ptr(),
             weights_TK.data_ptr(),
@@ -67,7 +53,12 @@ class CpuGates:
 
 
 @functools.lru_cache(maxsize=64)
-def _gate_shape(spec: GateSpec) -> GateShape:
+def gate_shape(spec: GateSpec) -> GateShape:
+    """A gate as the library takes it.
+
+    Raises:
+        InternalError: no token can be routed so.
+    """
     if reasons := spec.why_not():
         raise InternalError(f"No token can be routed so: {'; '.join(reasons)}.")
     return GateShape(

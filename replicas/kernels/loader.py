@@ -21,7 +21,7 @@ from replicas.kernels.memory import HugePages, ScratchMemory
 
 PACKED = ".packed"
 """Suffix of the tensor with a packed weight's bytes, in its unit."""
-_ABI = 3
+_ABI = 4
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _SIGNATURES = {
@@ -36,91 +36,12 @@ _SIGNATURES = {
     "attention": [_P, _P, _P, _P, _P, _I],
     "attention_block": [_P, _P, _P, _P, _P, _P, _I],
     "layers": [_P, _P, _P, _P, _P, _I],
+    "layers_bytes": [_P, _L, _L],
 }
+_RESULTS = {"layers_bytes": _L}
 DTYPES = tuple(SUFFIX)
 _Call = Callable[..., None]
-
-
-class AttentionShape(ctypes.Structure):
-    """The C side's `Shape`: strides in elements; window 0 sees all."""
-
-    _fields_ = (
-        ("heads", _L),
-        ("kv_heads", _L),
-        ("head_dim", _L),
-        ("block_size", _L),
-        ("window", _L),
-        ("query_stride", _L),
-        ("kv_stride", _L),
-        ("cache_values", _L),
-        ("scale", _F),
-    )
-
-
-class StepShape(ctypes.Structure):
-    """The C side's `Step`: the requests of a step; addresses as integers."""
-
-    _fields_ = (
-        ("tables", _P),
-        ("query_start", _P),
-        ("seq_lens", _P),
-        ("slots", _P),
-        ("cos", _P),
-        ("sin", _P),
-        ("requests", _L),
-        ("rows", _L),
-        ("table_stride", _L),
-    )
-
-
-class BlockShape(ctypes.Structure):
-    """The C side's `Block`: one layer's attention, its packed weights and what surrounds them."""
-
-    _fields_ = (
-        ("shape", AttentionShape),
-        ("qkv", _P),
-        ("qkv_bias", _P),
-        ("out", _P),
-        ("out_bias", _P),
-        ("query_norm", _P),
-        ("key_norm", _P),
-        ("width", _L),
-        ("out_width", _L),
-        ("head_eps", _F),
-    )
-
-
-class LayerShape(ctypes.Structure):
-    """The C side's `Layer`: a dense layer; addresses as integers."""
-
-    _fields_ = (
-        ("block", BlockShape),
-        ("attention_norm", _P),
-        ("mlp_norm", _P),
-        ("up", _P),
-        ("up_bias", _P),
-        ("down", _P),
-        ("down_bias", _P),
-        ("cache", _P),
-    )
-
-
-class StackShape(ctypes.Structure):
-    """The C side's `Stack`: all layers of a model and its last norm."""
-
-    _fields_ = (
-        ("layers", _P),
-        ("last_norm", _P),
-        ("seconds", _P),
-        ("count", _L),
-        ("width", _L),
-        ("ffn", _L),
-        ("eps", _F),
-    )
-
-
-LAYER_PARTS = ("norms", "qkv", "attention", "attention out", "gate and up", "down")
-"""What `StackShape.seconds` counts, in the order of the C side's `Kind`."""
+_Count = Callable[..., int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +68,7 @@ class Calls:
     attention: _Call
     attention_block: _Call
     layers: _Call
+    layers_bytes: _Count
 
 
 class TilesRefusedError(KernelsUnavailableError):
@@ -345,11 +267,11 @@ def _calls(library: ctypes.CDLL, suffix: str) -> Calls:
     return Calls(**{name: _function(library, name, suffix) for name in _SIGNATURES})
 
 
-def _function(library: ctypes.CDLL, name: str, suffix: str) -> _Call:
+def _function(library: ctypes.CDLL, name: str, suffix: str) -> Callable[..., Any]:
     function = getattr(library, f"pk_{name}_{suffix}")
     function.argtypes = _SIGNATURES[name]
-    function.restype = None
-    call: _Call = function
+    function.restype = _RESULTS.get(name)
+    call: Callable[..., Any] = function
     return call
 
 

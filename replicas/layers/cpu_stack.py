@@ -1,4 +1,4 @@
-"""All layers of a dense model in one call of the compiled library, for weights that stay in memory.
+"""All layers of a model in one call of the compiled library, for weights that stay in memory.
 
 One parallel region for a whole step: no Python, no waking of threads and no calls of their own for
 the norms in between. The bits are those of the layers one by one, whose functions run.
@@ -13,34 +13,32 @@ from dataclasses import dataclass
 
 import torch
 
+from moe.spec import MoeSpec
 from replicas.attention.backend import AttentionSpec
 from replicas.attention.cpu_block import (
     BlockSetting,
     StepArguments,
     address,
     block_shape,
-    block_widths,
 )
-from replicas.kernels.loader import (
-    LAYER_PARTS,
-    PACKED,
-    CpuLibrary,
-    LayerShape,
-    StackShape,
-    scratch_bytes,
-)
+from replicas.kernels.cpu_shapes import LAYER_PARTS, LayerShape, StackShape
+from replicas.kernels.loader import PACKED, CpuLibrary
 from replicas.layers.attention import StepContext
+from replicas.layers.cpu_mixture import CpuMixture
 from replicas.layers.weights import ResidentWeights, WeightProvider
 
-_PACKED = tuple(f"{name}.weight{PACKED}" for name in ("qkv", "attention_out", "up", "down"))
+_ATTENTION = tuple(f"{name}.weight{PACKED}" for name in ("qkv", "attention_out"))
+_MLP = tuple(f"{name}.weight{PACKED}" for name in ("up", "down"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackSetting:
-    """What all layers share, and each layer's attention; MLPs are gated with silu."""
+    """What all layers share, and each layer's attention; MLPs and experts are gated with silu."""
 
     spec: AttentionSpec
     blocks: Sequence[BlockSetting]
+    mixtures: Sequence[MoeSpec | None]
+    """By layer, all the same; None: the layer has an MLP, as wide as the others'."""
     dtype: torch.dtype
     eps: float
     """Of the norms before attention and MLP, and of the last one."""
@@ -53,6 +51,7 @@ class _Known:
     weights: WeightProvider
     kv_caches: Sequence[torch.Tensor]
     layers: ctypes.Array[LayerShape]
+    mixtures: Sequence[CpuMixture | None]
     shape: StackShape
 
 
@@ -68,7 +67,8 @@ class CpuLayerStack:
     @property
     def seconds(self) -> dict[str, float]:
         """What each part of the layers took since the start."""
-        return dict(zip(LAYER_PARTS, self._seconds, strict=True))
+        parts = LAYER_PARTS if any(self._setting.mixtures) else LAYER_PARTS[:-1]
+        return dict(zip(parts, self._seconds, strict=False))
 
     def forward(
         self,
@@ -94,46 +94,83 @@ class CpuLayerStack:
             return None
         step = StepArguments(context.attention, context.cos_sin)
         output_TD = torch.empty_like(hidden_TD)
-        width, ffn = known.shape.width, known.shape.ffn
-        widths = (width, width, *block_widths(known.layers[0].block), 2 * ffn, ffn)
-        self._library.calls(dtype).layers(
-            addressof(known.shape),
+        calls, threads, stack = self._library.calls(dtype), torch.get_num_threads(), known.shape
+        scratch = self._library.scratch.at_least(
+            calls.layers_bytes(addressof(stack), num_rows, threads)
+        )
+        calls.layers(
+            addressof(stack),
             addressof(step.shape),
             hidden_TD.data_ptr(),
             output_TD.data_ptr(),
-            self._library.scratch.at_least(scratch_bytes(num_rows, *widths)),
-            torch.get_num_threads(),
+            scratch,
+            threads,
         )
         return output_TD
 
     def _look_at(self, weights: WeightProvider, kv_caches: Sequence[torch.Tensor]) -> _Known | None:
         if not isinstance(weights, ResidentWeights):
             return None
-        blocks = self._setting.blocks
-        units = [weights.acquire(f"layer.{index}") for index in range(len(blocks))]
-        if not all(map(self._suits, units, kv_caches)):
+        setting = self._setting
+        units = [weights.acquire(f"layer.{index}") for index in range(len(setting.blocks))]
+        if not all(map(self._suits, units, kv_caches, setting.mixtures)):
+            return None
+        mixtures = [self._mixture(weights, index) for index in range(len(units))]
+        if any(
+            (mixture is None) != (spec is None)
+            for mixture, spec in zip(mixtures, setting.mixtures, strict=True)
+        ):
             return None
         layers = (LayerShape * len(units))(
-            *(
-                self._layer(setting, tensors, cache)
-                for setting, tensors, cache in zip(blocks, units, kv_caches, strict=True)
-            )
+            *map(self._layer, setting.blocks, units, mixtures, kv_caches)
         )
-        width, ffn = units[0]["down.weight"].shape
-        shape = StackShape(
+        return _Known(
+            weights=weights,
+            kv_caches=kv_caches,
+            layers=layers,
+            mixtures=mixtures,
+            shape=self._shape(layers, units, mixtures, weights.acquire("norm")),
+        )
+
+    def _mixture(self, weights: WeightProvider, index: int) -> CpuMixture | None:
+        """None also where the experts do not lie as the library needs them."""
+        spec = self._setting.mixtures[index]
+        if spec is None:
+            return None
+        name = f"layer.{index}"
+        experts = [
+            weights.acquire(f"{name}.expert.{expert}") for expert in range(spec.gate.num_experts)
+        ]
+        return CpuMixture.of(self._library, spec, weights.acquire(name), experts)
+
+    def _shape(
+        self,
+        layers: ctypes.Array[LayerShape],
+        units: Sequence[Mapping[str, torch.Tensor]],
+        mixtures: Sequence[CpuMixture | None],
+        norm: Mapping[str, torch.Tensor],
+    ) -> StackShape:
+        dense = next((unit for unit, spec in zip(units, mixtures, strict=True) if not spec), None)
+        mixture = next((mixture for mixture in mixtures if mixture), None)
+        return StackShape(
             addressof(layers),
-            address(weights.acquire("norm")["norm.weight"]),
+            address(norm["norm.weight"]),
+            None if mixture is None else addressof(mixture.shape),
             addressof(self._seconds),
             len(units),
-            width,
-            ffn,
+            layers[0].block.width,
+            0 if dense is None else dense["down.weight"].shape[1],
             self._setting.eps,
         )
-        return _Known(weights=weights, kv_caches=kv_caches, layers=layers, shape=shape)
 
-    def _suits(self, tensors: Mapping[str, torch.Tensor], kv_2NBGP: torch.Tensor) -> bool:
+    def _suits(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        kv_2NBGP: torch.Tensor,
+        mixture: MoeSpec | None,
+    ) -> bool:
         dtype = self._setting.dtype
-        packed = [tensors.get(name) for name in _PACKED]
+        packed = [tensors.get(name) for name in _ATTENTION + (() if mixture else _MLP)]
         return (
             all(weight is not None and weight.dtype == dtype for weight in packed)
             and kv_2NBGP.dtype == dtype
@@ -144,6 +181,7 @@ class CpuLayerStack:
         self,
         setting: BlockSetting,
         tensors: Mapping[str, torch.Tensor],
+        mixture: CpuMixture | None,
         kv_2NBGP: torch.Tensor,
     ) -> LayerShape:
         names = ("up.weight" + PACKED, "up.bias", "down.weight" + PACKED, "down.bias")
@@ -151,6 +189,7 @@ class CpuLayerStack:
             block_shape(self._setting.spec, setting, tensors, kv_2NBGP),
             address(tensors["attention_norm.weight"]),
             address(tensors["mlp_norm.weight"]),
-            *(address(tensors.get(name)) for name in names),
+            *(address(None if mixture else tensors.get(name)) for name in names),
+            None if mixture is None else addressof(mixture.shape),
             kv_2NBGP.data_ptr(),
         )

@@ -85,19 +85,20 @@ class ModelContext:
         )
 
     def layer_stack(self, arch: ArchConfig) -> CpuLayerStack | None:
-        """All layers of a dense model in one call; None where something stands between them."""
-        kernels, first = self.kernels, arch.layers[0]
+        """All layers of a model in one call; None where something stands between them."""
+        kernels = self.kernels
+        mixtures = [layer.moe for layer in arch.layers]
         in_one = (
             isinstance(kernels, CpuKernels)
             and isinstance(self.attention_backend, CpuPagedAttention)
             and self.communicator.size == 1
             and arch.latent is None
             and arch.activation == "silu"
+            and self.expert_layout is None
+            and len({layer.ffn_dim for layer in arch.layers if layer.moe is None}) <= 1
+            and len({moe for moe in mixtures if moe is not None}) <= 1
             and all(
-                layer.moe is None
-                and layer.ffn_dim == first.ffn_dim
-                and layer.attention_scale in (None, self.attention_spec.scale)
-                for layer in arch.layers
+                layer.attention_scale in (None, self.attention_spec.scale) for layer in arch.layers
             )
         )
         if not in_one or not isinstance(kernels, CpuKernels):
@@ -113,7 +114,9 @@ class ModelContext:
             BlockSetting(heads=heads, sliding_window=layer.sliding_window, with_bias=True)
             for layer in arch.layers
         ]
-        setting = StackSetting(spec=spec, blocks=blocks, dtype=self.dtype, eps=arch.norm_eps)
+        setting = StackSetting(
+            spec=spec, blocks=blocks, mixtures=mixtures, dtype=self.dtype, eps=arch.norm_eps
+        )
         return CpuLayerStack(kernels.library, setting)
 
     def held_experts(self, arch: ArchConfig) -> Sequence[Sequence[int]] | None:

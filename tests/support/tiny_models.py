@@ -131,6 +131,22 @@ def _mixtures() -> dict[str, PreTrainedConfig]:
             sliding_window=9,
             attention_bias=True,
         ),
+        "qwen2_moe_blocks": Qwen2MoeConfig(
+            **_ROPE,
+            num_experts=20,
+            num_experts_per_tok=4,
+            moe_intermediate_size=48,
+            shared_expert_intermediate_size=40,
+            mlp_only_layers=[1],
+        ),
+        "qwen3_moe_many": Qwen3MoeConfig(
+            **(_ROPE | {"num_hidden_layers": 1}),
+            head_dim=16,
+            num_experts=640,
+            num_experts_per_tok=6,
+            moe_intermediate_size=16,
+            norm_topk_prob=True,
+        ),
         "gpt_oss": GptOssConfig(
             **_ROPE,
             head_dim=16,

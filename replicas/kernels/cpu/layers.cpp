@@ -1,26 +1,32 @@
-// All layers of a dense model and its last norm in one parallel region: between two products there is
-// a barrier, and nothing else. The bits are those of the layers' separate calls, whose functions run.
+// All layers of a model and its last norm in one parallel region: between two products there is a
+// barrier, and nothing else. The bits are those of the layers' separate calls, whose functions run.
 
 #include <chrono>
+#include <optional>
 
 #include "block.h"
+#include "mixture.h"
 #include "mlp.h"
 
 namespace penstock {
 namespace {
 
+// `mixture`: null in a dense layer, which has an MLP instead.
 template <typename S>
 struct Layer {
   Block<S> block;
   const S *attention_norm, *mlp_norm, *up, *up_bias, *down, *down_bias;
+  const Mixture<S>* mixture;
   S* cache;
 };
 
-// `seconds`: what each kind of work took, added up; see `Kind`.
+// `seconds`: what each kind of work took, added up; see `Kind`. `mixture`: one of them, all are of the
+// same shape; null where there are none.
 template <typename S>
 struct Stack {
   const Layer<S>* layers;
   const S* last_norm;
+  const Mixture<S>* mixture;
   double* seconds;
   long count, width, ffn;
   float eps;
@@ -30,7 +36,7 @@ struct Stack {
   }
 };
 
-enum Kind { kNorms, kQkv, kAttention, kOut, kUp, kDown };
+enum Kind { kNorms, kQkv, kAttention, kOut, kUp, kDown, kRoutes };
 
 // Time since the last call, on the thread that began it.
 class Watch {
@@ -85,6 +91,10 @@ class Residual {
     return normed_;
   }
 
+  // Whether every thread has its own copy, and the rows that are this thread's.
+  bool alone() const { return !shared_; }
+  Range own() const { return own_; }
+
   // The same into plain rows, which end up shared.
   void last_norm(const S* delta, const S* weight, float eps, S* y) {
     const long dim = normed_.k;
@@ -102,50 +112,104 @@ class Residual {
   Range own_;
 };
 
+// Memory of a step between its products, shared by the threads.
 template <typename S>
-void run_layers(const Stack<S>& stack, const Step& step, S* hidden, S* y, void* memory,
+struct StepMemory {
+  StepMemory(const Stack<S>& stack, long rows, long threads, Workspace& memory)
+      : normed{memory.take<S>(Rows<S>::values(rows, stack.width)), rows, stack.width},
+        delta(memory.take<S>(rows * stack.width)),
+        block(stack.layers[0].block, rows, memory),
+        mlp(stack.mlp(stack.layers[0]), rows, memory) {
+    if (stack.mixture == nullptr) return;
+    mixture.emplace(*stack.mixture, rows, threads, memory);
+  }
+  Rows<S> normed;
+  S* delta;
+  BlockRows<S> block;
+  MlpRows<S> mlp;
+  std::optional<MixtureRows<S>> mixture;
+};
+
+// From normed rows to the output of a layer's attention, whole on return. `next`: what is read then.
+template <typename S>
+void run_attention(const Layer<S>& layer, const Step& step, const std::vector<Task>& tasks,
+                   const Rows<S>& input, const StepMemory<S>& memory, const EarlyReads& next,
+                   Part part, Watch& watch) {
+  const Block<S>& block = layer.block;
+  multiply(input, block.into(), memory.block.qkv, part);
+  clear_tails(memory.block.attended, part);
+  wait(part, EarlyReads(block.out_of(), part));
+  watch.count(kQkv);
+  attend_all(block, step, tasks, memory.block, layer.cache, part);
+  watch.count(kAttention);
+  multiply(memory.block.attended, block.out_of(), memory.delta, part);
+  wait(part, next);
+  watch.count(kOut);
+}
+
+// From normed rows to the output of a dense layer's MLP, whole on return.
+template <typename S>
+const S* run_mlp(const Mlp<S>& mlp, const Rows<S>& input, const StepMemory<S>& memory,
+                 const EarlyReads& next, Part part, Watch& watch) {
+  gate_and_up(input, mlp, memory.mlp, part);
+  watch.count(kUp);
+  multiply(memory.mlp.gated, mlp.down, memory.delta, part);
+  wait(part, next);
+  watch.count(kDown);
+  return memory.delta;
+}
+
+// The same of a mixture; on return the rows are there that this thread adds to the residual stream.
+template <typename S>
+const S* run_mixture(const Mixture<S>& mixture, const Rows<S>& input, const StepMemory<S>& memory,
+                     const Residual<S>& residual, const EarlyReads& next, Part part, Watch& watch) {
+  MixturePass<S> pass(mixture, *memory.mixture, input, residual.alone(), residual.own(), part);
+  pass.route();
+  pass.shared_experts();
+  watch.count(kRoutes);
+  const S* output = pass.routed_experts(memory.delta, next, [&] { watch.count(kUp); });
+  watch.count(kDown);
+  return output;
+}
+
+template <typename S>
+void run_layers(const Stack<S>& stack, const Step& step, S* hidden, S* y, void* workspace,
                 int threads) {
-  Workspace workspace(memory);
-  const long rows = step.rows;
-  const Rows<S> normed{workspace.take<S>(Rows<S>::values(rows, stack.width)), rows, stack.width};
-  S* delta = workspace.take<S>(rows * stack.width);
-  const BlockRows<S> block_rows(stack.layers[0].block, rows, workspace);
-  const MlpRows<S> mlp_rows(stack.mlp(stack.layers[0]), rows, workspace);
+  Workspace pieces(workspace);
+  const StepMemory<S> memory(stack, step.rows, threads, pieces);
   const std::vector<Task> tasks = tasks_of(stack.layers[0].block.shape, step, threads);
   Team team(threads);
 #pragma omp parallel num_threads(threads)
   {
     const Part part = own_part(team);
     Watch watch(stack.seconds, part.index == 0 && stack.seconds != nullptr);
-    Residual<S> residual(hidden, normed, part);
+    Residual<S> residual(hidden, memory.normed, part);
     const S* added = nullptr;
-    for (long index = 0; index < stack.count; ++index, added = delta) {
+    for (long index = 0; index < stack.count; ++index) {
       const Layer<S>& layer = stack.layers[index];
-      const Block<S>& block = layer.block;
       const Rows<S>& input = residual.add_norm(added, layer.attention_norm, stack.eps);
       watch.count(kNorms);
-      multiply(input, block.into(), block_rows.qkv, part);
-      clear_tails(block_rows.attended, part);
-      wait(part, EarlyReads(block.out_of(), part));
-      watch.count(kQkv);
-      attend_all(block, step, tasks, block_rows, layer.cache, part);
-      watch.count(kAttention);
-      multiply(block_rows.attended, block.out_of(), delta, part);
       const Mlp<S> mlp = stack.mlp(layer);
-      wait(part, early_gate_and_up(mlp, part));
-      watch.count(kOut);
-      const Rows<S>& attended = residual.add_norm(delta, layer.mlp_norm, stack.eps);
+      const bool dense = layer.mixture == nullptr, is_last = index + 1 == stack.count;
+      run_attention(layer, step, tasks, input, memory,
+                    dense ? early_gate_and_up(mlp, part) : EarlyReads(), part, watch);
+      const Rows<S>& attended = residual.add_norm(memory.delta, layer.mlp_norm, stack.eps);
       watch.count(kNorms);
-      gate_and_up(attended, mlp, mlp_rows, part);
-      watch.count(kUp);
-      multiply(mlp_rows.gated, mlp.down, delta, part);
-      const bool is_last = index + 1 == stack.count;
-      wait(part, is_last ? EarlyReads() : EarlyReads(stack.layers[index + 1].block.into(), part));
-      watch.count(kDown);
+      const EarlyReads next =
+          is_last ? EarlyReads() : EarlyReads(stack.layers[index + 1].block.into(), part);
+      added = dense ? run_mlp(mlp, attended, memory, next, part, watch)
+                    : run_mixture(*layer.mixture, attended, memory, residual, next, part, watch);
     }
-    residual.last_norm(delta, stack.last_norm, stack.eps, y);
+    residual.last_norm(added, stack.last_norm, stack.eps, y);
     watch.count(kNorms);
   }
+}
+
+template <typename S>
+long layers_bytes(const Stack<S>& stack, long rows, long threads) {
+  Workspace counted(nullptr);
+  const StepMemory<S> memory(stack, rows, threads, counted);
+  return counted.taken();
 }
 
 }  // namespace
@@ -159,6 +223,9 @@ using penstock::Step;
   void pk_layers_##suffix(const Stack<S>* stack, const Step* step, S* hidden, S* y,                \
                           void* workspace, int threads) {                                          \
     penstock::run_layers(*stack, *step, hidden, y, workspace, threads);                            \
+  }                                                                                                \
+  long pk_layers_bytes_##suffix(const Stack<S>* stack, long rows, long threads) {                  \
+    return penstock::layers_bytes(*stack, rows, threads);                                          \
   }
 
 extern "C" {

@@ -105,7 +105,7 @@ using penstock::Matrix;
 
 extern "C" {
 
-int pk_abi() { return 3; }
+int pk_abi() { return 4; }
 
 // Makes the process ready. False: the system keeps the matrix tiles, that this library was built for,
 // to itself.

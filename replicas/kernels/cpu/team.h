@@ -159,16 +159,19 @@ inline char* thread_scratch_of(size_t bytes) {
 // Hands out aligned pieces of a caller's memory.
 class Workspace {
  public:
-  explicit Workspace(void* memory) : next_(static_cast<char*>(memory)) {}
+  // Without memory it only counts.
+  explicit Workspace(void* memory)
+      : next_(reinterpret_cast<intptr_t>(memory)), begin_(next_) {}
   template <typename T>
   T* take(long count) {
-    char* taken = next_;
+    const intptr_t piece = next_;
     next_ += round_up(count * static_cast<long>(sizeof(T)), 64);
-    return reinterpret_cast<T*>(taken);
+    return reinterpret_cast<T*>(piece);
   }
+  long taken() const { return next_ - begin_; }
 
  private:
-  char* next_;
+  intptr_t next_, begin_;
 };
 
 }  // namespace penstock
