@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864) with the scalings checkpoints use.
 
-Frequencies equal those of `transformers.modeling_rope_utils`. cos and sin are computed once per
-step for the tokens at hand, in fp32, and shared by all layers.
+Frequencies equal those of `transformers.modeling_rope_utils`. cos and sin are computed in fp32 and
+shared by all layers of a step: on the CPU once for every position, else for the tokens at hand.
 
 Dynamic NTK makes frequencies depend on the length of the context. A token at position p is rotated
 here as the newest token of a context of p + 1 tokens: exactly what transformers gives when the
@@ -20,6 +20,10 @@ import torch
 from cluster.base.errors import ConfigError
 from replicas.models.arch import RopeSpec
 
+# Few enough for one thread: torch rounds what is left over behind its last vector differently, so a
+# position must always be computed beside the same others.
+_POSITIONS_AT_ONCE = 64
+
 
 class Rotary:
     """Positions -> (cos, sin) for one model; kernels apply them."""
@@ -29,9 +33,30 @@ class Rotary:
         self._dtype = dtype
         self._inv_freq_P = inverse_frequencies(spec).to(device)
         self._scale = attention_scaling(spec)
+        self._keeps_table = device == "cpu"
+        self._table_2N1P = torch.empty((2, 0, 1, spec.rotary_dim), dtype=dtype)
 
     def angles(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of every token, (T, 1, P) each, in the model's dtype."""
+        if not self._keeps_table:
+            return self._compute(positions_T)
+        num_positions = int(positions_T.numpy().max(initial=-1)) + 1
+        if num_positions > self._table_2N1P.shape[1]:
+            self._table_2N1P = self._longer_table(num_positions)
+        cos_T1P, sin_T1P = self._table_2N1P[:, positions_T]
+        return cos_T1P, sin_T1P
+
+    def _longer_table(self, num_positions: int) -> torch.Tensor:
+        """At least twice as long, in whole blocks of positions."""
+        begin = self._table_2N1P.shape[1]
+        end = max(num_positions, 2 * begin)
+        blocks = (
+            torch.stack(self._compute(torch.arange(first, first + _POSITIONS_AT_ONCE)))
+            for first in range(begin, end, _POSITIONS_AT_ONCE)
+        )
+        return torch.cat((self._table_2N1P, *blocks), dim=1)
+
+    def _compute(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inv_freq = self._inv_freq_P
         if self._spec.kind == "dynamic":
             inv_freq = _dynamic_frequencies(self._spec, inv_freq, positions_T)

@@ -8,7 +8,8 @@ no correction of the distribution is needed (unlike Leviathan et al. 2023, whose
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from replicas.sampling.sampler import SampledRow
 
@@ -32,3 +33,21 @@ def accepted(draft: Sequence[int], sampled: Sequence[SampledRow]) -> Sequence[Sa
         if at == len(draft) or row.token_id != draft[at]:
             return sampled[: at + 1]
     return sampled
+
+
+def verdicts(
+    drafts: Sequence[Sequence[int]], sampled: Sequence[SampledRow]
+) -> Iterator[Sequence[SampledRow]]:
+    """The rows that count of each request, see `accepted`.
+
+    Args:
+        drafts: one per request that samples; empty when no request of the step has one.
+        sampled: rows of all of these requests, one after another.
+    """
+    if not drafts:
+        for row in sampled:
+            yield (row,)
+        return
+    rest = iter(sampled)
+    for draft in drafts:
+        yield accepted(draft, list(islice(rest, len(draft) + 1)))

@@ -35,6 +35,7 @@ _COLUMNS = np.dtype(
         ("choice_index", np.uint64),
         ("logprobs", np.int64),
         ("prompt_logprobs", np.int64),
+        ("is_plain_greedy", np.bool_),
     ]
 )
 
@@ -79,6 +80,7 @@ class ParamsTable:
             choice_index,
             _OFF if params.logprobs is None else params.logprobs,
             _OFF if params.prompt_logprobs is None else params.prompt_logprobs,
+            _is_plain_greedy(params),
         )
         if params.logit_bias:
             ids, values = zip(*params.logit_bias, strict=True)
@@ -139,6 +141,11 @@ class ParamsBatch:
     def __len__(self) -> int:
         return len(self.slots_R)
 
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether every row wants its largest logit and nothing else."""
+        return bool(self.columns_R["is_plain_greedy"].all())
+
     def column(self, name: str) -> npt.NDArray[Any]:
         """One parameter of all rows."""
         values: npt.NDArray[Any] = self.columns_R[name]
@@ -190,3 +197,15 @@ class ParamsBatch:
             self.columns_R["choice_index"][rows],
             self.num_tokens_R[rows],
         )
+
+
+def _is_plain_greedy(params: SamplingParams) -> bool:
+    return (
+        params.temperature == 0.0
+        and params.repetition_penalty == 1.0
+        and params.presence_penalty == params.frequency_penalty == 0.0
+        and not params.no_repeat_ngram_size
+        and not params.min_tokens
+        and not params.logit_bias
+        and params.logprobs is None
+    )

@@ -58,6 +58,11 @@ class Sampler:
         return [self.sample(logits_RV[row : row + 1], batch.row(row))[0] for row in rows]
 
     def _sample_batch(self, logits_RV: torch.Tensor, batch: ParamsBatch) -> list[SampledRow]:
+        if batch.is_plain_greedy and logits_RV.device.type == "cpu":
+            logits = logits_RV.numpy()
+            tokens = logits.argmax(axis=-1)
+            if np.isfinite(logits[np.arange(len(tokens)), tokens]).all():
+                return [SampledRow(token_id=token_id) for token_id in tokens.tolist()]
         changed_RV = apply_penalties(logits_RV, batch)
         # The maximum shows a NaN, a +inf or a row of nothing but -inf, all in one pass.
         if (batch.column("temperature") > 0.0).any():

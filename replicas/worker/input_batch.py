@@ -59,6 +59,10 @@ class PromptScoring:
     num_top: IntArray
 
 
+_NONE = np.zeros(0, np.int64)
+_NO_SCORING = PromptScoring(request=_NONE, hidden_row=_NONE, token_id=_NONE, num_top=_NONE)
+
+
 def build_step_input(
     plan: SchedulerOutput, rows: RequestRows, block_size: int, device: torch.device
 ) -> StepInput:
@@ -130,6 +134,8 @@ def _prompt_scoring(
 ) -> PromptScoring:
     """Prompt positions p in [computed + 1, seq_len] of the requests that want their logprobs."""
     num_top_R = rows.prompt_logprobs(slots)
+    if (num_top_R < 0).all():
+        return _NO_SCORING
     end = np.minimum(seq_lens, rows.num_prompt_S[slots] - 1)
     length = np.where(num_top_R >= 0, np.maximum(end - computed, 0), 0)
     request, position = ragged_ranges(computed + 1, length)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ import torch
 from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
 from replicas.layers.weights import WeightProvider
 from replicas.models.decoder import DecoderModel
-from replicas.sampling.acceptance import accepted
+from replicas.sampling.acceptance import verdicts
 from replicas.sampling.logprobs import token_logprobs
 from replicas.sampling.sampler import NOT_FINITE, Sampler
 from replicas.worker.decode_graphs import GraphedModel
@@ -192,20 +191,20 @@ class ModelRunner:
         sampling, rows = inputs.sampling, inputs.sampled
         if not sampling.size:
             return
-        hidden_rows = torch.from_numpy(rows.hidden_row).to(self._device)
-        logits_RV = self._model.logits(hidden_TD[hidden_rows], self._weights)
+        # Of a step of decodes all rows are wanted, in order.
+        if len(rows.hidden_row) < len(hidden_TD):
+            hidden_TD = hidden_TD[torch.from_numpy(rows.hidden_row).to(self._device)]
+        logits_RV = self._model.logits(hidden_TD, self._weights)
         batch = self._rows.sampling_batch(inputs.slots[rows.request], rows.position)
-        sampled = iter(self._sampler.sample(logits_RV, batch))
-        verdicts = []
-        for index in sampling.tolist():
-            draft = plan.draft(index)
-            verdicts.append(accepted(draft, list(islice(sampled, len(draft) + 1))))
+        indices = sampling.tolist()
+        drafts = [plan.draft(index) for index in indices] if plan.draft_token_ids else ()
+        found = list(verdicts(drafts, self._sampler.sample(logits_RV, batch)))
         self._rows.append_sampled(
             inputs.slots[sampling],
-            [verdict[-1].token_id for verdict in verdicts],
-            np.array([len(verdict) - 1 for verdict in verdicts], np.int64),
+            [verdict[-1].token_id for verdict in found],
+            np.array([len(verdict) - 1 for verdict in found], np.int64),
         )
-        for index, verdict in zip(sampling.tolist(), verdicts, strict=True):
+        for index, verdict in zip(indices, found, strict=True):
             key, error = plan.keys[index], verdict[-1].error
             if error:
                 self._rows.fail(key, error, plan.step)

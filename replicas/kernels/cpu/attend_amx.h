@@ -182,10 +182,45 @@ inline void fetch_piece(const Shape& shape, const Bf16* keys, const int32_t* tab
   }
 }
 
+// Keys and values that this thread attends to next, fetched into the second-level cache while it
+// computes: whole rows, one after another, as they lie. Head by head they would come a few lines here
+// and there, at less than half the rate (measured: 6.5 GB/s a core against 15).
+class NextContext {
+ public:
+  NextContext() = default;
+  // Of heads [g, end) of a request at positions [begin, stop), in about so many steps.
+  NextContext(const Shape& shape, const int32_t* table, const Bf16* cache, long g, long end,
+              long begin, long stop, long steps)
+      : shape_(&shape),
+        table_(table),
+        keys_(cache + g * shape.dim),
+        width_((end - g) * shape.dim),
+        at_(begin),
+        stop_(stop),
+        tokens_((stop - begin + steps - 1) / steps) {}
+
+  void step() {
+    for (long left = tokens_; left > 0 && at_ < stop_; --left, ++at_) {
+      const long block = at_ / shape_->block_size, offset = at_ - block * shape_->block_size;
+      const Bf16* key = keys_ + (table_[block] * shape_->block_size + offset) * shape_->kv_stride;
+      for (long i = 0; i < width_; i += 32) {
+        _mm_prefetch(key + i, _MM_HINT_T1);
+        _mm_prefetch(key + shape_->cache_values + i, _MM_HINT_T1);
+      }
+    }
+  }
+
+ private:
+  const Shape* shape_ = nullptr;
+  const int32_t* table_ = nullptr;
+  const Bf16* keys_ = nullptr;
+  long width_ = 0, at_ = 0, stop_ = 0, tokens_ = 0;
+};
+
 // As `attend`; at most kTileRows2 rows. `more`: the next kv head of these tokens follows.
 inline void attend_tiles(const Shape& shape, const Bf16* query, const Bf16* cache,
                          const int32_t* table, const HeadRows<Bf16>& output, long first, long g,
-                         long count, long position, bool more) {
+                         long count, long position, bool more, NextContext& next) {
   TileScratch s(shape.dim);
   const Tiles tiles(kTileSide);
   const long dim = shape.dim, group = shape.heads / shape.kv_heads, rows = count * group;
@@ -207,8 +242,10 @@ inline void attend_tiles(const Shape& shape, const Bf16* query, const Bf16* cach
       fetch_piece(shape, keys, table, base + kPiece, 0, stop);
     else if (more)
       fetch_piece(shape, keys + dim, table, start / kPiece * kPiece, start % kPiece, stop);
-    for (long token = skip / 16 * 16; token < seen; token += 16)
+    for (long token = skip / 16 * 16; token < seen; token += 16) {
       score_tile(keys + slots[token / 16] * shape.kv_stride, shape.kv_stride, token, both, s);
+      next.step();
+    }
     pair_values(values, slots, skip, seen, shape.kv_stride, s);
     for (long row = 0; row < rows; ++row) {
       const long own = position + row / group;

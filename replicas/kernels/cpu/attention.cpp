@@ -13,7 +13,7 @@ void attention(const Shape& shape, const Step& step, const S* query, const S* ca
   const HeadRows<S> rows{output, {nullptr, step.rows, shape.heads * shape.dim}};
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (size_t index = 0; index < tasks.size(); ++index)
-    run_task(shape, step, tasks[index], query, cache, rows);
+    run_task<S>(shape, step, tasks[index], nullptr, query, cache, rows);
 }
 
 template <typename S>

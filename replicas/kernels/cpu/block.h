@@ -38,19 +38,39 @@ inline std::vector<Task> tasks_of(const Shape& shape, const Step& step, int thre
   return tasks;
 }
 
+// Where the first query token of a task stands in its request.
+inline long position_of(const Step& step, const Task& task) {
+  return step.seq_lens[task.request] - (step.query_start[task.request + 1] - task.first);
+}
+
+#if defined(PENSTOCK_AMX)
+// What `next` will read, spread over the steps of `task`.
+inline NextContext context_of(const Shape& shape, const Step& step, const Task& next,
+                              const Bf16* cache, const Task& task, long position) {
+  const auto begin = [&](long at) { return shape.window ? std::max(0L, at - shape.window + 1) : 0; };
+  const long to = position_of(step, next);
+  const long steps = (position + task.count - begin(position)) / 16 * (task.end - task.g);
+  return {shape,  step.tables + next.request * step.table_stride,
+          cache,  next.g,
+          next.end, begin(to), to + next.count, std::max(steps, 1L)};
+}
+#endif
+
+// `next`: the task that this thread takes after this one, or null.
 template <typename S>
-void run_task(const Shape& shape, const Step& step, const Task& task, const S* query,
-              const S* cache, const HeadRows<S>& output) {
-  const long behind = step.query_start[task.request + 1] - task.first;
+void run_task(const Shape& shape, const Step& step, const Task& task, const Task* next,
+              const S* query, const S* cache, const HeadRows<S>& output) {
   const S* queries = query + task.first * shape.query_stride;
   const int32_t* table = step.tables + task.request * step.table_stride;
-  const long position = step.seq_lens[task.request] - behind;
+  const long position = position_of(step, task);
 #if defined(PENSTOCK_AMX)
   if constexpr (sizeof(S) == 2)
     if (suits_tiles(shape)) {
+      NextContext upcoming;
+      if (next != nullptr) upcoming = context_of(shape, step, *next, cache, task, position);
       for (long g = task.g; g < task.end; ++g)
         attend_tiles(shape, queries, cache, table, output, task.first, g, task.count, position,
-                     g + 1 < task.end);
+                     g + 1 < task.end, upcoming);
       return;
     }
 #endif
@@ -128,9 +148,12 @@ void attend_all(const Block<S>& block, const Step& step, const std::vector<Task>
   }
   const HeadRows<S> output{nullptr, memory.attended};
   Units units(static_cast<long>(tasks.size()), part);
-  for (long index = units.next(); index >= 0; index = units.next()) {
+  for (long index = units.next(), next; index >= 0; index = next) {
+    next = units.next();
     if (alone) prepare_task(block, step, tasks[index], memory.qkv, cache);
-    run_task(block.shape, step, tasks[index], memory.qkv, cache, output);
+    // Neighbouring tasks of a prompt read the same context.
+    run_task(block.shape, step, tasks[index], alone && next >= 0 ? &tasks[next] : nullptr,
+             memory.qkv, cache, output);
   }
   wait(part, EarlyReads(block.out_of(), part));
 }

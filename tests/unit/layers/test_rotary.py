@@ -16,6 +16,7 @@ from replicas.layers.rotary import Rotary, attention_scaling, inverse_frequencie
 from replicas.models.arch import RopeSpec
 from replicas.models.config_fields import ConfigFields
 from replicas.models.hf_rope import rope_from_hf
+from tests.support.compiled_kernels import threads
 
 MAX_POSITION = 64
 KINDS: list[dict[str, Any]] = [
@@ -87,3 +88,16 @@ def test_dynamic_grows_token_by_token_and_ignores_neighbours() -> None:
 def test_unknown_kinds_are_refused() -> None:
     with pytest.raises(ConfigError, match="longrope"):
         inverse_frequencies(RopeSpec(kind="longrope", rotary_dim=8))
+
+
+@pytest.mark.parametrize("section", KINDS[:4], ids=lambda section: section["rope_type"])
+def test_a_position_has_the_same_bits_whatever_was_asked_before(section: dict[str, Any]) -> None:
+    _, spec = _both(section, 10000.0)
+    whole, one_by_one = Rotary(spec, torch.float32, "cpu"), Rotary(spec, torch.float32, "cpu")
+    with threads(3):
+        cos, sin = whole.angles(torch.arange(700))
+    for position in (0, 5, 63, 64, 300, 17, 699):
+        cos_one, sin_one = one_by_one.angles(torch.tensor([position]))
+        assert torch.equal(cos_one[0], cos[position])
+        assert torch.equal(sin_one[0], sin[position])
+    assert cos_one.shape == (1, 1, spec.rotary_dim)

@@ -1,6 +1,6 @@
 """Which sampled rows of a draft count."""
 
-from replicas.sampling.acceptance import accepted
+from replicas.sampling.acceptance import accepted, verdicts
 from replicas.sampling.sampler import SampledRow
 
 
@@ -28,3 +28,9 @@ def test_a_failure_counts_only_where_no_token_stands_before_it() -> None:
     assert kept((4, 5), 4, "nan", 6) == [4]
     assert kept((4, 5), 4, 5, "nan") == [4, 5]
     assert kept((4, 5), 7, "nan", 6) == [7]
+
+
+def test_each_request_takes_its_rows() -> None:
+    found = verdicts([(4,), (), (4, 5)], rows(4, 6, 7, 4, 9, 1))
+    assert [[row.token_id for row in verdict] for verdict in found] == [[4, 6], [7], [4, 9]]
+    assert [[row.token_id for row in verdict] for verdict in verdicts((), rows(4, 6))] == [[4], [6]]

@@ -38,6 +38,20 @@ def test_bad_row_fails_alone(bad: float, temperature: float) -> None:
     assert [rows[i] for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]
 
 
+def test_rows_that_are_all_plainly_greedy_get_what_they_get_beside_others() -> None:
+    plain = RowCase(params=SamplingParams(temperature=0.0))
+    asking = RowCase(params=SamplingParams(temperature=0.0, logprobs=1))
+    logits = logits_of(5)
+    logits[1, [7, 3, 9]] = logits[1].max() + 1  # equals: the first one
+    logits[3, 8] = math.nan
+    alone = Sampler().sample(logits, batch_of([plain] * 5))
+    assert alone == Sampler().sample(logits[[*range(5), 0]], batch_of([plain] * 5 + [asking]))[:5]
+    assert alone[1].token_id == 3
+    assert alone[3].error == NOT_FINITE
+    finite = Sampler().sample(logits[:3], batch_of([plain] * 3))
+    assert finite == alone[:3]
+
+
 def test_row_of_minus_infinity_is_not_finite() -> None:
     logits = logits_of(2)
     logits[0] = -math.inf
