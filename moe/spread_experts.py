@@ -2,6 +2,7 @@
 
 Implements `moe.layout.ExpertLayout` for one rank. Built from a placement per layer that all ranks
 know; the exchanges come from the rank's one set, so that a switch of scheme reaches all layers.
+When the group ends, the layout outlives it (the model holds on to it) and joins the next one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cluster.base.errors import InternalError
 from moe.exchange.base import Exchange
 from moe.exchange.capacity import CapacityExchange
 from moe.exchange.exchanges import Exchanges
@@ -26,8 +28,8 @@ class LayerLayout:
 
     table: ExpertTable
     held: tuple[int, ...]
-    exchange: Exchange
-    choice: ReplicaChoice
+    exchange: Exchange | None
+    choice: ReplicaChoice | None
 
 
 class SpreadExperts:
@@ -35,8 +37,8 @@ class SpreadExperts:
 
     Args:
         tables: placement of each mixture layer.
-        exchanges: this rank's.
-        rank: this rank.
+        exchanges: this rank's; None: it is in no group yet, and only `held` can be asked.
+        rank: this rank, as the tables and exchanges count.
         capacity_factor: bound on the rows to one expert, see `CapacityExchange`; None: none.
 
     Raises:
@@ -46,21 +48,42 @@ class SpreadExperts:
     def __init__(
         self,
         tables: Sequence[ExpertTable],
-        exchanges: Exchanges,
+        exchanges: Exchanges | None,
         rank: int,
         capacity_factor: float | None = None,
     ) -> None:
-        self.exchanges = exchanges
         slots = {table.layer: table.slots for table in tables}
         self.counter = RowCounter({layer: each.num_experts for layer, each in slots.items()})
-        self._rank = rank
         self._capacity_factor = capacity_factor
+        self._exchanges = exchanges
+        self._rank = rank
         self._layers = {table.layer: self.prepare(table) for table in tables}
+
+    @property
+    def exchanges(self) -> Exchanges:
+        """This rank's.
+
+        Raises:
+            InternalError: it is in no group.
+        """
+        if self._exchanges is None:
+            raise InternalError("A rank that is in no group exchanges nothing.")
+        return self._exchanges
 
     @property
     def tables(self) -> tuple[ExpertTable, ...]:
         """Where the experts are now, by layer."""
         return tuple(layer.table for layer in self._layers.values())
+
+    def rejoin(self, tables: Sequence[ExpertTable], exchanges: Exchanges, rank: int) -> None:
+        """Take a place in another group, between steps; rows go on being counted.
+
+        Raises:
+            ConfigError: a placement is for another number of ranks.
+        """
+        self._exchanges = exchanges
+        self._rank = rank
+        self._layers = {table.layer: self.prepare(table) for table in tables}
 
     def prepare(self, table: ExpertTable) -> LayerLayout:
         """What `use` needs for another placement of a layer; changes nothing, from any thread.
@@ -68,12 +91,15 @@ class SpreadExperts:
         Raises:
             ConfigError: the placement is for another number of ranks.
         """
-        slots = table.slots
+        slots, exchanges = table.slots, self._exchanges
+        held = slots.logical_by_rank[self._rank]
+        if exchanges is None:
+            return LayerLayout(table=table, held=held, exchange=None, choice=None)
         return LayerLayout(
             table=table,
-            held=slots.logical_by_rank[self._rank],
-            exchange=self._exchange_of(table.layer, slots),
-            choice=ReplicaChoice(slots, self.exchanges.topology, self._rank, table.shares),
+            held=held,
+            exchange=self._exchange_of(table.layer, slots, exchanges),
+            choice=ReplicaChoice(slots, exchanges.topology, self._rank, table.shares),
         )
 
     def use(self, layout: LayerLayout) -> None:
@@ -86,15 +112,21 @@ class SpreadExperts:
 
     def exchange(self, layer: int) -> Exchange:
         """What moves this layer's rows."""
-        return self._layers[layer].exchange
+        exchange = self._layers[layer].exchange
+        if exchange is None:
+            raise InternalError("A rank that is in no group exchanges nothing.")
+        return exchange
 
     def physical(self, layer: int, expert_TK: torch.Tensor) -> torch.Tensor:
         """The slot each row visits for each of its experts, int64; the rows are counted."""
+        choice = self._layers[layer].choice
+        if choice is None:
+            raise InternalError("A rank that is in no group routes nothing.")
         self.counter.add(layer, expert_TK)
-        return self._layers[layer].choice.physical(expert_TK)
+        return choice.physical(expert_TK)
 
-    def _exchange_of(self, layer: int, slots: ExpertSlots) -> Exchange:
-        exchange = self.exchanges.for_layer(layer, slots)
+    def _exchange_of(self, layer: int, slots: ExpertSlots, exchanges: Exchanges) -> Exchange:
+        exchange = exchanges.for_layer(layer, slots)
         if self._capacity_factor is None:
             return exchange
         return CapacityExchange(

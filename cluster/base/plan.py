@@ -165,6 +165,14 @@ class ExpertPlan:
     """Time between two looks at the load; None: experts stay where they are."""
     max_moves: int = 0
     """Experts that ranks fetch at a time."""
+    survives: bool = False
+    """Ranks that are left go on when others are lost, if they can hold all experts."""
+    lost_groups: int = 0
+    """Data-parallel groups whose loss memory is planned for: room for their experts elsewhere."""
+    spare_slots: int = 0
+    """Experts that each rank can take in for that, in the layer that needs most."""
+    rejoins: bool = True
+    """Lost ranks are replaced while the others serve."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,15 +51,15 @@ class ExpertPeers:
         """What has ended the groups; None while they work."""
         return self.watch.failure
 
-    def on_failure(self, tell: Callable[[PenstockError], None]) -> None:
-        """Call `tell` when the groups end by a fault, from the watch's thread.
+    def on_failure(self, tell: Callable[[PenstockError, tuple[int, ...]], None]) -> None:
+        """Call `tell` when the groups end by a fault, from the watch's thread, with who is lost.
 
         A rank may be in a wait that nothing but its own deadline ends; this does not wait for it.
         """
 
         def breaker() -> None:
             if self.watch.failure is not None:
-                tell(self.watch.failure)
+                tell(self.watch.failure, self.watch.lost)
 
         self.watch.add_breaker(breaker)
 

@@ -62,6 +62,7 @@ class PeerWatch:
         self._breakers: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._failure: PenstockError | None = None
+        self._lost: tuple[int, ...] = ()
         self._waiting = ""
         self._last = ""
         self._since_s = time.monotonic()
@@ -81,6 +82,11 @@ class PeerWatch:
     def failure(self) -> PenstockError | None:
         """Why the group has ended; None while it has not."""
         return self._failure
+
+    @property
+    def lost(self) -> tuple[int, ...]:
+        """Ranks that this one's own verdict found gone or stopped, by name; a peer's says none."""
+        return tuple(self._topology.name(rank) for rank in self._lost)
 
     def meet(self, addresses: Mapping[int, tuple[str, int]]) -> None:
         """Learn where every rank answers, and begin to watch."""
@@ -172,11 +178,13 @@ class PeerWatch:
                 return error_from_dict(answer.state.failure)
         me = self._topology.describe(self._rank)
         if gone := [rank for rank, answer in answers.items() if answer.gone]:
+            self._lost = tuple(gone)
             return WorkerDiedError(
                 f"{self._names(gone)} ended while {me} waited in {what}.",
                 "Its own log holds the reason.",
             )
         if mute := [rank for rank, times in silent.items() if times > 1]:
+            self._lost = tuple(mute)
             waited_s = time.monotonic() - self._since_s
             return WorkerDiedError(
                 f"{self._names(mute)} gave no sign of life while {me} waited {waited_s:.1f} s "

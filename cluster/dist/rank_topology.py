@@ -31,12 +31,15 @@ class RankTopology:
 
     Args:
         node_of_W: node name of each rank; ranks of one node stand together.
+        name_of_W: the number by which messages call each rank, where some of a larger group meet
+            without the others; none: their own.
 
     Raises:
         ConfigError: no rank at all, or the ranks of a node do not stand together.
     """
 
     node_of_W: tuple[str, ...]
+    name_of_W: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.node_of_W:
@@ -114,4 +117,8 @@ class RankTopology:
 
     def describe(self, rank: int) -> str:
         """How messages name a rank."""
-        return f"rank {rank} (node {self.node_of_W[rank]})"
+        return f"rank {self.name(rank)} (node {self.node_of_W[rank]})"
+
+    def name(self, rank: int) -> int:
+        """The number by which messages call a rank."""
+        return self.name_of_W[rank] if self.name_of_W else rank

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +23,11 @@ from cluster.base.errors import (
     PenstockError,
     UnavailableError,
     WorkerDiedError,
-    error_from_dict,
 )
 from replicas.api import GenerationDelta, GenerationRequest, ReplicaStats
 from replicas.engine.executor import StepExecutor
 from replicas.engine.faults import as_penstock_error
+from replicas.engine.inbox import Abort, Add, Inbox
 from replicas.engine.output_processor import error_delta
 from replicas.engine.step_ledger import StepTimes
 from replicas.engine.step_runner import Clock, StepRunner
@@ -38,8 +37,19 @@ log = logging.getLogger(__name__)
 
 OnDeltas = Callable[[list[GenerationDelta], ReplicaStats], None]
 OnFatal = Callable[[PenstockError], None]
-Recover = Callable[[PenstockError], StepExecutor[Any, Any] | None]
-"""From the loss of the workers to new ones, however long it takes; None: there are to be none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """Workers to go on with."""
+
+    executor: StepExecutor[Any, Any]
+    keeps_cache: bool = False
+    """They are those that are left, and hold what answered steps have computed."""
+
+
+Recover = Callable[[PenstockError], Recovery | None]
+"""From the loss of workers to those to go on with, however long it takes; None: there are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,18 +63,6 @@ class LoopHealth:
     """Arrival of the choice that has waited longest for its first step."""
     num_unfinished: int = 0
     fatal: PenstockError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Add:
-    request: GenerationRequest
-    arrival_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    request_id: str
-    index: int | None
 
 
 class EngineLoop:
@@ -102,10 +100,8 @@ class EngineLoop:
         self._recover = recover
         self._lost: PenstockError | None = None
         self._clock = clock
-        self._inbox: deque[_Add | _Abort] = deque()
-        self._gate = threading.Lock()
-        self._refusal: PenstockError | None = None
-        self._closed = False
+        self._inbox = Inbox(clock)
+        self._widen: Callable[[], StepExecutor[Any, Any]] | None = None
         self._stopping = False
         self._wake = threading.Event()
         self._drained = threading.Event()
@@ -141,11 +137,7 @@ class EngineLoop:
         Raises:
             PenstockError: the loop drains, has stopped, or has failed (then: why).
         """
-        with self._gate:
-            if self._refusal is not None:
-                # A fresh copy: raising one object from many threads would chain tracebacks.
-                raise error_from_dict(self._refusal.to_dict())
-            self._inbox.append(_Add(request, self._clock()))
+        self._inbox.add(request)
         self._wake.set()
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -153,12 +145,21 @@ class EngineLoop:
 
         What steps in flight compute for it, at most one token, is discarded.
         """
-        self._inbox.append(_Abort(request_id, index))
+        self._inbox.abort(request_id, index)
         self._wake.set()
 
     def lose_workers(self, error: PenstockError) -> None:
         """Somebody has seen that a worker is gone; the loop may be asleep. Thread-safe."""
         self._lost = error
+        self._wake.set()
+
+    def widen(self, change: Callable[[], StepExecutor[Any, Any]]) -> None:
+        """Call `change` from the loop while no step is in flight, and go on with what it returns.
+
+        For workers that join: nothing of those that are there is lost. What it raises counts as
+        raised by a step. Thread-safe; of two calls before the next step the later one counts.
+        """
+        self._widen = change
         self._wake.set()
 
     def drain(self) -> None:
@@ -194,8 +195,10 @@ class EngineLoop:
         try:
             if self._lost is not None:
                 raise self._lost
-            if self._stopping and self._refusal is not None:
-                return self._wind_up(self._refusal)
+            if self._stopping and self._inbox.refusal is not None:
+                return self._wind_up(self._inbox.refusal)
+            if self._widen is not None:
+                return self._take_in_workers(self._widen)
             if not self._runner.num_in_flight and not self._submit_next():
                 return self._idle()
             # What the last step said is told while the workers compute: the callback's work, and
@@ -212,19 +215,31 @@ class EngineLoop:
         return True
 
     def _replace_workers(self, error: PenstockError) -> bool:
-        """Go on with new workers; False when there are none, and the engine has ended."""
+        """Go on with other workers; False when there are none, and the engine has ended."""
         self._deliver()
         self._note_health()
         try:
-            executor = None if self._stopping else self._recover(error)
+            recovery = None if self._stopping else self._recover(error)
+        except PenstockError as failure:
+            log.exception("the workers could not be replaced")
+            recovery, error = None, failure
         except Exception:
             log.exception("the workers could not be replaced")
-            executor = None
-        if executor is None:
+            recovery = None
+        if recovery is None:
             self._die(error)
             return False
-        self._lost = None
-        self._runner.restart(executor)
+        self._lost = self._widen = None
+        self._runner.restart(recovery.executor, keeps_cache=recovery.keeps_cache)
+        return True
+
+    def _take_in_workers(self, change: Callable[[], StepExecutor[Any, Any]]) -> bool:
+        """Between two steps: see `widen`."""
+        while self._runner.num_in_flight:
+            self._collect()
+        self._deliver()
+        self._widen = None
+        self._runner.use(change())
         return True
 
     def _run(self) -> None:
@@ -257,9 +272,8 @@ class EngineLoop:
     def _obey(self) -> list[GenerationDelta]:
         """Commands in order of arrival; what comes in meanwhile waits for the next plan."""
         deltas: list[GenerationDelta] = []
-        for _ in range(len(self._inbox)):
-            command = self._inbox.popleft()
-            if isinstance(command, _Abort):
+        for command in self._inbox.take():
+            if isinstance(command, Abort):
                 deltas.extend(self._scheduler.abort(command.request_id, command.index))
                 continue
             try:
@@ -275,7 +289,7 @@ class EngineLoop:
         if self._unsaid or self._steps_unsaid:
             self._deliver()
             return True
-        if self._refusal is not None and not self._inbox:
+        if self._inbox.refusal is not None and not self._inbox:
             self._drained.set()
         return False
 
@@ -295,11 +309,9 @@ class EngineLoop:
 
     def _end(self, error: PenstockError) -> None:
         """Fail what runs, waits or is still in the inbox; nothing is accepted afterwards."""
-        with self._gate:
-            self._refusal, self._closed = error, True
-        while self._inbox:
-            command = self._inbox.popleft()
-            if isinstance(command, _Add):
+        self._inbox.close(error)
+        for command in self._inbox.take():
+            if isinstance(command, Add):
                 self._unsaid.extend(_refused(command.request, error))
         try:
             self._unsaid.extend(self._scheduler.fail_all(error))
@@ -312,10 +324,7 @@ class EngineLoop:
         self._drained.set()
 
     def _refuse_with(self, error: PenstockError) -> None:
-        with self._gate:
-            # What closed the loop is the better answer: keep it.
-            if not self._closed:
-                self._refusal = error
+        self._inbox.refuse(error)
         self._wake.set()
 
     def _note_health(

@@ -74,6 +74,8 @@ class LockstepPlan:
 
     header: StepHeader
     plans: tuple[SchedulerOutput, ...]
+    groups: tuple[int, ...]
+    """Groups that have ranks, ascending: who is sent the step and answers it."""
 
     @property
     def step(self) -> int:
@@ -97,7 +99,7 @@ class LockstepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LockstepOutput:
-    """The answers of all groups' output ranks to one step, in group order."""
+    """The answers of the output ranks to one step, parallel to the plan's `groups`."""
 
     outputs: tuple[StepOutput, ...]
 

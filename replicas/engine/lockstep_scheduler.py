@@ -1,14 +1,16 @@
 """One scheduler per data-parallel group behind the interface of one; steps them in lock-step.
 
-Owns which group a request belongs to (decided on arrival, for good: its KV lives there) and the
-step header. Each group's scheduler keeps its own queues and blocks and does not know of the others.
-A step is planned when any group has work; a group without it gets an empty plan. When none has,
-nothing is planned, and all ranks sleep until the next plan reaches them. Pure, like the schedulers.
+Owns which group a request belongs to (decided on arrival, because its KV lives there; a group that
+loses its ranks hands its requests over) and the step header. Each group's scheduler keeps its own
+queues and blocks and does not know of the others. A step is planned when any group has work; one
+without it gets an empty plan. When none has, nothing is planned, and all ranks sleep until the next
+plan reaches them. Pure, like the schedulers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from cluster.base.errors import (
     ConfigError,
@@ -21,6 +23,7 @@ from replicas.api import GenerationDelta, GenerationRequest, ReplicaStats
 from replicas.engine.group_choice import GroupView, choose_group
 from replicas.engine.lockstep import ExpertOrders, LockstepOutput, LockstepPlan, StepHeader
 from replicas.engine.prefix_cache import HashChain
+from replicas.engine.request import EngineRequest, KeyCounter
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.scheduler_output import SchedulerOutput
@@ -38,6 +41,8 @@ class LockstepScheduler:
         eos_token_ids: the model's end-of-sequence tokens.
         choose_scheme: the exchange for a step; called once per plan.
         expert_orders: where experts are or go; called once per plan, in the order of the plans.
+        serving: the groups that have ranks, ascending, at least one; None: all of them. It may
+            change at a restart, or by groups without requests while no step is in flight.
 
     Raises:
         ConfigError: there is no group.
@@ -51,14 +56,17 @@ class LockstepScheduler:
         choose_scheme: ChooseScheme,
         eos_token_ids: Iterable[int] = (),
         expert_orders: Callable[[], ExpertOrders] = ExpertOrders,
+        serving: Callable[[], Sequence[int]] | None = None,
     ) -> None:
         if num_groups < 1:
             raise ConfigError(f"{num_groups} data-parallel groups cannot run anything.", param="dp")
         eos = tuple(eos_token_ids)
         self.config = config
-        self.groups = tuple(Scheduler(config, eos) for _ in range(num_groups))
+        keys = KeyCounter()
+        self.groups = tuple(Scheduler(config, eos, keys) for _ in range(num_groups))
         self._choose_scheme = choose_scheme
         self._expert_orders = expert_orders
+        self._serving = serving or (lambda: range(num_groups))
         self._step = 0
 
     @property
@@ -100,12 +108,16 @@ class LockstepScheduler:
                 "Retry later.",
             )
         chain = HashChain(self.config.block_size, request.cache_salt)
+        serving = self._serving()
         views = [
-            GroupView(stats=load, num_cached_tokens=group.num_cached_tokens(request, chain))
-            for group, load in zip(self.groups, stats, strict=True)
+            GroupView(
+                stats=stats[index],
+                num_cached_tokens=self.groups[index].num_cached_tokens(request, chain),
+            )
+            for index in serving
         ]
         chosen = choose_group(len(request.prompt_token_ids), self.config.block_size, views)
-        self.groups[chosen].add(request, arrival_s)
+        self.groups[serving[chosen]].add(request, arrival_s)
 
     def abort(self, request_id: str, index: int | None = None) -> list[GenerationDelta]:
         """End one choice, or all of a request, at once; none for an unknown id."""
@@ -127,8 +139,11 @@ class LockstepScheduler:
         """
         if any(group.waits_for_answers for group in self.groups):
             return None
-        step = self._step + 1
-        plans = [group.schedule(step) for group in self.groups]
+        step, serving = self._step + 1, tuple(self._serving())
+        plans = [
+            group.schedule(step) if index in serving else None
+            for index, group in enumerate(self.groups)
+        ]
         if not any(plan is not None for plan in plans):
             return None
         self._step = step
@@ -143,6 +158,7 @@ class LockstepScheduler:
                 experts=self._expert_orders(),
             ),
             plans=tuple(plan or SchedulerOutput(step=step) for plan in plans),
+            groups=serving,
         )
 
     def update_from_output(
@@ -154,24 +170,38 @@ class LockstepScheduler:
             InternalError: `output` answers another plan, or an older plan has no answer yet.
         """
         deltas: list[GenerationDelta] = []
-        for index, group in enumerate(self.groups):
-            answer = output.outputs[index]
+        for index, answer in zip(plan.groups, output.outputs, strict=True):
             if not plan.header.is_idle(index):
-                deltas += group.update_from_output(plan.plans[index], answer)
+                deltas += self.groups[index].update_from_output(plan.plans[index], answer)
             elif answer.step != plan.step:
                 raise InternalError(
                     f"Group {index} answered step {answer.step} instead of {plan.step}."
                 )
         return deltas
 
-    def restart(self) -> None:
-        """See `Scheduler.restart`; requests stay in their groups."""
-        for group in self.groups:
-            group.restart()
+    def restart(self, *, keeps_cache: bool = False) -> None:
+        """See `Scheduler.restart`; requests stay in their groups while these have ranks.
+
+        Args:
+            keeps_cache: groups that still have ranks kept what answered steps computed.
+        """
+        serving = self._serving()
+        for index in serving:
+            self.groups[index].restart(keeps_cache=keeps_cache)
+        for index, group in enumerate(self.groups):
+            if index not in serving:  # also without requests: its cache is gone
+                self._hand_over(group.hand_over())
 
     def stats(self) -> ReplicaStats:
-        """The load of all groups together."""
-        return sum_stats(self._step, [group.stats() for group in self.groups])
+        """The load of all groups together; blocks are those of groups that have ranks."""
+        serving = self._serving()
+        return sum_stats(
+            self._step,
+            [
+                load if index in serving else replace(load, kv_blocks_total=0, kv_blocks_free=0)
+                for index, load in enumerate(group.stats() for group in self.groups)
+            ],
+        )
 
     def check_invariants(self) -> None:
         """For tests: every group agrees with its requests.
@@ -181,6 +211,20 @@ class LockstepScheduler:
         """
         for group in self.groups:
             group.check_invariants()
+
+    def _hand_over(self, families: Sequence[list[EngineRequest]]) -> None:
+        """Requests of a group without ranks go to the others, all choices of one to the same."""
+        serving, taken = self._serving(), dict[str, Scheduler]()
+        for family in families:
+            request_id, num_tokens = family[0].request_id, family[0].num_tokens
+            if request_id not in taken:
+                views = [
+                    GroupView(stats=self.groups[index].stats(), num_cached_tokens=0)
+                    for index in serving
+                ]
+                chosen = choose_group(num_tokens, self.config.block_size, views)
+                taken[request_id] = self.groups[serving[chosen]]
+            taken[request_id].adopt(family)
 
 
 def sum_stats(step: int, groups: Sequence[ReplicaStats]) -> ReplicaStats:

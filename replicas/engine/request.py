@@ -107,6 +107,19 @@ class EngineRequest:
         return self.wants_scores or self.pooling is Pooling.MEAN
 
 
+class KeyCounter:
+    """Gives each choice a key that no other has, ascending with arrival."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def take(self, count: int) -> int:
+        """The first of `count` consecutive keys."""
+        first = self._next
+        self._next += count
+        return first
+
+
 def make_choices(
     request: GenerationRequest, first_key: int, arrival_s: float, max_context: int
 ) -> list[EngineRequest]:

@@ -25,8 +25,9 @@ from replicas.api import FinishReason, GenerationDelta, GenerationRequest, Repli
 from replicas.engine.faults import as_penstock_error
 from replicas.engine.output_processor import OutputProcessor, error_delta, first_word
 from replicas.engine.prefix_cache import HashChain
-from replicas.engine.request import EngineRequest, RequestStatus, make_choices
+from replicas.engine.request import EngineRequest, KeyCounter, RequestStatus, make_choices
 from replicas.engine.scheduler_config import SchedulerConfig, check_fits
+from replicas.engine.scheduler_invariants import check_planner, check_request
 from replicas.engine.scheduler_output import RequestResult, SchedulerOutput, StepOutput
 from replicas.engine.step_planner import StepPlanner
 
@@ -39,16 +40,22 @@ class Scheduler:
     Args:
         config: limits.
         eos_token_ids: the model's end-of-sequence tokens.
+        keys: of choices; shared by schedulers that may hand requests to each other.
     """
 
-    def __init__(self, config: SchedulerConfig, eos_token_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        eos_token_ids: Iterable[int] = (),
+        keys: KeyCounter | None = None,
+    ) -> None:
         self.config = config
         eos = tuple(eos_token_ids)
         self._planner = StepPlanner(config, eos)
         self._outputs = OutputProcessor(eos)
         self._requests: dict[int, EngineRequest] = {}
         self._keys_by_id: dict[str, dict[int, int]] = {}
-        self._next_key = 0
+        self._keys = keys or KeyCounter()
         self._step = 0
         self._in_flight: deque[int] = deque()
         self._generated_tokens = 0
@@ -107,8 +114,8 @@ class Scheduler:
             raise OverloadedError(
                 f"{len(waiting)} requests are waiting; the limit is {limit}.", "Retry later."
             )
-        choices = make_choices(request, self._next_key, arrival_s, self.config.max_context)
-        self._next_key += len(choices)
+        first_key = self._keys.take(request.params.n)
+        choices = make_choices(request, first_key, arrival_s, self.config.max_context)
         self._keys_by_id[request.request_id] = {choice.index: choice.key for choice in choices}
         self._requests.update((choice.key, choice) for choice in choices)
         waiting.add(choices[0])
@@ -230,17 +237,42 @@ class Scheduler:
         request.num_computed_tokens -= num_rejected
         return num_rejected
 
-    def restart(self) -> None:
-        """New workers know nothing: every request waits again, with the tokens that it has.
+    def restart(self, *, keeps_cache: bool = False) -> None:
+        """The workers have forgotten their rows: every request waits again, with its tokens.
 
         Steps in flight will have no answers. What they sampled was told to nobody and is sampled
         anew, the same.
+
+        Args:
+            keeps_cache: the workers are the same and still hold what answered steps computed.
         """
         self._in_flight.clear()
         for request in self._requests.values():
             request.num_steps_in_flight = 0
             request.num_pending_tokens = request.num_draft_tokens = 0
-        self._planner.restart()
+        self._planner.restart(keeps_cache=keeps_cache)
+
+    def hand_over(self) -> list[list[EngineRequest]]:
+        """Give up every request, with its tokens and nothing else, for another scheduler.
+
+        Returns:
+            Families for `adopt`: a choice and those that wait for it to compute their prompt.
+        """
+        self.restart()
+        families = self._planner.waiting.take_all()
+        for request in self._requests.values():
+            self._planner.speculator.forget(request)
+        self._requests.clear()
+        self._keys_by_id.clear()
+        return families
+
+    def adopt(self, family: list[EngineRequest]) -> None:
+        """Take over choices that another scheduler, with the same keys and limits, has given up."""
+        for choice in family:
+            self._requests[choice.key] = choice
+            self._keys_by_id.setdefault(choice.request_id, {})[choice.index] = choice.key
+        self._planner.waiting.add(family[0])
+        self._planner.waiting.add_forks(family[0], family[1:])
 
     def stats(self) -> ReplicaStats:
         """The load now."""
@@ -266,39 +298,9 @@ class Scheduler:
         Raises:
             InternalError: what is wrong.
         """
-        planner = self._planner
-        planner.kv.check_invariants()
-        if len(planner.running) + len(planner.waiting) != len(self._requests):
-            raise InternalError("A live request neither runs nor waits, or does both.")
-        if not self._requests and planner.kv.num_free_blocks != planner.kv.num_blocks:
-            raise InternalError("Blocks are held although no request is live.")
-        if not len(planner.waiting) and planner.waiting.num_tokens:
-            raise InternalError("Tokens wait although no request does.")
+        check_planner(self._planner, self._requests.values())
         for request in self._requests.values():
-            self._check_request(request)
-
-    def _check_request(self, request: EngineRequest) -> None:
-        kv, num_computed = self._planner.kv, request.num_computed_tokens
-        if not (
-            0
-            <= request.num_answered_tokens
-            <= num_computed
-            <= request.num_tokens + max(request.num_pending_tokens, request.num_draft_tokens)
-        ):
-            raise InternalError(f"The counts of request {request.key} contradict each other.")
-        if not 0 <= request.num_pending_tokens <= request.num_steps_in_flight:
-            raise InternalError(f"Request {request.key} expects tokens of no step.")
-        if request.num_steps_in_flight > len(self._in_flight):
-            raise InternalError(f"Request {request.key} is in a step that is not in flight.")
-        speculation = self.config.speculation
-        num_spare = speculation.num_tokens if speculation is not None else 0
-        num_blocks = len(kv.block_table(request))
-        if not (
-            kv.num_blocks_for(num_computed)
-            <= num_blocks
-            <= kv.num_blocks_for(num_computed + (num_spare if num_computed else 0))
-        ):
-            raise InternalError(f"Request {request.key} holds too many or too few blocks.")
+            check_request(request, self._planner, self.config, len(self._in_flight))
 
     def _conclude(
         self,

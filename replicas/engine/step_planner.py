@@ -93,13 +93,20 @@ class StepPlanner:
         self.speculator.forget(request)
         self._drop_row(request)
 
-    def restart(self) -> None:
-        """The workers are gone, and every block's content with them: all that ran waits again."""
+    def restart(self, *, keeps_cache: bool = False) -> None:
+        """The workers' rows are gone: all that ran waits again.
+
+        Args:
+            keeps_cache: blocks that answered steps have filled are as they were, and found again
+                as prefixes; else every block's content is gone.
+        """
         for request in list(self.running):
             self._preempt(request)
+        self._finished_keys.clear()
+        if keeps_cache:
+            return
         while self._take_back_blocks():
             pass
-        self._finished_keys.clear()
         config = self._config
         self.kv = KvManager(config.num_blocks, config.block_size, config.prefix_caching)
 

@@ -77,12 +77,20 @@ class StepRunner(Generic[PlanT, OutputT]):
         """
         return self.collect() if self.submit() else None
 
-    def restart(self, executor: StepExecutor[PlanT, OutputT]) -> None:
-        """Go on with new workers; steps in flight are forgotten."""
-        self._executor = executor
+    def restart(self, executor: StepExecutor[PlanT, OutputT], *, keeps_cache: bool = False) -> None:
+        """Go on with other workers, or those that are left; steps in flight are forgotten.
+
+        Args:
+            keeps_cache: see `RequestBook.restart`.
+        """
         self._flights.clear()
+        self.use(executor)
+        self._scheduler.restart(keeps_cache=keeps_cache)
+
+    def use(self, executor: StepExecutor[PlanT, OutputT]) -> None:
+        """Go on with another executor; no step is in flight."""
+        self._executor = executor
         self._woke_s = None
-        self._scheduler.restart()
 
     def submit(self) -> bool:
         """Plan the next step and hand it to the workers; False when there is nothing to plan.

@@ -74,8 +74,8 @@ class RequestBook(Protocol):
         """End every choice with the same error."""
         ...
 
-    def restart(self) -> None:
-        """The workers were replaced: everything is computed anew from the tokens there are."""
+    def restart(self, *, keeps_cache: bool = False) -> None:
+        """The workers have forgotten their rows, and unless they keep it their cache too."""
         ...
 
     def stats(self) -> ReplicaStats:

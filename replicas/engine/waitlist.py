@@ -70,6 +70,16 @@ class Waitlist:
             self._drop_weight(fork)
         return forks
 
+    def take_all(self) -> list[list[EngineRequest]]:
+        """Remove and return all choices, each ready one with those that wait for its prompt."""
+        families = []
+        for request in list(self._ready):
+            families.append([request, *self.take_forks(request)])
+            for choice in families[-1][1:]:
+                self._unstarted.pop(choice.key, None)
+            self.remove(request)
+        return families
+
     def remove(self, request: EngineRequest) -> None:
         """Take a choice out, whatever it waits for.
 

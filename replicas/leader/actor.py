@@ -22,7 +22,8 @@ from cluster.base.ids import new_epoch
 from cluster.base.interpreter import settle_for_serving
 from cluster.base.plan import ModelPlan, from_json
 from replicas.api import GenerationDelta, ReplicaStats
-from replicas.leader.engine_parts import AnyExecutor, make_engine
+from replicas.engine.engine_loop import Recovery
+from replicas.leader.engine_parts import make_engine
 from replicas.leader.expert_metrics import ExpertMetrics
 from replicas.leader.load_metrics import LoadMetrics
 from replicas.leader.rank_side import RankEvents, RankSide
@@ -189,18 +190,19 @@ class LeaderReplica:
         else:
             self._die(error)
 
-    def _recover(self, error: PenstockError) -> AnyExecutor | None:
+    def _recover(self, error: PenstockError) -> Recovery | None:
         """Engine thread: the loop waits for other ranks."""
         if not self._plan.scheduler.max_rank_restarts or self._dying:
             return None
         replacing = asyncio.run_coroutine_threadsafe(self._replace(error), self._asyncio_loop)
         return replacing.result()
 
-    async def _replace(self, error: PenstockError) -> AnyExecutor | None:
+    async def _replace(self, error: PenstockError) -> Recovery | None:
         executor = await self._ranks.replace(error)
-        if executor is not None:
-            self._say_ready()
-        return executor
+        if executor is None:
+            return None
+        self._say_ready()
+        return Recovery(executor=executor)
 
     async def _export_metrics(self) -> None:
         while True:

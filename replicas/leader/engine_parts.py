@@ -81,7 +81,7 @@ def make_executor(plan: ModelPlan, link: LeaderLink) -> AnyExecutor:
     """The executor of steps over the ranks at the other end of a link."""
     if plan.experts is None:
         return LinkExecutor(link)
-    return LockstepExecutor(link, dp_size=plan.dp_size, tp_size=plan.tp_size)
+    return LockstepExecutor(link, tp_size=plan.tp_size)
 
 
 def make_balancer(

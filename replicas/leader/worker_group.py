@@ -34,7 +34,8 @@ from replicas.leader.record import WorkerRecord
 from replicas.leader.seating import Seat, seat_ranks
 from replicas.leader.worker_plans import Meetings, worker_plan
 from replicas.worker.actor import WorkerActor
-from replicas.worker.leader_link import LeaderLink, LinkListener
+from replicas.worker.leader_link import LeaderLink
+from replicas.worker.link_listener import LinkListener
 
 _CREATE_TIMEOUT_S = 120.0
 _LOAD_TIMEOUT_S = 3600.0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.base.plan import ModelPlan
+from moe.expert_table import ExpertTable
 from replicas.worker.frames import LinkAddress
 from replicas.worker.plan import ExpertRankPlan, WorkerPlan
 
@@ -28,8 +29,14 @@ class Meetings:
     """Node of each rank of an expert-parallel replica."""
 
 
-def worker_plan(plan: ModelPlan, rank: int, meetings: Meetings) -> WorkerPlan:
-    """What rank `rank` is built from."""
+def worker_plan(
+    plan: ModelPlan, rank: int, meetings: Meetings, joins_with: Sequence[ExpertTable] = ()
+) -> WorkerPlan:
+    """What rank `rank` is built from.
+
+    Args:
+        joins_with: where experts will be, for a rank that takes a lost one's place.
+    """
     store_host, store_port = meetings.tensor_groups[rank // plan.tp_size]
     return WorkerPlan(
         rank=rank,
@@ -52,23 +59,26 @@ def worker_plan(plan: ModelPlan, rank: int, meetings: Meetings) -> WorkerPlan:
         link_port=meetings.link.port,
         link_secret=meetings.secret,
         offload=plan.offload,
-        experts=_expert_place(plan, meetings.peers, meetings.nodes),
+        experts=_expert_place(plan, meetings, joins_with),
     )
 
 
 def _expert_place(
-    plan: ModelPlan, peers: Place | None, nodes: Sequence[str]
+    plan: ModelPlan, meetings: Meetings, joins_with: Sequence[ExpertTable]
 ) -> ExpertRankPlan | None:
-    if plan.experts is None or peers is None:
+    if plan.experts is None or meetings.peers is None:
         return None
     return ExpertRankPlan(
-        node_of_W=tuple(nodes),
-        peers_host=peers[0],
-        peers_port=peers[1],
+        node_of_W=meetings.nodes,
+        peers_host=meetings.peers[0],
+        peers_port=meetings.peers[1],
         max_rows=-(-plan.scheduler.max_step_tokens // plan.tp_size),
         exchange=plan.experts.exchange,
         dispatch=plan.experts.dispatch,
         combine=plan.experts.combine,
         capacity_factor=plan.experts.capacity_factor,
         num_redundant=plan.experts.num_redundant,
+        survives=plan.experts.survives,
+        joins_later=bool(joins_with),
+        tables=tuple(joins_with),
     )

@@ -31,6 +31,14 @@ class FrameKind(enum.IntEnum):
     STOP = 5
     NEARLY_DONE = 6
     """Rank 0 has run the layers of a step and begins to sample; no payload."""
+    HALT = 7
+    """To a rank: leave your groups; plans that you have not run are void. No payload."""
+    HALTED = 8
+    """A rank has; whatever it says from now on is not of the epoch that ended. No payload."""
+    GATHER = 9
+    """To a rank that has halted or was never in a group: who is in the next one, and where."""
+    GATHERED = 10
+    """A rank is in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

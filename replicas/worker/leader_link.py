@@ -6,134 +6,86 @@ rank 0's answer is awaited, so the end of any of them is seen at once, with its 
 
 from __future__ import annotations
 
-import hmac
-import os
+import contextlib
 import select
-import socket
-import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
 from cluster.base.errors import (
     CollectiveTimeoutError,
-    InternalError,
     PenstockError,
     WorkerDiedError,
     error_from_dict,
 )
 from replicas.worker import wire
-from replicas.worker.frames import FrameKind, FrameSocket, LinkAddress
+from replicas.worker.frames import FrameKind, FrameSocket
 
-_ACCEPT_SLICE_S = 0.5
 _ACCOUNT_S = 1.0
 _NAP_S = 100e-6
 _MOST_NAPS = 16
 
 
-class LinkListener:
-    """The leader's end before its workers have joined."""
+class LeaderLink:
+    """The leader's end: plans out to all ranks, results and faults back from any.
+
+    Args:
+        peers: the socket to each rank, ascending.
+        size: ranks of the replica; some may not be there.
+        nodes: node of each of them, where they watch each other.
+    """
 
     def __init__(
-        self,
-        *,
-        size: int,
-        epoch: str,
-        secret: str,
-        host: str | None = None,
-        nodes: Sequence[str] = (),
+        self, peers: Mapping[int, FrameSocket], size: int, nodes: Sequence[str] = ()
     ) -> None:
-        """Listen for `size` workers; on `host` over TCP, or on a private unix socket if None.
-
-        `nodes` names the node of each rank, where the ranks watch each other (expert parallelism).
-        """
+        self._peers = dict(peers)
         self._size = size
-        self._nodes = tuple(nodes)
-        self._epoch = epoch
-        self.secret = secret
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        if host is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="penstock-link-")
-            path = str(Path(self._folder.name) / "leader.sock")
-            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._sock.bind(path)
-            os.chmod(path, 0o600)
-            self.address = LinkAddress(path=path)
-        else:
-            self._sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-            self._sock.bind((host, 0))
-            self.address = LinkAddress(host=host, port=self._sock.getsockname()[1])
-        self._sock.listen(size)
-
-    def accept_all(self, timeout_s: float) -> LeaderLink:
-        """Wait until every rank has said hello, then give the link.
-
-        A connection that does not know the secret or belongs to another epoch is dropped.
-
-        Raises:
-            CollectiveTimeoutError: ranks are missing at the deadline, or when the listener was
-                closed; names them.
-        """
-        deadline_s = time.monotonic() + timeout_s
-        peers: dict[int, FrameSocket] = {}
-        while len(peers) < self._size:
-            connection = self._accept(deadline_s)
-            if connection is None:
-                missing = sorted(set(range(self._size)) - set(peers))
-                for peer in peers.values():
-                    peer.close()
-                raise CollectiveTimeoutError(
-                    f"Worker ranks {missing} did not connect within {timeout_s:.0f} s.",
-                    "See their logs in the Ray dashboard.",
-                )
-            peer = FrameSocket(connection)
-            rank = self._greet(peer)
-            if rank is None or rank in peers:
-                peer.close()
-            else:
-                peers[rank] = peer
-        return LeaderLink([peers[rank] for rank in range(self._size)], self._nodes)
-
-    def close(self) -> None:
-        """Stop listening; an accepted link stays open."""
-        self._sock.close()
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
-
-    def _accept(self, deadline_s: float) -> socket.socket | None:
-        """The next connection; None at the deadline or once the listener is closed."""
-        while (left_s := deadline_s - time.monotonic()) > 0:
-            try:
-                # Closing a socket does not wake who waits on it: look again now and then.
-                self._sock.settimeout(min(left_s, _ACCEPT_SLICE_S))
-                return self._sock.accept()[0]
-            except TimeoutError:
-                continue
-            except OSError:
-                return None
-        return None
-
-    def _greet(self, peer: FrameSocket) -> int | None:
-        try:
-            kind, payload = peer.receive(timeout_s=5.0)
-            hello = wire.decode_hello(payload)
-        except (OSError, InternalError):
-            return None
-        trusted = hmac.compare_digest(hello.secret, self.secret) and hello.epoch == self._epoch
-        return hello.rank if kind is FrameKind.HELLO and trusted else None
-
-
-class LeaderLink:
-    """The leader's end: plans out to all ranks, results and faults back from any."""
-
-    def __init__(self, peers: list[FrameSocket], nodes: Sequence[str] = ()) -> None:
-        self._peers = peers
         self._nodes = nodes
-        self._rank_of = {peer.fileno(): rank for rank, peer in enumerate(peers)}
+        self._rank_of = {peer.fileno(): rank for rank, peer in peers.items()}
         self._poll = select.poll()
-        for peer in peers:
+        for peer in peers.values():
             self._poll.register(peer.fileno(), select.POLLIN)
+        self._first = next(iter(peers.values()))
+        self.suspects: set[int] = set()
+        """Ranks that others have reported gone or stopped."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks at the other ends."""
+        return tuple(self._peers)
+
+    def merged(self, other: LeaderLink) -> LeaderLink:
+        """One link to the ranks of both, which are not to be used any more themselves."""
+        peers = self._peers | other._peers
+        return LeaderLink({rank: peers[rank] for rank in sorted(peers)}, self._size, self._nodes)
+
+    def drop(self, ranks: Iterable[int]) -> None:
+        """Close the sockets of ranks that are lost or let go."""
+        for rank in ranks:
+            peer = self._peers.pop(rank, None)
+            if peer is None:
+                continue
+            del self._rank_of[peer.fileno()]
+            self._forget(peer.fileno())
+            peer.close()
+        self._first = next(iter(self._peers.values()), self._first)
+
+    def send(self, rank: int, kind: FrameKind, payload: bytes, timeout_s: float) -> None:
+        """Send one frame to one rank; raises as `FrameSocket.send`."""
+        self._peers[rank].send(kind, payload, timeout_s)
+
+    def receive(self, timeout_s: float) -> tuple[int, FrameKind | None, bytearray] | None:
+        """The next frame of any rank, with no kind when that rank is gone; None at the deadline."""
+        ready = self._poll.poll(max(0.0, timeout_s) * 1e3)
+        if not ready:
+            return None
+        fd, _ = ready[0]
+        rank = self._rank_of[fd]
+        try:
+            kind, payload = self._peers[rank].receive(timeout_s=1.0)
+        except OSError:
+            self._forget(fd)
+            return rank, None, bytearray()
+        return rank, kind, payload
 
     def send_plan(self, payload: bytes, timeout_s: float) -> None:
         """Send one encoded plan to every rank.
@@ -146,7 +98,7 @@ class LeaderLink:
 
     def send_plans(self, payloads: Sequence[bytes], timeout_s: float) -> None:
         """Send every rank its own encoded plan; raises as `send_plan`."""
-        for rank, (peer, payload) in enumerate(zip(self._peers, payloads, strict=True)):
+        for (rank, peer), payload in zip(self._peers.items(), payloads, strict=True):
             try:
                 peer.send(FrameKind.PLAN, payload, timeout_s)
             except TimeoutError:
@@ -210,9 +162,17 @@ class LeaderLink:
                 if payload is not None:
                     return self._rank_of[fd], payload
 
+    def fault(self, payload: bytearray) -> PenstockError:
+        """The error that a rank reported, with the rank in its cause; notes whom it suspects."""
+        fault = wire.decode_fault(payload)
+        self.suspects |= set(fault.lost)
+        fields = dict(fault.error)
+        fields["cause"] = f"Worker rank {fault.rank}: {fields.get('cause')}"
+        return error_from_dict(fields)
+
     def stop(self) -> None:
         """Ask every rank to leave its loop, then close."""
-        for peer in self._peers:
+        for peer in self._peers.values():
             try:
                 peer.send(FrameKind.STOP, b"", timeout_s=1.0)
             except OSError:
@@ -221,13 +181,13 @@ class LeaderLink:
 
     def close(self) -> None:
         """Close all sockets: the workers see EOF and exit."""
-        for peer in self._peers:
+        for peer in self._peers.values():
             peer.close()
 
     def _has_more_than_a_sign(self) -> bool:
         """Take in rank 0's NEARLY_DONE; whether anything is left to read."""
         try:
-            return not self._peers[0].skip(FrameKind.NEARLY_DONE) or bool(self._poll.poll(0))
+            return not self._first.skip(FrameKind.NEARLY_DONE) or bool(self._poll.poll(0))
         except OSError:
             return True  # a socket that fails is for the reader to explain
 
@@ -237,7 +197,7 @@ class LeaderLink:
         except OSError as error:
             raise self._lost(rank, f" ({error})") from error
         if kind is FrameKind.FAULT:
-            raise _error_of(payload)
+            raise self.fault(payload)
         return payload if kind is FrameKind.RESULT else None
 
     def _last_words(self, rank: int) -> PenstockError:
@@ -246,7 +206,7 @@ class LeaderLink:
             while True:
                 kind, payload = self._peers[rank].receive(timeout_s=0.05)
                 if kind is FrameKind.FAULT:
-                    return _error_of(payload)
+                    return self.fault(payload)
         except OSError:
             return self._lost(rank)
 
@@ -260,27 +220,24 @@ class LeaderLink:
 
     def _account_of(self, lost: int) -> PenstockError | None:
         """The first fault that a peer of a lost rank reports within a moment."""
-        self._poll.unregister(self._peers[lost].fileno())
+        self._forget(self._peers[lost].fileno())
         deadline_s = time.monotonic() + _ACCOUNT_S
         while (left_s := deadline_s - time.monotonic()) > 0:
             for fd, _ in self._poll.poll(left_s * 1e3):
                 try:
                     kind, payload = self._peers[self._rank_of[fd]].receive(timeout_s=0.5)
                 except OSError:
-                    self._poll.unregister(fd)  # gone without a word
+                    self._forget(fd)  # gone without a word
                     continue
                 if kind is FrameKind.FAULT:
-                    return _error_of(payload)
+                    return self.fault(payload)
         return None
 
     def _name(self, rank: int) -> str:
         node = f" (node {self._nodes[rank]})" if self._nodes else ""
-        return f"Worker rank {rank} of {len(self._peers)}{node}"
+        return f"Worker rank {rank} of {self._size}{node}"
 
-
-def _error_of(payload: bytearray) -> PenstockError:
-    """The error a rank reported, with the rank in its cause."""
-    fault = wire.decode_fault(payload)
-    fields = dict(fault.error)
-    fields["cause"] = f"Worker rank {fault.rank}: {fields.get('cause')}"
-    return error_from_dict(fields)
+    def _forget(self, fd: int) -> None:
+        """Poll a socket no more; safe to call twice."""
+        with contextlib.suppress(KeyError):
+            self._poll.unregister(fd)

@@ -22,22 +22,23 @@ class LockstepExecutor:
     """Implements `StepExecutor[LockstepPlan, LockstepOutput]` over a `LeaderLink`.
 
     Args:
-        link: to all ranks, numbered group by group.
-        dp_size: data-parallel groups.
-        tp_size: ranks of each.
+        link: to all ranks there are, numbered group by group; whole groups may be missing.
+        tp_size: ranks of each group.
     """
 
-    def __init__(self, link: LeaderLink, *, dp_size: int, tp_size: int) -> None:
+    def __init__(self, link: LeaderLink, *, tp_size: int) -> None:
         self._link = link
         self._tp_size = tp_size
-        self._answers: list[deque[StepOutput]] = [deque() for _ in range(dp_size)]
+        self._answers: dict[int, deque[StepOutput]] = {
+            rank // tp_size: deque() for rank in link.ranks
+        }
         self._in_flight: deque[int] = deque()
         self._unsent: deque[list[bytes]] = deque()
         self._closed = False
 
     def submit(self, plan: LockstepPlan) -> None:
         """Send every rank its part; see `StepExecutor.submit` for errors."""
-        by_group = [wire.encode(plan.for_group(group)) for group in range(len(plan.plans))]
+        by_group = [wire.encode(plan.for_group(group)) for group in self._answers]
         payloads = [payload for payload in by_group for _ in range(self._tp_size)]
         is_first = not self._in_flight
         fits = max(len(payload) for payload in by_group) <= MAX_BUFFERED_BYTES
@@ -51,7 +52,7 @@ class LockstepExecutor:
     def poll(self, timeout_s: float) -> bool:
         """Whether all groups have answered within `timeout_s`; raises what a rank reports."""
         deadline_s = time.monotonic() + timeout_s
-        while not all(self._answers):
+        while not all(self._answers.values()):
             if not self._link.wait_readable(max(0.0, deadline_s - time.monotonic())):
                 return False
             self._take_answer(deadline_s)
@@ -62,13 +63,13 @@ class LockstepExecutor:
         deadline_s = time.monotonic() + timeout_s
         if len(self._in_flight) > 1 and not self._unsent:
             self._link.nap()  # the ranks have their next step
-        while not all(self._answers):
+        while not all(self._answers.values()):
             self._take_answer(deadline_s)
         expected = self._in_flight.popleft()
         if self._unsent:
             self._link.send_plans(self._unsent.popleft(), SEND_TIMEOUT_S)
-        outputs = tuple(answers.popleft() for answers in self._answers)
-        for group, output in enumerate(outputs):
+        outputs = tuple(answers.popleft() for answers in self._answers.values())
+        for group, output in zip(self._answers, outputs, strict=True):
             if output.step != expected:
                 raise InternalError(
                     f"Group {group} answered step {output.step} instead of {expected}."
@@ -85,7 +86,7 @@ class LockstepExecutor:
         try:
             rank, payload = self._link.receive_from_any(max(0.0, deadline_s - time.monotonic()))
         except CollectiveTimeoutError as error:
-            late = [group for group, answers in enumerate(self._answers) if not answers]
+            late = [group for group, answers in self._answers.items() if not answers]
             raise CollectiveTimeoutError(
                 f"{error.cause} Data-parallel groups without an answer: {late}.", error.remedy
             ) from None

@@ -3,6 +3,7 @@
 The rank belongs to two kinds of groups: its tensor-parallel group, which shares a batch, and all
 ranks of the replica, which share the experts. In every step it enters each mixture layer's
 exchange, with zero rows when its group has nothing to compute; it never decides to stay away.
+When peers are lost it keeps its model, weights and cache and joins the groups of those left.
 """
 
 from __future__ import annotations
@@ -10,19 +11,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from cluster.base.errors import InternalError
-from cluster.dist.communicator import Communicator
-from cluster.dist.expert_peers import ExpertPeers, join_expert_peers
-from cluster.dist.rank_topology import RankTopology
-from cluster.dist.rendezvous import Rendezvous
-from cluster.dist.watched_communicator import WatchedCommunicator
 from moe.exchange.exchanges import Exchanges
+from moe.exchange.link_costs import LinkCosts
 from moe.exchange.wire import Combine, Dispatch, WireFormat
 from moe.expert_table import starting_tables
 from moe.spread_experts import SpreadExperts
@@ -32,80 +28,42 @@ from replicas.models.context import torch_dtype
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.mixture_weights import expert_unit
 from replicas.worker import wire
-from replicas.worker.expert_mover import ExpertMover, ReadExpert
+from replicas.worker.expert_mover import ExpertMover, ReadExpert, expert_name
 from replicas.worker.expert_state import ExpertState
+from replicas.worker.gathering import Gathered, Gathering
+from replicas.worker.lockstep_groups import LockstepGroups
 from replicas.worker.model_runner import ModelRunner
-from replicas.worker.plan import ExpertRankPlan, WorkerPlan
+from replicas.worker.plan import WorkerPlan
 from replicas.worker.scheme_table import SchemeRow, scheme_table
-from replicas.worker.tensor_rank import join_tensor_group
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LockstepGroups:
-    """What a rank has joined."""
+def spread_experts(groups: LockstepGroups, plan: WorkerPlan) -> tuple[SpreadExperts, WireFormat]:
+    """This rank's experts of a checkpoint and, if it is in a group, their exchanges.
 
-    place: ExpertRankPlan
-    topology: RankTopology
-    peers: ExpertPeers
-    communicator: Communicator
-    """Over the tensor-parallel axis; its waits are watched like the exchanges'."""
-
-
-def join_lockstep_groups(plan: WorkerPlan) -> LockstepGroups:
-    """Meet the other ranks; all of them call it."""
-    place = plan.experts
-    if place is None:
-        raise InternalError("This rank has no place in an expert-parallel replica.")
-    topology = RankTopology(place.node_of_W)
-    peers = join_expert_peers(
-        rank=plan.rank,
-        topology=topology,
-        rendezvous=Rendezvous(
-            host=place.peers_host, port=place.peers_port, group=f"ep/{plan.epoch}"
-        ),
-        timeout_s=plan.collective_timeout_s,
-    )
-    communicator = join_tensor_group(plan)
-    if plan.tp_size > 1:
-        communicator = WatchedCommunicator(communicator, peers.watch)
-    return LockstepGroups(place=place, topology=topology, peers=peers, communicator=communicator)
-
-
-def spread_experts(groups: LockstepGroups, model_path: str, dtype: str) -> SpreadExperts:
-    """This rank's experts of a checkpoint and their exchanges; all ranks call it together.
-
-    They lie as all replicas begin, see `starting_tables`.
+    All members of a group call it together. Experts lie as the plan says, or as all replicas begin
+    (see `starting_tables`).
     """
-    arch = arch_from_hf(json.loads((Path(model_path) / "config.json").read_text()))
+    place = groups.place
+    arch = arch_from_hf(json.loads((Path(plan.model_path) / "config.json").read_text()))
     mixtures = {index: layer.moe for index, layer in enumerate(arch.layers) if layer.moe}
-    exchanges = Exchanges(
-        groups.peers,
-        groups.topology,
-        WireFormat(
-            dim=arch.model_dim,
-            dtype=torch_dtype(dtype),
-            top_k=max(moe.gate.top_k for moe in mixtures.values()),
-            dispatch=Dispatch(groups.place.dispatch),
-            combine=Combine(groups.place.combine),
-        ),
+    format = WireFormat(
+        dim=arch.model_dim,
+        dtype=torch_dtype(plan.dtype),
+        top_k=max(moe.gate.top_k for moe in mixtures.values()),
+        dispatch=Dispatch(place.dispatch),
+        combine=Combine(place.combine),
     )
-    tables = starting_tables(
+    tables = place.tables or starting_tables(
         [(index, moe.gate.num_experts) for index, moe in mixtures.items()],
-        groups.topology.num_ranks,
-        groups.place.num_redundant,
+        len(place.node_of_W),
+        place.num_redundant,
     )
-    return SpreadExperts(tables, exchanges, groups.peers.world.rank, groups.place.capacity_factor)
-
-
-def measured_schemes(groups: LockstepGroups, experts: SpreadExperts) -> list[SchemeRow]:
-    """The exchange for every size of step; all ranks call it together.
-
-    Soon after they have met: the measurement has a step's deadline, and loading weights may take
-    one rank far longer than another.
-    """
-    return scheme_table(groups.place.exchange, experts.exchanges, groups.place.max_rows)
+    exchanges = None
+    if not place.joins_later:
+        exchanges = Exchanges(groups.peers, groups.peers.topology, format)
+    return SpreadExperts(tables, exchanges, plan.rank, place.capacity_factor), format
 
 
 class LockstepRank:
@@ -113,35 +71,77 @@ class LockstepRank:
 
     Args:
         experts: the layout that `runner`'s model was built with.
-        schemes: see `measured_schemes`; for the leader.
+        format: of rows on the wire.
+        costs: of the links, as all ranks measured them together; None: not measured.
     """
 
     def __init__(
         self,
         plan: WorkerPlan,
+        groups: LockstepGroups,
         experts: SpreadExperts,
-        schemes: list[SchemeRow],
+        format: WireFormat,
+        costs: LinkCosts | None,
         runner: ModelRunner,
     ) -> None:
         self._rank = plan.rank
         self._group = plan.rank // plan.tp_size
         self._answers = plan.tp_rank == 0
-        self._exchanges = experts.exchanges
-        self._counter = experts.counter
-        self._mover = ExpertMover(experts, _resident(runner), _expert_reader(plan, runner))
+        self._groups = groups
+        self._experts = experts
+        self._format = format
+        self._costs = costs
         self._runner = runner
+        self._weights = _resident(runner)
+        self._read_expert = _expert_reader(plan, runner)
+        self._mover = ExpertMover(experts, self._weights, self._read_expert)
         self._scheme = ""
         self.facts: dict[str, object] = {
-            "schemes": schemes,
+            "schemes": [] if groups.place.joins_later else self._schemes(),
             "experts": [dataclasses.asdict(table) for table in experts.tables],
         }
 
+    def leave(self) -> None:
+        """Leave all groups; what peers wait for from this rank fails at once. May be repeated."""
+        self._groups.leave()
+
+    def gather(self, gathering: Gathering) -> Gathered:
+        """Join the groups of a gathering and hold the experts that it says.
+
+        Experts are given up before others are read, so that the rank never holds more than either
+        placement and the one being read.
+
+        Raises:
+            CollectiveTimeoutError, WorkerDiedError: not all members came; the rank is in no group.
+            PenstockError: an expert could not be read.
+        """
+        self._groups.join(gathering)
+        peers = self._groups.peers
+        exchanges = Exchanges(peers, peers.topology, self._format)
+        member = gathering.members.index(self._rank)
+        num_fetched = sum(
+            self._hold(table.layer, table.logical_by_rank[member]) for table in gathering.tables
+        )
+        self._experts.rejoin(gathering.tables, exchanges, member)
+        # A fetch of the former epoch ends in the former mover, where nobody looks.
+        self._mover = ExpertMover(self._experts, self._weights, self._read_expert)
+        self._scheme = ""
+        if gathering.forgets_rows:
+            self._runner.forget_rows()
+        return Gathered(
+            rank=self._rank,
+            epoch=gathering.epoch,
+            schemes=self._schemes(),
+            num_fetched=num_fetched,
+        )
+
     def expert_state(self) -> ExpertState:
         """What this rank knows of its experts; from any thread, also while a step runs."""
+        counter = self._experts.counter
         return ExpertState(
-            layers=self._counter.layers,
-            rows=self._counter.rows,
-            num_dropped=self._counter.num_dropped,
+            layers=counter.layers,
+            rows=counter.rows,
+            num_dropped=counter.num_dropped,
             announced=self._mover.announced,
             prepared=self._mover.prepared,
             move_failure=self._mover.failure,
@@ -171,8 +171,24 @@ class LockstepRank:
             return
         if self._rank == 0:
             log.info("exchange %s: %s", scheme, reason)
-        self._exchanges.use(scheme)
+        self._experts.exchanges.use(scheme)
         self._scheme = scheme
+
+    def _schemes(self) -> list[SchemeRow]:
+        place = self._groups.place
+        return scheme_table(place.exchange, self._experts.exchanges, place.max_rows, self._costs)
+
+    def _hold(self, layer: int, wanted: Sequence[int]) -> int:
+        """Hold exactly these experts of a layer; how many had to be read."""
+        held = set(self._experts.held(layer))
+        dropped = [expert_name(layer, expert) for expert in sorted(held - set(wanted))]
+        missing = sorted(set(wanted) - held)
+        if dropped:
+            self._weights.exchange({}, dropped)
+        for expert in missing:
+            tensors = self._read_expert(layer, expert)
+            self._weights.exchange({expert_name(layer, expert): tensors}, ())
+        return len(missing)
 
 
 def _resident(runner: ModelRunner) -> ResidentWeights:

@@ -69,12 +69,17 @@ class ModelRunner:
         self._is_output_rank = is_output_rank
         self._clock = clock
         self._sampler = Sampler()
+        self._max_context = max_context
+        self.forget_rows()
+
+    def forget_rows(self) -> None:
+        """Drop all live requests; what is in the cache stays."""
         self._pooling = PoolingStates()
         self._rows = RequestRows(
-            vocab_size=model.arch.vocab_size,
-            max_context=max_context,
-            block_size=block_size,
-            wants_logprobs=is_output_rank,
+            vocab_size=self._model.arch.vocab_size,
+            max_context=self._max_context,
+            block_size=self._block_size,
+            wants_logprobs=self._is_output_rank,
         )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.base.plan import OffloadPlan
+from moe.expert_table import ExpertTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,12 @@ class ExpertRankPlan:
     combine: str
     capacity_factor: float | None = None
     num_redundant: int = 0
+    survives: bool = False
+    """When a peer is lost it waits for its leader to gather those that are left."""
+    joins_later: bool = False
+    """It takes a lost rank's place: the groups work already, and it is called when it is ready."""
+    tables: tuple[ExpertTable, ...] = ()
+    """Where the experts are, by rank; none: as every replica begins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

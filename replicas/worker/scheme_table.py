@@ -8,21 +8,26 @@ from __future__ import annotations
 
 from moe.exchange.choose import choose
 from moe.exchange.exchanges import Exchanges
+from moe.exchange.link_costs import LinkCosts
 
 SchemeRow = tuple[int, str, str]
 """Up to this many rows per rank: the scheme, and why."""
 
 
-def scheme_table(wanted: str, exchanges: Exchanges, max_rows: int) -> list[SchemeRow]:
+def scheme_table(
+    wanted: str, exchanges: Exchanges, max_rows: int, costs: LinkCosts | None
+) -> list[SchemeRow]:
     """The exchange for every number of rows, by powers of two; the same on all ranks.
 
     Args:
-        wanted: a scheme, or `auto`: the links are measured, which all ranks do together.
+        wanted: a scheme, or `auto`: the fastest by `costs`.
         max_rows: most rows that one rank dispatches in a step.
+        costs: of the links; None: not known, and with `auto` there is no table.
     """
     if wanted != "auto":
         return [(max_rows, wanted, "asked for")]
-    costs = exchanges.calibrate()
+    if costs is None:
+        return []
     sizes = [1 << power for power in range((max_rows - 1).bit_length() + 1)]
     table = []
     for rows in sizes:

@@ -16,11 +16,17 @@ _SIGN_WORTH_S = 0.5e-3
 _TAIL_GAIN = 1 / 8
 
 
-def join_tensor_group(plan: WorkerPlan) -> Communicator:
-    """This rank's communicator over its tensor-parallel axis."""
+def join_tensor_group(plan: WorkerPlan, place: Rendezvous | None = None) -> Communicator:
+    """This rank's communicator over its tensor-parallel axis.
+
+    Args:
+        place: where the ranks meet; None: where the plan says.
+    """
     if plan.tp_size == 1:
         return SingleRank()
-    place = Rendezvous(host=plan.store_host, port=plan.store_port, group=f"tp/{plan.epoch}")
+    place = place or Rendezvous(
+        host=plan.store_host, port=plan.store_port, group=f"tp/{plan.epoch}"
+    )
     return TorchCommunicator(
         rank=plan.tp_rank,
         size=plan.tp_size,

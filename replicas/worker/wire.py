@@ -13,6 +13,7 @@ import msgspec
 from cluster.base.errors import InternalError
 from replicas.engine.lockstep import RankStep
 from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
+from replicas.worker.gathering import Gathered, Gathering
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +27,12 @@ class Hello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """A worker's last words: `PenstockError.to_dict()` of the root cause."""
+    """What ended a worker or its group: `PenstockError.to_dict()` of the root cause."""
 
     rank: int
     error: dict[str, str | None]
+    lost: tuple[int, ...] = ()
+    """Ranks that it holds to be gone or stopped."""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -38,9 +41,13 @@ _rank_step_decoder = msgspec.msgpack.Decoder(RankStep)
 _result_decoder = msgspec.msgpack.Decoder(StepOutput)
 _hello_decoder = msgspec.msgpack.Decoder(Hello)
 _fault_decoder = msgspec.msgpack.Decoder(Fault)
+_gathering_decoder = msgspec.msgpack.Decoder(Gathering)
+_gathered_decoder = msgspec.msgpack.Decoder(Gathered)
+
+Message = SchedulerOutput | RankStep | StepOutput | Hello | Fault | Gathering | Gathered
 
 
-def encode(value: SchedulerOutput | RankStep | StepOutput | Hello | Fault) -> bytes:
+def encode(value: Message) -> bytes:
     """Bytes of one link message."""
     return _encoder.encode(value)
 
@@ -87,3 +94,19 @@ def decode_fault(payload: bytes | bytearray | memoryview) -> Fault:
         return _fault_decoder.decode(payload)
     except msgspec.MsgspecError as error:
         raise InternalError(f"A worker's fault report could not be read: {error}.") from error
+
+
+def decode_gathering(payload: bytes | bytearray | memoryview) -> Gathering:
+    """Inverse of `encode` for a gathering; raises InternalError on bad bytes."""
+    try:
+        return _gathering_decoder.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise InternalError(f"A call to gather could not be read: {error}.") from error
+
+
+def decode_gathered(payload: bytes | bytearray | memoryview) -> Gathered:
+    """Inverse of `encode` for the answer to a gathering; raises InternalError on bad bytes."""
+    try:
+        return _gathered_decoder.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise InternalError(f"An answer of a gathering could not be read: {error}.") from error

@@ -2,7 +2,8 @@
 
 No Ray, no scheduler: a plain object made from a `WorkerPlan`. Usable when the constructor
 returns. An exception inside a step is this rank's end: the leader hears the root cause over the
-link and replaces the whole group, because its peers may be waiting in a collective.
+link. But for the loss of a peer, where ranks survive it: then the rank halts and waits for the
+leader to gather those that are left.
 """
 
 from __future__ import annotations
@@ -13,23 +14,25 @@ from collections.abc import Callable
 
 import torch
 
-from cluster.base.errors import InternalError, PenstockError
+from cluster.base.errors import (
+    CollectiveTimeoutError,
+    InternalError,
+    PenstockError,
+    UnavailableError,
+    WorkerDiedError,
+)
 from cluster.dist.communicator import Communicator
+from moe.exchange.link_costs import LinkCosts
 from moe.spread_experts import SpreadExperts
 from replicas.kernels.ops import Kernels
 from replicas.worker import device as devices
+from replicas.worker import wire
 from replicas.worker.assembly import RankSpec, WeightsFactory, build_runner, resident_weights
 from replicas.worker.expert_state import ExpertState
-from replicas.worker.frames import LinkAddress
-from replicas.worker.lockstep_rank import (
-    LockstepGroups,
-    LockstepRank,
-    join_lockstep_groups,
-    measured_schemes,
-    spread_experts,
-)
+from replicas.worker.frames import FrameKind, LinkAddress
+from replicas.worker.lockstep_groups import LockstepGroups, first_gathering
+from replicas.worker.lockstep_rank import LockstepRank, spread_experts
 from replicas.worker.plan import WorkerPlan
-from replicas.worker.scheme_table import SchemeRow
 from replicas.worker.tensor_rank import TensorParallelRank, join_tensor_group
 from replicas.worker.worker_link import WorkerLink
 
@@ -37,6 +40,8 @@ log = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, float], None]
 _CONNECT_TIMEOUT_S = 60.0
+# Longer than a leader takes to gather the ranks that are left, or to give the replica up.
+_HALTED_TIMEOUT_S = 300.0
 
 
 class Worker:
@@ -67,7 +72,9 @@ class Worker:
         device = devices.open_device(plan.device, plan.num_threads)
         self.device = str(device)
         on_progress("joining group", 0.0)
-        groups = join_lockstep_groups(plan) if plan.experts else None
+        groups = LockstepGroups(plan) if plan.experts else None
+        if groups is not None and not groups.place.joins_later:
+            groups.join(first_gathering(plan))
         communicator = groups.communicator if groups else join_tensor_group(plan)
         started_s = self._mark("group", started_s)
         self._rank = self._build(device, communicator, groups, on_progress)
@@ -80,7 +87,10 @@ class Worker:
             timeout_s=_CONNECT_TIMEOUT_S,
         )
         if groups is not None:
-            groups.peers.on_failure(lambda error: self._link.send_fault(error.to_dict()))
+            groups.tell_failures(lambda error, lost: self._link.send_fault(error.to_dict(), lost))
+        # Between two groups: what the leader planned for the one that ended is not run.
+        self._halted = groups is not None and groups.place.joins_later
+        self._patience_s = None if self._halted else _HALTED_TIMEOUT_S
         on_progress("ready", 1.0)
 
     @property
@@ -102,14 +112,11 @@ class Worker:
         """Execute plans in order of arrival until the leader stops or goes.
 
         Raises:
-            PenstockError: a step failed; the leader has been told.
+            PenstockError: a step failed and this rank cannot go on; the leader has been told.
         """
         try:
-            while (payload := self._link.receive_plan()) is not None:
-                answer = self._rank.execute(payload, self._link.send_nearly_done)
-                if answer is not None:
-                    self._link.send_result(answer)
-                self._rank.settle()
+            while (order := self._next_order()) is not None:
+                self._obey(*order)
         except Exception as error:
             fault = _as_fault(error)
             log.exception("rank %d failed", self._plan.rank)
@@ -117,6 +124,57 @@ class Worker:
             raise fault from error
         finally:
             self._link.close()
+
+    def _next_order(self) -> tuple[FrameKind, bytearray] | None:
+        try:
+            return self._link.receive_order(self._patience_s if self._halted else None)
+        except TimeoutError:
+            raise UnavailableError(
+                f"The leader made no new group within {_HALTED_TIMEOUT_S:.0f} s."
+            ) from None
+
+    def _obey(self, kind: FrameKind, payload: bytearray) -> None:
+        if kind is FrameKind.PLAN and not self._halted:
+            self._step(payload)
+        elif kind is FrameKind.HALT:
+            self._halt()
+            self._link.send_halted()
+        elif kind is FrameKind.GATHER:
+            self._gather(payload)
+
+    def _step(self, payload: bytearray) -> None:
+        try:
+            answer = self._rank.execute(payload, self._link.send_nearly_done)
+        except (WorkerDiedError, CollectiveTimeoutError) as error:
+            if not (self._plan.experts and self._plan.experts.survives):
+                raise
+            log.warning("rank %d waits for a new group: %s", self._plan.rank, error)
+            self._halt()
+            self._link.send_fault(error.to_dict())
+            return
+        if answer is not None:
+            self._link.send_result(answer)
+        self._rank.settle()
+
+    def _halt(self) -> None:
+        """Leave all groups: peers that wait for this rank hear of it by that."""
+        self._halted = True
+        if isinstance(self._rank, LockstepRank):
+            self._rank.leave()
+
+    def _gather(self, payload: bytearray) -> None:
+        if not isinstance(self._rank, LockstepRank):
+            raise InternalError("Only ranks of an expert-parallel replica gather anew.")
+        self._halt()
+        try:
+            gathered = self._rank.gather(wire.decode_gathering(payload))
+        except (WorkerDiedError, CollectiveTimeoutError) as error:
+            log.warning("rank %d found no group: %s", self._plan.rank, error)
+            self._halt()
+            self._link.send_fault(error.to_dict())
+            return
+        self._halted, self._patience_s = False, _HALTED_TIMEOUT_S
+        self._link.send_gathered(gathered)
 
     def _mark(self, phase: str, started_s: float) -> float:
         now_s = time.monotonic()
@@ -142,11 +200,14 @@ class Worker:
             kernels="fp8" if plan.quantization == "fp8" else "auto",
         )
         experts: SpreadExperts | None = None
-        schemes: list[SchemeRow] = []
+        costs: LinkCosts | None = None
         if groups is not None:
-            on_progress("measuring links", 0.0)
-            experts = spread_experts(groups, spec.model_path, spec.dtype)
-            schemes = measured_schemes(groups, experts)
+            experts, format = spread_experts(groups, plan)
+            if groups.place.exchange == "auto" and not groups.place.joins_later:
+                on_progress("measuring links", 0.0)
+                # Soon after the ranks have met: it has a step's deadline, and loading weights
+                # may take one rank far longer than another.
+                costs = experts.exchanges.calibrate()
         runner = build_runner(
             spec,
             communicator,
@@ -156,12 +217,12 @@ class Worker:
             self._adapt_kernels,
             expert_layout=experts,
         )
-        if experts is None:
+        if groups is None or experts is None:
             # A device's layers are only launched by then: the sign would come far too early.
             return TensorParallelRank(
                 runner, answers=plan.rank == 0, signs=plan.rank == 0 and plan.device == "cpu"
             )
-        return LockstepRank(plan, experts, schemes, runner)
+        return LockstepRank(plan, groups, experts, format, costs, runner)
 
 
 def _as_fault(error: Exception) -> PenstockError:

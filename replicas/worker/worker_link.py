@@ -9,6 +9,7 @@ import threading
 from cluster.base.errors import WorkerDiedError
 from replicas.worker import wire
 from replicas.worker.frames import FrameKind, FrameSocket, LinkAddress
+from replicas.worker.gathering import Gathered
 
 
 class WorkerLink:
@@ -42,11 +43,32 @@ class WorkerLink:
 
     def receive_plan(self) -> bytearray | None:
         """The next plan's bytes; None when the leader said stop or is gone."""
+        order = self.receive_order(None)
+        return order[1] if order is not None and order[0] is FrameKind.PLAN else None
+
+    def receive_order(self, timeout_s: float | None) -> tuple[FrameKind, bytearray] | None:
+        """The next frame but STOP; None when the leader said that or is gone.
+
+        Raises:
+            TimeoutError: the leader has said nothing for so long.
+        """
         try:
-            kind, payload = self._sock.receive(timeout_s=None)
+            kind, payload = self._sock.receive(timeout_s)
+        except TimeoutError:
+            raise
         except OSError:
             return None
-        return payload if kind is FrameKind.PLAN else None
+        return None if kind is FrameKind.STOP else (kind, payload)
+
+    def send_halted(self) -> None:
+        """Nothing of the epoch that ends follows; raises OSError when the leader is gone."""
+        with self._sending:
+            self._sock.send(FrameKind.HALTED, b"", timeout_s=30.0)
+
+    def send_gathered(self, gathered: Gathered) -> None:
+        """This rank's groups stand; raises OSError when the leader is gone."""
+        with self._sending:
+            self._sock.send(FrameKind.GATHERED, wire.encode(gathered), timeout_s=30.0)
 
     def send_result(self, payload: bytes) -> None:
         """Send an encoded result; raises OSError when the leader is gone."""
@@ -58,9 +80,9 @@ class WorkerLink:
         with self._sending:
             self._sock.send(FrameKind.NEARLY_DONE, b"", timeout_s=30.0)
 
-    def send_fault(self, error: dict[str, str | None]) -> None:
-        """Tell the leader why this rank is about to end; best effort, from any thread."""
-        fault = wire.Fault(rank=self._rank, error=error)
+    def send_fault(self, error: dict[str, str | None], lost: tuple[int, ...] = ()) -> None:
+        """Tell the leader why this rank or its group has ended; best effort, from any thread."""
+        fault = wire.Fault(rank=self._rank, error=error, lost=lost)
         # A leader that is gone will not miss it.
         with contextlib.suppress(OSError), self._sending:
             self._sock.send(FrameKind.FAULT, wire.encode(fault), timeout_s=2.0)

@@ -20,7 +20,7 @@ from replicas.api import (
     ReplicaStats,
     SamplingParams,
 )
-from replicas.engine.engine_loop import EngineLoop, Recover
+from replicas.engine.engine_loop import EngineLoop, Recover, Recovery
 from tests.support.lockstep_ranks import LockstepRanks, model_plan
 
 pytestmark = pytest.mark.dist
@@ -232,7 +232,7 @@ def test_requests_go_on_with_other_ranks_and_get_the_same_tokens():
     def recover(error: PenstockError):
         first.close()
         others.append(LockstepRanks(model_plan(MODEL, dp=2, tp=1), ("a", "b")))
-        return others[0].executor
+        return Recovery(executor=others[0].executor)
 
     try:
         undisturbed = first.engine().generate(

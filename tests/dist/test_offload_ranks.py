@@ -13,7 +13,7 @@ from replicas.api import GenerationRequest, SamplingParams
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.sync_engine import SyncEngine
-from replicas.worker.leader_link import LinkListener
+from replicas.worker.link_listener import LinkListener
 from replicas.worker.link_executor import LinkExecutor
 from replicas.worker.plan import WorkerPlan
 from replicas.worker.worker import Worker

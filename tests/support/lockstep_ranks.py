@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from cluster.base.plan import (
@@ -29,7 +30,7 @@ from replicas.leader.expert_balancer import ExpertBalancer
 from replicas.leader.worker_plans import Meetings, worker_plan
 from replicas.models.hf_config import arch_from_hf
 from replicas.worker.expert_state import ExpertState
-from replicas.worker.leader_link import LinkListener
+from replicas.worker.link_listener import LinkListener
 from replicas.worker.lockstep_executor import LockstepExecutor
 from replicas.worker.plan import WorkerPlan
 from replicas.worker.worker import Worker
@@ -60,6 +61,8 @@ def model_plan(
     capacity_factor: float | None = None,
     num_redundant: int = 0,
     max_moves: int = 0,
+    survives: bool = False,
+    lost_groups: int = 0,
     dtype: str = "float32",
     **limits: int,
 ) -> ModelPlan:
@@ -83,6 +86,8 @@ def model_plan(
             capacity_factor=capacity_factor,
             num_redundant=num_redundant,
             max_moves=max_moves,
+            survives=survives,
+            lost_groups=lost_groups,
         ),
         device="cpu",
         dtype=dtype,
@@ -121,8 +126,11 @@ class LockstepRanks:
         size = plan.num_ranks
         names = tuple(nodes) or ("here",) * size
         # Ranks are forked from a process that has loaded torch and nothing else of this one.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__])
+        self.nodes = names
+        self.processes: dict[int, ForkServerProcess] = {}
+        self._questions: dict[int, Connection] = {}
         listener = LinkListener(size=size, epoch="e", secret="s", host=HOST, nodes=names)
         meetings = Meetings(
             epoch="e",
@@ -132,19 +140,11 @@ class LockstepRanks:
             peers=(HOST, pick_port(HOST)),
             nodes=names,
         )
-        pipes = [context.Pipe() for _ in range(size)]
-        self._questions = [ours for ours, _ in pipes]
-        self.processes = [
-            context.Process(
-                target=run_worker, args=(worker_plan(plan, rank, meetings), theirs), daemon=True
-            )
-            for rank, (_, theirs) in enumerate(pipes)
-        ]
-        for process in self.processes:
-            process.start()
-        link = listener.accept_all(timeout_s=90)
+        for rank in range(size):
+            self.start(worker_plan(plan, rank, meetings))
+        self.link = listener.accept_all(timeout_s=90)
         listener.close()
-        self.executor = LockstepExecutor(link, dp_size=plan.dp_size, tp_size=plan.tp_size)
+        self.executor = LockstepExecutor(self.link, tp_size=plan.tp_size)
         self.balancer = ExpertBalancer(
             self._starting_tables(), names, max_moves=plan.experts.max_moves if plan.experts else 0
         )
@@ -152,8 +152,20 @@ class LockstepRanks:
             scheduler_config(plan),
             plan.dp_size,
             choose_scheme=scheme_chooser([(64, self._scheme, "asked for")], plan.tp_size),
-            expert_orders=self.balancer.orders,
+            expert_orders=lambda: self.balancer.orders(),
+            serving=self.serving,
         )
+
+    def start(self, plan: WorkerPlan) -> None:
+        """Begin a rank's process."""
+        self._questions[plan.rank], theirs = self._context.Pipe()
+        process = self._context.Process(target=run_worker, args=(plan, theirs), daemon=True)
+        self.processes[plan.rank] = process
+        process.start()
+
+    def serving(self) -> Sequence[int]:
+        """Groups that have ranks."""
+        return range(self.plan.dp_size)
 
     def _starting_tables(self) -> tuple[ExpertTable, ...]:
         assert self.plan.experts is not None
@@ -174,9 +186,10 @@ class LockstepRanks:
 
     def expert_states(self) -> list[ExpertState]:
         """What each rank says of its experts."""
-        for pipe in self._questions:
+        pipes = [self._questions[rank] for rank in self.link.ranks]
+        for pipe in pipes:
             pipe.send(True)
-        return [pipe.recv() for pipe in self._questions]
+        return [pipe.recv() for pipe in pipes]
 
     def signal(self, rank: int, signum: int) -> None:
         """Send a signal to one rank."""
@@ -193,7 +206,7 @@ class LockstepRanks:
     def close(self) -> None:
         """End all ranks, stopped ones too."""
         self.executor.close()
-        for rank, process in enumerate(self.processes):
+        for rank, process in self.processes.items():
             if process.is_alive():
                 with contextlib.suppress(ProcessLookupError):
                     self.signal(rank, signal.SIGCONT)

@@ -10,7 +10,7 @@ from simulated_executor import EOS, SimulatedExecutor, config
 
 from cluster.base.errors import PenstockError
 from replicas.api import GenerationDelta, ReplicaStats
-from replicas.engine.engine_loop import EngineLoop
+from replicas.engine.engine_loop import EngineLoop, Recovery
 from replicas.engine.scheduler import Scheduler
 
 
@@ -38,11 +38,11 @@ class Harness:
             clock=lambda: self.now,
         )
 
-    def _recover(self, error: PenstockError) -> SimulatedExecutor | None:
+    def _recover(self, error: PenstockError) -> Recovery | None:
         self.losses.append(error)
         if self.spare_executors:
             self.executor = self.spare_executors.pop()
-            return self.executor
+            return Recovery(executor=self.executor)
         return None
 
     def _hear(self, deltas: list[GenerationDelta], stats: ReplicaStats) -> None:

@@ -38,6 +38,7 @@ class LockstepExecutor:
     """One simulated worker per group; all of them see every step."""
 
     def __init__(self, limits: SchedulerConfig, num_groups: int) -> None:
+        self.limits = limits
         self.groups = [SimulatedExecutor(limits) for _ in range(num_groups)]
         self.submitted: list[LockstepPlan] = []
         self.plans: list[LockstepPlan] = []
@@ -72,10 +73,27 @@ class LockstepExecutor:
             outputs=tuple(
                 StepOutput(step=plan.step)
                 if plan.header.is_idle(index)
-                else group.collect(timeout_s)
-                for index, group in enumerate(self.groups)
+                else self.groups[index].collect(timeout_s)
+                for index in plan.groups
             )
         )
+
+    def lose(self, losing: set[int], num_executed: dict[int, int]) -> None:
+        """Groups end in the middle of steps; the others forget their rows and keep their blocks.
+
+        Args:
+            num_executed: steps in flight that a group still executes, although nobody hears of it.
+        """
+        for index, group in enumerate(self.groups):
+            if index in losing:
+                self.groups[index] = SimulatedExecutor(self.limits)
+                self.groups[index].submitted = group.submitted
+                continue
+            for _ in range(min(num_executed.get(index, 0), len(group.plans))):
+                group.collect(0.0)
+            group.rows.clear()
+            group.plans.clear()
+        self.plans.clear()
 
     def close(self) -> None:
         pass
@@ -117,12 +135,57 @@ class LockstepRun(Run):
         return self.runner.collect()
 
 
-def random_lockstep_run(seed: int, *, speculates: bool = False) -> LockstepRun:
+class ShrinkingRun(LockstepRun):
+    """Now and then groups are lost with steps in flight; later others take their places."""
+
+    def __init__(self, limits: SchedulerConfig, num_groups: int, seed: int, depth: int) -> None:
+        super().__init__(limits, num_groups, seed, depth)
+        self.serving = list(range(num_groups))
+        self.scheduler = LockstepScheduler(
+            limits,
+            num_groups,
+            choose_scheme=scheme_of,
+            eos_token_ids=EOS,
+            serving=lambda: self.serving,
+        )
+        self.engine = SyncEngine(self.scheduler, self.executor)
+        self.runner = StepRunner(self.scheduler, self.executor, step_timeout_s=1.0)
+        self.num_losses = self.num_handed_over = self.num_joined = 0
+
+    def advance(self) -> list[GenerationDelta]:
+        num_groups = len(self.scheduler.groups)
+        if self.num_losses < 6 and self.rng.random() < 0.1:
+            self.lose()
+        elif (
+            not self.runner.num_in_flight
+            and len(self.serving) < num_groups
+            and self.rng.random() < 0.3
+        ):
+            self.serving = list(range(num_groups))
+            self.num_joined += 1
+        return super().advance()
+
+    def lose(self) -> None:
+        losing = set(self.rng.sample(self.serving, self.rng.randrange(len(self.serving))))
+        executed = {index: self.rng.randrange(3) for index in self.serving}
+        self.num_losses += 1
+        self.num_handed_over += sum(self.scheduler.groups[i].num_unfinished for i in losing)
+        self.serving = [index for index in self.serving if index not in losing]
+        self.executor.lose(losing, executed)
+        self.runner.restart(self.executor, keeps_cache=True)
+        self.scheduler.check_invariants()
+
+
+def random_lockstep_run(
+    seed: int, *, speculates: bool = False, kind: type[LockstepRun] = LockstepRun
+) -> LockstepRun:
     rng = random.Random(seed)
     limits = random_limits(rng, speculates=speculates)
-    run = LockstepRun(limits, rng.choice((1, 2, 3, 4)), seed, rng.choice((1, 2, 2)))
-    if rng.random() < 0.2:
-        rng.choice(run.executor.groups).errors_from[rng.randrange(4)] = rng.randrange(1, 12)
+    run = kind(limits, rng.choice((1, 2, 3, 4)), seed, rng.choice((1, 2, 2)))
+    if kind is LockstepRun and rng.random() < 0.2:
+        key, step = rng.randrange(8), rng.randrange(1, 12)
+        for group in run.executor.groups:
+            group.errors_from[key] = step
     abort_rate = rng.choice((0.0, 0.0, 0.05))
     for number in range(rng.randint(1, 12)):
         run.add(random_request(rng, f"r{number}", run.limits.max_context, copies=speculates))
@@ -149,6 +212,41 @@ def test_any_interleaving_over_groups_gives_the_streams_of_one_at_a_time(seed: i
 @given(st.integers(0, 2**32))
 def test_drafts_of_one_group_change_no_stream_of_any(seed: int) -> None:
     random_lockstep_run(seed, speculates=True)
+
+
+@engine_settings(max_examples=150)
+@given(st.integers(0, 2**32), st.booleans())
+def test_groups_that_come_and_go_change_no_stream(seed: int, speculates: bool) -> None:
+    random_lockstep_run(seed, speculates=speculates, kind=ShrinkingRun)
+
+
+def test_many_random_runs_hand_requests_over_and_keep_caches() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(150):
+        run = random_lockstep_run(seed, kind=ShrinkingRun)
+        assert isinstance(run, ShrinkingRun)
+        seen["losses"] += run.num_losses
+        seen["handed over"] += run.num_handed_over
+        seen["joined"] += run.num_joined
+    assert min(seen.values()) > 40, seen
+
+
+def test_survivors_compute_no_full_block_again() -> None:
+    run = ShrinkingRun(config(block_size=4, num_blocks=64, max_context=60), 2, seed=0, depth=1)
+    run.num_losses = 99  # none at random
+    run.add(request("stays", list(range(30)), max_tokens=9, ignore_eos=True))
+    run.add(request("moves", list(range(9, 39)), max_tokens=9, ignore_eos=True))
+    for _ in range(8):
+        run.step()
+    run.serving = [0]
+    run.executor.lose({1}, {})
+    run.runner.restart(run.executor, keeps_cache=True)
+    before = len(run.executor.submitted)
+    run.finish()
+    assert groups_of(run) == []
+    plan = run.executor.submitted[before].plans[0]
+    computed = dict(zip(plan.keys, plan.num_computed_tokens, strict=True))
+    assert computed == {0: 32, 1: 0}
 
 
 def test_many_random_runs_meet_idle_groups_preemption_discards_and_failures() -> None:

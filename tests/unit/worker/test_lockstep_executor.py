@@ -12,7 +12,7 @@ from replicas.api import SamplingParams
 from replicas.engine.lockstep import LockstepPlan, StepHeader
 from replicas.engine.scheduler_output import NewRequest, SchedulerOutput, StepOutput
 from replicas.worker import wire
-from replicas.worker.leader_link import LinkListener
+from replicas.worker.link_listener import LinkListener
 from replicas.worker.lockstep_executor import LockstepExecutor
 from replicas.worker.worker_link import WorkerLink
 
@@ -36,7 +36,7 @@ class Ends:
 
         thread = threading.Thread(target=join)
         thread.start()
-        self.executor = LockstepExecutor(listener.accept_all(timeout_s=5.0), dp_size=DP, tp_size=TP)
+        self.executor = LockstepExecutor(listener.accept_all(timeout_s=5.0), tp_size=TP)
         thread.join()
         listener.close()
 
@@ -74,6 +74,7 @@ def plan_of(step: int, prompt_tokens: int = 3) -> LockstepPlan:
     return LockstepPlan(
         header=StepHeader(step=step, num_tokens=(prompt_tokens, 0), scheme="flat", reason="why"),
         plans=(busy, SchedulerOutput(step=step)),
+        groups=(0, 1),
     )
 
 

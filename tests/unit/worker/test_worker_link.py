@@ -20,8 +20,9 @@ from replicas.engine.scheduler_output import (
     StepOutput,
 )
 from replicas.worker import wire
-from replicas.worker.leader_link import LeaderLink, LinkListener
+from replicas.worker.leader_link import LeaderLink
 from replicas.worker.link_executor import LinkExecutor
+from replicas.worker.link_listener import LinkListener
 from replicas.worker.worker_link import WorkerLink
 
 PLAN = SchedulerOutput(

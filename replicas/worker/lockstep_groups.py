@@ -1,0 +1,122 @@
+"""The groups of one rank of an expert-parallel replica, which it may leave and join anew.
+
+Two kinds: its tensor-parallel group, which shares a batch, and all members of the gathering, which
+share the experts. They end together, and every gathering makes them all again under its own epoch.
+What the model holds on to (the communicator) stays the same object throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cluster.base.errors import InternalError, PenstockError
+from cluster.dist.communicator import Communicator, SingleRank
+from cluster.dist.expert_peers import ExpertPeers, join_expert_peers
+from cluster.dist.rank_topology import RankTopology
+from cluster.dist.rendezvous import Rendezvous
+from cluster.dist.watched_communicator import WatchedCommunicator
+from replicas.worker.gathering import Gathering
+from replicas.worker.plan import ExpertRankPlan, WorkerPlan
+from replicas.worker.tensor_rank import join_tensor_group
+
+TellFailure = Callable[[PenstockError, tuple[int, ...]], None]
+"""What ended the groups, and the ranks that are lost as far as this one knows."""
+_FIRST_JOIN_S = 60.0
+_JOIN_S = 15.0
+"""For ranks that live already: whoever is later than this is not coming."""
+
+
+class LockstepGroups:
+    """What a rank has joined; nothing, at first and between gatherings."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        if plan.experts is None:
+            raise InternalError("This rank has no place in an expert-parallel replica.")
+        self.place: ExpertRankPlan = plan.experts
+        self._plan = plan
+        self._watched: WatchedCommunicator | None = None
+        self.communicator: Communicator = SingleRank()
+        """Over the tensor-parallel axis; its waits are watched like the exchanges'."""
+        if plan.tp_size > 1:
+            self.communicator = self._watched = WatchedCommunicator(plan.tp_rank, plan.tp_size)
+        self._peers: ExpertPeers | None = None
+        self._tell: TellFailure | None = None
+        self._has_met = False
+
+    @property
+    def peers(self) -> ExpertPeers:
+        """Whom the experts are shared with.
+
+        Raises:
+            InternalError: the rank is in no group now.
+        """
+        if self._peers is None:
+            raise InternalError(f"Rank {self._plan.rank} is in no group now.")
+        return self._peers
+
+    def tell_failures(self, tell: TellFailure) -> None:
+        """Call `tell` from another thread when the groups end by a fault, these and later ones."""
+        self._tell = tell
+
+    def join(self, gathering: Gathering) -> None:
+        """Meet the other members; all of them call it.
+
+        Raises:
+            CollectiveTimeoutError, WorkerDiedError: not all members came; the rank is in no group.
+            InternalError: the first member cannot listen where the others look for it.
+        """
+        limit_s = _JOIN_S if self._has_met else _FIRST_JOIN_S
+        topology = RankTopology(gathering.nodes, gathering.members)
+        self._peers = peers = join_expert_peers(
+            rank=gathering.members.index(self._plan.rank),
+            topology=topology,
+            rendezvous=Rendezvous(
+                host=gathering.peers_host,
+                port=gathering.peers_port,
+                group=f"ep/{gathering.epoch}",
+                connect_timeout_s=limit_s,
+            ),
+            timeout_s=self._plan.collective_timeout_s,
+        )
+        peers.on_failure(self._report)
+        if self._watched is not None:
+            place = Rendezvous(
+                host=gathering.tensor_host,
+                port=gathering.tensor_port,
+                group=f"tp/{gathering.epoch}",
+                connect_timeout_s=limit_s,
+            )
+            self._watched.join(join_tensor_group(self._plan, place), peers.watch)
+        self._has_met = True
+
+    def leave(self) -> None:
+        """Close all connections to peers, which ends their waits for this rank; may be repeated."""
+        if self._watched is not None:
+            self._watched.close()
+        peers, self._peers = self._peers, None
+        if peers is not None:
+            peers.close()
+
+    def _report(self, error: PenstockError, lost: tuple[int, ...]) -> None:
+        if self._tell is not None:
+            self._tell(error, lost)
+
+
+def first_gathering(plan: WorkerPlan) -> Gathering:
+    """The one that all ranks of a replica begin with.
+
+    Raises:
+        InternalError: the rank has no place in an expert-parallel replica.
+    """
+    place = plan.experts
+    if place is None:
+        raise InternalError("This rank has no place in an expert-parallel replica.")
+    return Gathering(
+        epoch=plan.epoch,
+        members=tuple(range(len(place.node_of_W))),
+        nodes=place.node_of_W,
+        peers_host=place.peers_host,
+        peers_port=place.peers_port,
+        tensor_host=plan.store_host,
+        tensor_port=plan.store_port,
+    )
