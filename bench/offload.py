@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.memory_cgroup import MemoryCgroup
@@ -27,6 +27,7 @@ from offload.machine_rates import RatesRequest, machine_rates
 from offload.model_shape import model_shape
 from offload.pack_model import pack_model
 from offload.precision import Precision
+from offload.rates import GemmPoint
 from replicas.models.hf_config import arch_from_hf
 
 DEEP = {**SHAPES["dense-1b"], "vocab_size": 8192, "num_hidden_layers": 28}
@@ -136,11 +137,15 @@ def _notes(arguments: argparse.Namespace, setting: Setting) -> list[str]:
         f"against peers ours keeps {RESIDENT_LAYERS} of 28 layers in memory, elsewhere none",
         "its reader alone: the same reader over the whole store, the same requests in flight, "
         "before and after each batch in the same process",
-        f"machine rates: memory {rates.memory_bytes_per_s / 1e9:.1f} GB/s, int8 "
-        f"{rates.int8_weights_per_s / 1e9:.1f} G and int4 {rates.int4_weights_per_s / 1e9:.1f} G "
-        "weights/s beyond native; predictions take the disk as fast as it was in the run",
+        f"machine rates: memory {rates.memory_bytes_per_s / 1e9:.1f} GB/s; weights multiplied with "
+        f"one row, native {_per_s(rates.gemm)}, int8 {_per_s(rates.int8_gemm)}, int4 "
+        f"{_per_s(rates.int4_gemm)} G/s; predictions take the disk as fast as it was in the run",
         f"load average {os.getloadavg()[0]:.1f} at the start of the last part",
     ]
+
+
+def _per_s(points: Sequence[GemmPoint]) -> str:
+    return f"{1e-9 / points[0].seconds_per_weight:.1f}"
 
 
 if __name__ == "__main__":

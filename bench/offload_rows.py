@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from bench.offload_child import BatchResult, ChildResult
 from bench.offload_run import Runner
 from bench.report import Row, Samples, compared, measured, not_measured
-from offload.cost_model import PassLoad, Placement, Rates, pass_time
+from offload.cost_model import PassLoad, Placement, pass_time
 from offload.model_shape import ModelShape
 from offload.precision import Precision
+from offload.rates import Rates
 
 RESIDENT_LAYERS = 6
 """What the limit leaves room for beside ring, engine and Python; against peers, which use the same

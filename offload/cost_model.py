@@ -5,18 +5,19 @@ Everything overlaps, so a pass takes as long as its busiest resource:
     t = max( S_disk / BW_disk, S_link / BW_link, C, KV_link / BW_link, A_host )
 
 S: bytes streamed in a pass after quantisation. C: the device's own work, one thing after another:
-multiplications, dequantisation, attention over the KV cache it holds. tokens/s = batch / t.
-With S / BW the largest term this is ZeRO-Inference's rule: throughput is batch x link / model.
+multiplications with weights as they are stored, attention over the KV cache it holds.
+tokens/s = batch / t; with S / BW the largest term this is ZeRO-Inference's rule: throughput is
+batch x link / model.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offload.model_shape import LayerShape, ModelShape
 from offload.precision import Precision
+from offload.rates import Rates
 
 MAX_BALANCE_TOKENS = 131_072
 """No pass is made larger than this, however slow the link is."""
@@ -44,69 +45,6 @@ class KvHome(enum.StrEnum):
     """In host memory, attention by the host's cores."""
     STREAMED = "streamed"
     """In host memory, brought over the link in every pass."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GemmPoint:
-    """How fast weights are multiplied with so many rows at once."""
-
-    tokens: int
-    flops_per_s: float
-
-    @property
-    def seconds_per_weight(self) -> float:
-        """Time of one weight's 2 x tokens operations."""
-        return 2 * self.tokens / self.flops_per_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
-    """What a machine was measured to do, alone and undisturbed."""
-
-    disk_bytes_per_s: float
-    link_bytes_per_s: float
-    """From host memory into a slot of the device; on a CPU replica a copy in memory."""
-    memory_bytes_per_s: float
-    """Reading the device's own memory."""
-    gemm: tuple[GemmPoint, ...]
-    """By increasing `tokens`, with weights that no cache holds."""
-    int8_weights_per_s: float
-    int4_weights_per_s: float
-    """Dequantised weights on the device."""
-    host_memory_bytes_per_s: float = 0.0
-    """Reading host memory by host cores; 0: not measured."""
-    layer_overhead_s: float = 0.0
-    """What a layer takes beside its matrices: launching, norms, bookkeeping."""
-
-    def gemm_s(self, weights: float, tokens: int) -> float:
-        """Seconds to multiply `weights` weights with `tokens` rows.
-
-        Time per weight is linear between measured points, flat below the first (reading the
-        weight is all it takes) and at the last point's rate above it.
-        """
-        if not tokens:
-            return 0.0
-        return weights * _interpolate(self.gemm, tokens)
-
-    def dequantise_s(self, weights: float, precision: Precision) -> float:
-        """Seconds to bring `weights` weights back to the compute dtype."""
-        if precision is Precision.NATIVE:
-            return 0.0
-        rate = self.int8_weights_per_s if precision is Precision.INT8 else self.int4_weights_per_s
-        return weights / rate
-
-
-def _interpolate(points: Sequence[GemmPoint], tokens: int) -> float:
-    below, *rest = points
-    if tokens <= below.tokens:
-        return below.seconds_per_weight
-    for above in rest:
-        if tokens <= above.tokens:
-            part = (tokens - below.tokens) / (above.tokens - below.tokens)
-            low, high = below.seconds_per_weight, above.seconds_per_weight
-            return low + part * (high - low)
-        below = above
-    return 2 * tokens / below.flops_per_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,12 +200,12 @@ def _compute_s(model: ModelShape, placement: Placement, rates: Rates, load: Pass
 def _layer_s(layer: LayerShape, precision: Precision, rates: Rates, tokens: int) -> float:
     """Products of one layer; of its experts, those that routing hits, each with its rows."""
     weights = layer.base.linear_weights
-    seconds = rates.gemm_s(weights, tokens) + rates.dequantise_s(weights, precision)
+    seconds = rates.gemm_s(weights, tokens, precision)
     if layer.experts:
         hit = distinct_experts(len(layer.experts), layer.top_k, tokens)
         weights = round(hit * layer.experts[0].linear_weights)
         rows = max(1, round(tokens * layer.top_k / hit))
-        seconds += rates.gemm_s(weights, rows) + rates.dequantise_s(weights, precision)
+        seconds += rates.gemm_s(weights, rows, precision)
     return seconds
 
 

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base.errors import ConfigError
-from offload.cost_model import GemmPoint, Rates
+from offload.rates import GemmPoint, Rates
 
 DEADLINE_S = 30.0
 """Measuring takes about 5 s; starting Python and torch on a cold disk can double that."""
-_VERSION = 1
+_VERSION = 2
 """Changes when the probe measures something else."""
+_GEMMS = ("gemm", "int8_gemm", "int4_gemm")
 
 Run = Callable[[Sequence[str], float], str]
 """Runs a command with a timeout in seconds and gives its output."""
@@ -94,10 +95,12 @@ def rates_from_json(data: Mapping[str, Any]) -> Rates:
         TypeError, KeyError: a field is missing or unknown.
         ValueError: a rate is not a positive number.
     """
-    points = tuple(GemmPoint(**point) for point in data["gemm"])
-    rates = Rates(**{**data, "gemm": points})
-    numbers = [value for key, value in data.items() if key not in ("gemm", "layer_overhead_s")]
-    if not points or not all(math.isfinite(number) and number > 0 for number in numbers):
+    points = {name: tuple(GemmPoint(**point) for point in data[name]) for name in _GEMMS}
+    rates = Rates(**{**data, **points})
+    numbers = [value for key, value in data.items() if key not in (*_GEMMS, "layer_overhead_s")]
+    if not all(points.values()) or not all(
+        math.isfinite(number) and number > 0 for number in numbers
+    ):
         raise ValueError(f"not rates: {data}")
     return rates
 

@@ -16,7 +16,6 @@ from offload.cost_model import (
     KvHome,
     PassLoad,
     Placement,
-    Rates,
     Resource,
     balance_tokens,
     pass_time,
@@ -24,6 +23,7 @@ from offload.cost_model import (
 )
 from offload.model_shape import ModelShape
 from offload.precision import Precision
+from offload.rates import Rates
 
 MAX_RESIDENT_CHOICES = 65
 """Deep models are tried with so many numbers of resident layers, evenly spread."""

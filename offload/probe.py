@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 
 from cluster.base.env import default_cache_dir
-from offload.cost_model import GemmPoint, Rates
 from offload.machine_rates import rates_to_json
 from offload.precision import Precision
 from offload.quant_kernels import QuantKernels
+from offload.rates import GemmPoint, Rates
 from offload.readers.choose import OpenEngine, choose_reader, openers
 from offload.readers.choose import measure as measure_reader
 from replicas.kernels.ops import Kernels
@@ -38,7 +38,8 @@ from replicas.worker.device import open_device, synchronize
 FILE_BYTES = 256 << 20
 COPY_BYTES = 64 << 20
 READ_BYTES = 256 << 20
-GEMM_TOKENS = (1, 16, 256)
+GEMM_TOKENS = (1, 16, 64, 256)
+"""Kernels change their way at 16 and at 64 rows."""
 WEIGHT_SHAPE = (4096, 2048)
 NUM_WEIGHTS = 8
 """Together larger than the caches of a core's share, so that weights come from memory."""
@@ -74,18 +75,14 @@ def measure(probe: Probe, disk: Path) -> Rates:
     """
     weights = [torch.full(WEIGHT_SHAPE, 0.01, dtype=probe.dtype) for _ in range(NUM_WEIGHTS)]
     packed = [_on_device(probe.kernels.pack("w.weight", weight), probe) for weight in weights]
-    points = [_gemm(probe, probe.kernels, packed, tokens) for tokens in GEMM_TOKENS]
-    int8, int4 = (
-        _dequantised_per_s(probe, precision, weights, points[0])
-        for precision in (Precision.INT8, Precision.INT4)
-    )
+    points = tuple(_gemm(probe, probe.kernels, packed, tokens) for tokens in GEMM_TOKENS)
     return Rates(
         disk_bytes_per_s=_disk(disk),
         link_bytes_per_s=_link(probe),
         memory_bytes_per_s=_memory(probe, probe.device),
-        gemm=tuple(points),
-        int8_weights_per_s=int8,
-        int4_weights_per_s=int4,
+        gemm=points,
+        int8_gemm=_quantised_gemm(probe, Precision.INT8, weights),
+        int4_gemm=_quantised_gemm(probe, Precision.INT4, weights),
         host_memory_bytes_per_s=_memory(probe, torch.device("cpu")),
         layer_overhead_s=_layer_overhead(probe),
     )
@@ -105,14 +102,12 @@ def _gemm(
     return GemmPoint(tokens=tokens, flops_per_s=flops / seconds)
 
 
-def _dequantised_per_s(
-    probe: Probe, precision: Precision, weights: Sequence[torch.Tensor], native: GemmPoint
-) -> float:
-    """From what a product with one row takes beyond the same one with native weights."""
+def _quantised_gemm(
+    probe: Probe, precision: Precision, weights: Sequence[torch.Tensor]
+) -> tuple[GemmPoint, ...]:
     kernels = QuantKernels(probe.kernels, precision, default_cache_dir() / "kernels")
     packed = [_on_device(kernels.quantise("w.weight", weight), probe) for weight in weights[:4]]
-    both = _gemm(probe, kernels, packed, 1).seconds_per_weight
-    return 1 / max(both - native.seconds_per_weight, both / 100)
+    return tuple(_gemm(probe, kernels, packed, tokens) for tokens in GEMM_TOKENS)
 
 
 def _on_device(tensors: dict[str, torch.Tensor], probe: Probe) -> dict[str, torch.Tensor]:

@@ -1,10 +1,9 @@
-"""Kernels over quantised weights: dequantise a panel, multiply, next panel.
+"""Kernels over quantised weights: bring a panel back, multiply, next panel.
 
 Wraps the kernels that a model was given; everything but `linear` with a quantised weight goes
-straight to them. A panel of dequantised rows stays in the processor's cache until it is used, so a
-quantised weight is never in memory whole in the wide format: the scratch is `PANEL_BYTES` or one
-block, whichever is more. A row's result is the one that the wrapped kernels give for the
-dequantised weight, bit for bit, as their rows do not depend on each other.
+straight to them. With the compiled kernels a panel stays in the processor's cache until it is used,
+so a quantised weight is never in memory whole in the wide format. A row's result is the one that
+the wrapped kernels give for the dequantised weight, bit for bit.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from replicas.kernels.expert_ops import ExpertSet
 from replicas.kernels.ops import HeadShape, HeadTensors, Kernels, MlpNames
 from replicas.kernels.torch_ops import silu_mlp_in_steps
 
-PANEL_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
@@ -45,7 +43,6 @@ _log = logging.getLogger(__name__)
 class PackedRows:
     """The compiled way: blocks of the wrapped kernels' own layout."""
 
-    kernels: CpuKernels
     library: DequantLibrary
     width: int
     """Rows of a block."""
@@ -65,7 +62,6 @@ class QuantKernels:
         self._precision = precision
         self._packed = _packed_rows(base, cache_dir)
         self.name = f"{base.name}+{precision.value}" + ("" if self._packed else " in rows")
-        self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def layout(self, dtype: torch.dtype) -> CodeLayout:
         """How codes of a weight in `dtype` must lie for these kernels."""
@@ -110,53 +106,9 @@ class QuantKernels:
             scales=tensors[name + SCALES],
         )
         if self._packed is not None:
-            return self._packed_linear(self._packed, input_TI, weight, bias_O, wide=wide)
+            return self._packed.library.linear(input_TI, weight, bias_O, wide=wide)
         plain = {name: dequantise(weight, like.dtype)}
         return self.base.linear(input_TI, plain, name, bias_O, wide=wide)
-
-    def _packed_linear(
-        self,
-        packed: PackedRows,
-        input_TI: torch.Tensor,
-        weight: QuantisedWeight,
-        bias_O: torch.Tensor | None,
-        *,
-        wide: bool,
-    ) -> torch.Tensor:
-        dtype, layout = input_TI.dtype, weight.layout
-        out_features, in_features = weight.shape
-        blocks, lines = layout.num_blocks(weight.shape), layout.num_lines(weight.shape)
-        block_bytes = lines * layout.line * dtype.itemsize
-        panel = max(1, PANEL_BYTES // block_bytes)
-        scratch = self._panel(min(panel, blocks) * block_bytes).view(dtype)
-        output_TO = torch.empty(
-            (input_TI.shape[0], out_features), dtype=torch.float32 if wide else dtype
-        )
-        for first in range(0, blocks, panel):
-            count = min(panel, blocks - first)
-            rows = slice(first * layout.width, min(out_features, (first + count) * layout.width))
-            block_range = slice(first, first + count)
-            lines_BLE = scratch[: count * lines * layout.line].view(count, lines, layout.line)
-            packed.library.dequantise(
-                weight.codes[block_range],
-                weight.scales[block_range],
-                lines_BLE,
-                weight.precision,
-                layout,
-            )
-            output_TO[:, rows] = packed.kernels.library.linear(
-                input_TI.contiguous(),
-                lines_BLE,
-                torch.Size((rows.stop - rows.start, in_features)),
-                None if bias_O is None else bias_O[rows],
-                wide=wide,
-            )
-        return output_TO
-
-    def _panel(self, num_bytes: int) -> torch.Tensor:
-        if self._scratch.numel() < num_bytes:
-            self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
-        return self._scratch[:num_bytes]
 
     # Everything else is the wrapped kernels'.
 
@@ -231,8 +183,9 @@ def _packed_rows(base: Kernels, cache_dir: Path) -> PackedRows | None:
     if not torch.equal(base.library.pack(sample).flatten(), layout.arrange(sample).flatten()):
         raise InternalError("The CPU kernels lay weights out in a way the dequantiser cannot.")
     try:
-        library = DequantLibrary(cache_dir)
+        without_tiles = not base.library.isa.startswith("amx")
+        library = DequantLibrary(cache_dir, without_tiles=without_tiles)
     except KernelsUnavailableError as error:
         _log.warning("quantised weights: torch dequantises them, because %s", error)
         return None
-    return PackedRows(kernels=base, library=library, width=layout.width)
+    return PackedRows(library=library, width=layout.width)

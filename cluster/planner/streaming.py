@@ -20,7 +20,6 @@ from cluster.planner.drafts import Draft, redraft
 from cluster.planner.kv_sizing import MIN_AUTO_CONTEXT
 from cluster.planner.memory import blocks_for, sum_text
 from cluster.planner.streaming_choice import Streaming
-from offload.cost_model import Rates
 from offload.machine_rates import RatesRequest, machine_rates
 from offload.model_shape import ModelShape, model_shape
 from offload.policy_search import (
@@ -33,6 +32,7 @@ from offload.policy_search import (
     search,
 )
 from offload.precision import Precision
+from offload.rates import Rates
 
 MEAN_CONTEXT = 1024
 """Tokens that a running request is taken to hold on average, or its longest context if less."""

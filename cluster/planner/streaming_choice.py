@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster.base.plan import OffloadPlan, SpeedPlan, SpeedPoint
-from offload.cost_model import PassLoad, Placement, Rates, pass_time
+from offload.cost_model import PassLoad, Placement, pass_time
 from offload.model_shape import ModelShape
 from offload.policy_search import Budgets, Candidate, Demand, Found
+from offload.rates import Rates
 
 READ_TIMEOUT_S = 30.0
 """A read that has not ended after so long never will."""

@@ -44,6 +44,8 @@ class BuildPlan:
     compiler: str
     march: str = "native"
     sources: Path = SOURCES
+    headers: Path | None = None
+    """A second folder, whose headers the sources include."""
     lock_timeout_s: float = LOCK_TIMEOUT_S
     without_tiles: bool = False
     """Leave matrix tiles (AMX) alone on processors that have them."""
@@ -57,10 +59,15 @@ class BuildPlan:
         less = ["-mno-amx-tile"] if self.without_tiles else []
         return [*FLAGS, f"-march={self.march}", *less, *[f"-link:{flag}" for flag in linked]]
 
+    def files(self) -> list[Path]:
+        """Everything that the library is made of."""
+        headers = [] if self.headers is None else _source_files(self.headers)
+        return [*_source_files(self.sources), *[path for path in headers if path.suffix == ".h"]]
+
     def key(self) -> str:
         """Changes with everything that the machine code depends on."""
         digest = hashlib.sha256()
-        for path in _source_files(self.sources):
+        for path in self.files():
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
         parts = [*self.flags(), _ask(self.compiler, "--version"), platform.machine()]
         if self.march == "native":
@@ -122,6 +129,8 @@ def _compile(plan: BuildPlan, cache_dir: Path, key: str) -> Path:
     flags = plan.flags()
     linked = [flag.removeprefix("-link:") for flag in flags if flag.startswith("-link:")]
     compiled = [flag for flag in flags if not flag.startswith("-link:")]
+    if plan.headers is not None:
+        compiled.append(f"-I{plan.headers}")
     units = [path for path in _source_files(plan.sources) if path.suffix == ".cpp"]
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix="build-") as folder:
         objects = [str(Path(folder, f"{unit.stem}.o")) for unit in units]

@@ -11,8 +11,8 @@ from click.testing import CliRunner, Result
 
 from cluster.base.plan import ClusterPlan, from_json
 from cluster.cli.main import cli
-from offload.cost_model import GemmPoint, Rates
 from offload.layout import read_store
+from offload.rates import GemmPoint, Rates
 
 DEMO = Path(__file__).parents[3] / "examples" / "models" / "demo-dense"
 RATES = Rates(
@@ -20,8 +20,8 @@ RATES = Rates(
     link_bytes_per_s=20e9,
     memory_bytes_per_s=40e9,
     gemm=(GemmPoint(tokens=1, flops_per_s=20e9), GemmPoint(tokens=64, flops_per_s=500e9)),
-    int8_weights_per_s=7e9,
-    int4_weights_per_s=10e9,
+    int8_gemm=(GemmPoint(tokens=1, flops_per_s=8e9), GemmPoint(tokens=64, flops_per_s=400e9)),
+    int4_gemm=(GemmPoint(tokens=1, flops_per_s=9e9), GemmPoint(tokens=64, flops_per_s=400e9)),
 )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from offload.cost_model import GemmPoint, Rates
+from dataclasses import replace
+
 from offload.model_shape import LayerShape, ModelShape, UnitShape
+from offload.rates import GemmPoint, Rates
 
 GB = 10**9
 
@@ -48,12 +50,17 @@ def machine(
     memory: float = 1000 * GB,
     dequant: float = 1e15,
 ) -> Rates:
+    points = tuple(GemmPoint(tokens=tokens, flops_per_s=flops) for tokens in (1, 512))
+    coded = tuple(
+        replace(point, flops_per_s=2 * point.tokens / (point.seconds_per_weight + 1 / dequant))
+        for point in points
+    )
     return Rates(
         disk_bytes_per_s=disk,
         link_bytes_per_s=link,
         memory_bytes_per_s=memory,
-        gemm=(GemmPoint(tokens=1, flops_per_s=flops), GemmPoint(tokens=512, flops_per_s=flops)),
-        int8_weights_per_s=dequant,
-        int4_weights_per_s=dequant,
+        gemm=points,
+        int8_gemm=coded,
+        int4_gemm=coded,
         host_memory_bytes_per_s=100 * GB,
     )

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from offload_shapes import GB, machine, uniform_model
 
 from offload.cost_model import (
-    GemmPoint,
     KvHome,
     PassLoad,
     Placement,
@@ -23,6 +22,7 @@ from offload.cost_model import (
 from offload.layout import aligned
 from offload.model_shape import model_shape
 from offload.precision import Precision
+from offload.rates import GemmPoint
 from replicas.models.hf_config import arch_from_hf
 
 STREAM_ALL = Placement(resident_layers=0, host_layers=40)

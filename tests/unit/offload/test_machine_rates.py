@@ -107,5 +107,6 @@ def test_the_probe_measures_everything_it_reports(
     asked = probe.Probe(device=device, dtype=torch.bfloat16, kernels=kernels)
     rates = probe.measure(asked, tmp_path)
     assert rates_from_json(json.loads(json.dumps(rates_to_json(rates)))) == rates
-    assert [point.tokens for point in rates.gemm] == list(probe.GEMM_TOKENS)
+    for points in (rates.gemm, rates.int8_gemm, rates.int4_gemm):
+        assert [point.tokens for point in points] == list(probe.GEMM_TOKENS)
     assert not list(tmp_path.iterdir())

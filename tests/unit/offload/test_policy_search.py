@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from offload_shapes import GB, machine, uniform_model
 
-from offload.cost_model import PassLoad, Rates, pass_time
+from offload.cost_model import PassLoad, pass_time
 from offload.model_shape import ModelShape
 from offload.policy_search import (
     Budgets,
@@ -20,6 +20,7 @@ from offload.policy_search import (
     search,
 )
 from offload.precision import Precision
+from offload.rates import Rates
 
 MODEL = uniform_model(40, 500_000_000, kv_bytes_per_token=1_000_000)
 """40 GB in 1 GB layers; a request of 1000 tokens takes 1 GB of cache."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,8 +14,11 @@ from offload.dequant_library import DequantLibrary
 from offload.precision import GROUP, Precision
 from offload.quant import ROWS, CodeLayout, dequantise, quantise
 from offload.quant_kernels import QuantKernels
+from replicas.kernels.build import BuildPlan, build_library, find_compiler
 from replicas.kernels.cpu_ops import CpuKernels
+from replicas.kernels.loader import CpuLibrary
 from replicas.kernels.torch_ops import TORCH_KERNELS
+from tests.support.compiled_kernels import threads
 
 QUANTISED = (Precision.INT8, Precision.INT4)
 
@@ -112,13 +117,8 @@ def test_compiled_dequantiser_makes_the_kernels_own_layout(
 @pytest.mark.parametrize("precision", QUANTISED)
 @pytest.mark.parametrize("wide", [False, True])
 def test_linear_equals_that_of_the_dequantised_weight(
-    monkeypatch: pytest.MonkeyPatch,
-    cpu_kernels: CpuKernels,
-    dtype: torch.dtype,
-    precision: Precision,
-    wide: bool,
+    cpu_kernels: CpuKernels, dtype: torch.dtype, precision: Precision, wide: bool
 ) -> None:
-    monkeypatch.setattr("offload.quant_kernels.PANEL_BYTES", 40_000)  # several panels
     for base in (cpu_kernels, TORCH_KERNELS):
         kernels = QuantKernels(base, precision, default_cache_dir() / "kernels")
         weight = noise(150, 130).to(dtype)
@@ -126,10 +126,53 @@ def test_linear_equals_that_of_the_dequantised_weight(
         quantised = quantise(weight, precision, kernels.layout(dtype))
         plain = base.pack("up.weight", dequantise(quantised, dtype))
         bias = noise(1, 150, 1)[0].to(dtype)
-        for rows in (1, 7):
+        for rows in (1, 7, 40, 67):
             x = noise(rows, 130, 2, 1.0).to(dtype)
             ours = kernels.linear(x, tensors, "up.weight", bias, wide=wide)
             assert torch.equal(ours, base.linear(x, plain, "up.weight", bias, wide=wide))
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+@pytest.mark.parametrize("rows", [3, 300])
+def test_panels_of_a_large_weight_on_two_threads(
+    cpu_kernels: CpuKernels, precision: Precision, rows: int
+) -> None:
+    kernels = QuantKernels(cpu_kernels, precision, default_cache_dir() / "kernels")
+    weight = noise(1000, 1024).bfloat16()
+    quantised = quantise(weight, precision, kernels.layout(torch.bfloat16))
+    plain = cpu_kernels.pack("up.weight", dequantise(quantised, torch.bfloat16))
+    x = noise(rows, 1024, 2, 1.0).bfloat16()
+    with threads(2):
+        ours = kernels.linear(x, kernels.quantise("up.weight", weight), "up.weight")
+        assert torch.equal(ours, cpu_kernels.linear(x, plain, "up.weight"))
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+@pytest.mark.parametrize("scale", [1e-41, 1e-38, 1e-36, 1e-28, 1e30])
+def test_numbers_at_the_ends_of_bf16_are_rounded_alike(
+    library: DequantLibrary, cpu_kernels: CpuKernels, precision: Precision, scale: float
+) -> None:
+    """The processor's own conversion takes subnormal numbers for zero; torch does not."""
+    layout = CodeLayout(width=cpu_kernels.library.width, depth=2)
+    quantised = quantise(noise(32, 128, 3, scale), precision, layout)
+    out = torch.empty((32 // layout.width, 64, layout.line), dtype=torch.bfloat16)
+    library.dequantise(quantised.codes, quantised.scales, out, precision, layout)
+    plain = layout.arrange(dequantise(quantised, torch.bfloat16))
+    assert torch.equal(out.view(torch.int16), plain.view(torch.int16))
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_products_without_matrix_tiles(rows: int) -> None:
+    """On a processor that has tiles: with kernels that were built without."""
+    plan = BuildPlan(compiler=find_compiler(), without_tiles=platform.machine() == "x86_64")
+    base = CpuKernels(CpuLibrary(build_library(plan, default_cache_dir() / "kernels")))
+    kernels = QuantKernels(base, Precision.INT4, default_cache_dir() / "kernels")
+    weight = noise(70, 130).bfloat16()
+    quantised = quantise(weight, Precision.INT4, kernels.layout(torch.bfloat16))
+    plain = base.pack("up.weight", dequantise(quantised, torch.bfloat16))
+    x = noise(rows, 130, 2, 1.0).bfloat16()
+    ours = kernels.linear(x, kernels.quantise("up.weight", weight), "up.weight")
+    assert torch.equal(ours, base.linear(x, plain, "up.weight"))
 
 
 def test_a_width_that_the_layout_cannot_hold_stays_native(cpu_kernels: CpuKernels) -> None:

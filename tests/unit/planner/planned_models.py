@@ -13,8 +13,8 @@ from cluster.base.plan import ClusterPlan
 from cluster.base.spec import ClusterSpec
 from cluster.dist.topology import Device, Node, Topology
 from cluster.planner.planner import make_plan
-from offload.cost_model import GemmPoint, Rates
 from offload.machine_rates import RatesRequest
+from offload.rates import GemmPoint, Rates
 
 GIB = 2**30
 
@@ -48,8 +48,8 @@ def rates_for_tests(request: RatesRequest) -> Rates:
         link_bytes_per_s=20e9,
         memory_bytes_per_s=40e9,
         gemm=(GemmPoint(tokens=1, flops_per_s=20e9), GemmPoint(tokens=64, flops_per_s=500e9)),
-        int8_weights_per_s=7e9,
-        int4_weights_per_s=10e9,
+        int8_gemm=(GemmPoint(tokens=1, flops_per_s=8e9), GemmPoint(tokens=64, flops_per_s=400e9)),
+        int4_gemm=(GemmPoint(tokens=1, flops_per_s=9e9), GemmPoint(tokens=64, flops_per_s=400e9)),
         host_memory_bytes_per_s=40e9,
     )
 

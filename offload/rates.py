@@ -1,0 +1,69 @@
+"""What a machine was measured to do: bytes and operations per second. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from offload.precision import Precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmPoint:
+    """How fast weights are multiplied with so many rows at once."""
+
+    tokens: int
+    flops_per_s: float
+
+    @property
+    def seconds_per_weight(self) -> float:
+        """Time of one weight's 2 x tokens operations."""
+        return 2 * self.tokens / self.flops_per_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What a machine was measured to do, alone and undisturbed."""
+
+    disk_bytes_per_s: float
+    link_bytes_per_s: float
+    """From host memory into a slot of the device; on a CPU replica a copy in memory."""
+    memory_bytes_per_s: float
+    """Reading the device's own memory."""
+    gemm: tuple[GemmPoint, ...]
+    """By increasing `tokens`, with weights that no cache holds."""
+    int8_gemm: tuple[GemmPoint, ...]
+    int4_gemm: tuple[GemmPoint, ...]
+    """The same with quantised weights, which the device brings back on the way."""
+    host_memory_bytes_per_s: float = 0.0
+    """Reading host memory by host cores; 0: not measured."""
+    layer_overhead_s: float = 0.0
+    """What a layer takes beside its matrices: launching, norms, bookkeeping."""
+
+    def gemm_s(self, weights: float, tokens: int, precision: Precision = Precision.NATIVE) -> float:
+        """Seconds to multiply `weights` weights of a format with `tokens` rows.
+
+        Time per weight is linear between measured points, flat below the first (reading the
+        weight is all it takes) and at the last point's rate above it.
+        """
+        if not tokens:
+            return 0.0
+        points = {
+            Precision.NATIVE: self.gemm,
+            Precision.INT8: self.int8_gemm,
+            Precision.INT4: self.int4_gemm,
+        }
+        return weights * _interpolate(points[precision], tokens)
+
+
+def _interpolate(points: Sequence[GemmPoint], tokens: int) -> float:
+    below, *rest = points
+    if tokens <= below.tokens:
+        return below.seconds_per_weight
+    for above in rest:
+        if tokens <= above.tokens:
+            part = (tokens - below.tokens) / (above.tokens - below.tokens)
+            low, high = below.seconds_per_weight, above.seconds_per_weight
+            return low + part * (high - low)
+        below = above
+    return 2 * tokens / below.flops_per_s
