@@ -1,10 +1,11 @@
 """The cost of the cluster: gateway, leader and link against the bare engine in the same run.
 
-    python -m bench.cluster [--repeats 3] [--model demo-dense]
+    python -m bench.cluster [--repeats 3] [--model demo-dense] [--streams 1 8]
 
 Bare engine and cluster alternate (A B A B) on the same prompts, one compute thread each, so that a
 drifting machine hits both; the load generator is a process of its own. Also CPU time per streamed
-token of gateway and leader, and the ledger of a warm start-up.
+token of gateway and leader, and the ledger of a warm start-up. With `--streams` only the comparison
+of these loads, which is printed and not written.
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.bare_engine import BareEngine
 from bench.load import Load, LoadResult, drive
-from bench.report import Row, Samples, compared, measured, write_report
+from bench.report import Row, Samples, compared, format_table, measured, write_report
 from bench.running_cluster import ClusterSpec, RunningCluster, cpu_seconds
 from cluster.base.plan import ModelPlan, from_json
 
 MODELS = Path(__file__).parents[1] / "examples" / "models"
 CONCURRENCIES = (1, 8, 32)
 CPU_STREAMS = 64
+MIN_REQUESTS = 32
 PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 64
 THINK_S = 0.02
@@ -38,18 +40,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", default="demo-dense")
+    parser.add_argument("--streams", type=int, nargs="+", help="only these loads; writes nothing")
     arguments = parser.parse_args()
     spec = ClusterSpec(model=arguments.model, path=MODELS / arguments.model)
+    if arguments.streams:
+        with RunningCluster(spec) as cluster:
+            rows = comparisons(cluster, arguments.streams, arguments.repeats)
+        print(format_table(rows))
+        return
     print("starting once to warm the file cache ...", flush=True)
     with RunningCluster(spec):
         pass
     with RunningCluster(spec) as cluster:
-        plan = from_json(ModelPlan, cluster.plan())
         rows = list(start_rows(cluster))
-        bare = BareEngine(plan)
-        for concurrency in CONCURRENCIES:
-            rows += compare(cluster, bare, plan, concurrency, arguments.repeats)
-        rows += cpu_rows(cluster, plan, arguments.repeats)
+        rows += comparisons(cluster, CONCURRENCIES, arguments.repeats)
+        rows += cpu_rows(cluster, arguments.repeats)
     write_report(
         "cluster",
         rows,
@@ -105,6 +110,16 @@ class Pairs:
         return measured(self.case, "TTFT p50 added (aim <= 5)", "ms", Samples(values=added))
 
 
+def comparisons(cluster: RunningCluster, streams: Sequence[int], repeats: int) -> list[Row]:
+    """`compare` at several loads."""
+    plan = from_json(ModelPlan, cluster.plan())
+    bare = BareEngine(plan)
+    rows: list[Row] = []
+    for concurrency in streams:
+        rows += compare(cluster, bare, plan, concurrency, repeats)
+    return rows
+
+
 def compare(
     cluster: RunningCluster, bare: BareEngine, plan: ModelPlan, concurrency: int, repeats: int
 ) -> list[Row]:
@@ -131,8 +146,9 @@ def compare(
     ]
 
 
-def cpu_rows(cluster: RunningCluster, plan: ModelPlan, repeats: int) -> list[Row]:
+def cpu_rows(cluster: RunningCluster, repeats: int) -> list[Row]:
     """CPU microseconds per streamed token of gateway and leader, idle share taken off."""
+    plan = from_json(ModelPlan, cluster.plan())
     pids = cluster.pids()
     samples: dict[str, list[float]] = {"gateway": [], "leader": []}
     for repeat in range(repeats):
@@ -162,7 +178,7 @@ def _load(cluster: RunningCluster, plan: ModelPlan, concurrency: int, seed: int)
         target=cluster.target,
         model=plan.name,
         concurrency=concurrency,
-        num_requests=max(12, 4 * concurrency),
+        num_requests=max(MIN_REQUESTS, 4 * concurrency),
         prompt_tokens=PROMPT_TOKENS,
         max_tokens=OUTPUT_TOKENS,
         vocab_size=plan.vocab_size,

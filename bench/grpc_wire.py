@@ -39,7 +39,7 @@ class StreamingClient(asyncio.Protocol):
         self._next_id = 1
         self._unread = b""
         self._window = _DEFAULT_WINDOW
-        self._unsent: deque[tuple[int, bytes]] = deque()
+        self._unsent: deque[tuple[int, str, bytes]] = deque()
 
     @classmethod
     async def connect(cls, target: str) -> StreamingClient:
@@ -59,9 +59,8 @@ class StreamingClient(asyncio.Protocol):
         ended: asyncio.Future[list[Arrival]] = asyncio.get_running_loop().create_future()
         self._calls[stream] = ended
         self._arrivals[stream], self._partial[stream] = [], b""
-        self._write(_frame(_HEADERS, _END_HEADERS, stream, _headers(path, self._authority)))
-        self._unsent.append((stream, struct.pack(">BI", 0, len(request)) + request))
-        self._send_bodies()
+        self._unsent.append((stream, path, struct.pack(">BI", 0, len(request)) + request))
+        self._send_calls()
         return await ended
 
     def close(self) -> None:
@@ -106,7 +105,7 @@ class StreamingClient(asyncio.Protocol):
             self._write(_frame(_PING, _ACK, 0, payload))
         elif kind == _WINDOW_UPDATE and stream == 0:
             self._window += int.from_bytes(payload, "big")
-            self._send_bodies()
+            self._send_calls()
         elif kind in (_RST_STREAM, _GOAWAY):
             self._fail(f"the server ended stream {stream}: {payload!r}")
 
@@ -136,15 +135,18 @@ class StreamingClient(asyncio.Protocol):
             raise ConnectionError("there is no connection yet")
         self._transport.write(data)
 
-    def _send_bodies(self) -> None:
-        while self._unsent and len(self._unsent[0][1]) <= self._window:
-            stream, body = self._unsent.popleft()
+    def _send_calls(self) -> None:
+        """Send each call that the window takes in one write, as gRPC's own clients do."""
+        while self._unsent and len(self._unsent[0][2]) <= self._window:
+            stream, path, body = self._unsent.popleft()
             self._window -= len(body)
+            data = _frame(_HEADERS, _END_HEADERS, stream, _headers(path, self._authority))
             # No frame is longer than what every server takes before its settings are known.
             for at in range(0, len(body), _MAX_FRAME):
                 is_last = at + _MAX_FRAME >= len(body)
                 part = body[at : at + _MAX_FRAME]
-                self._write(_frame(_DATA, _END_STREAM if is_last else 0, stream, part))
+                data += _frame(_DATA, _END_STREAM if is_last else 0, stream, part)
+            self._write(data)
 
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:

@@ -4,7 +4,9 @@
 (seeded random token ids of one length), EOS is ignored, so each request yields exactly `max_tokens`
 tokens. Clients begin `stagger_s` apart and pause `think_s` on average between requests: a herd that
 starts at once stays one, and arrivals must not know when a step ends. Times are taken at the
-client. Bare parsers of both wires, because the client's own CPU is part of the load.
+client, from the moment a request was due: neither what the client is late by nor what it does with
+an answer makes its pause longer. Bare parsers of both wires, because the client's own CPU is part
+of the load.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import asyncio
 import dataclasses
 import json
 import random
+import selectors
 import subprocess
 import sys
 import time
@@ -50,7 +53,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestTrace:
-    """One request as its client saw it, seconds."""
+    """One request as its client saw it, seconds since it was due."""
 
     ttft_s: float
     e2e_s: float
@@ -67,6 +70,7 @@ class LoadResult:
     """All requests of one run."""
 
     wall_s: float
+    """To the end of the last answer; no pause follows it."""
     requests: tuple[RequestTrace, ...]
 
     @property
@@ -91,26 +95,32 @@ def think_times(load: Load, client: int) -> Iterator[float]:
         yield pauses.uniform(0.0, 2 * load.think_s)
 
 
-Send = Callable[[list[int]], Awaitable[RequestTrace]]
+Send = Callable[[list[int], float], Awaitable[RequestTrace]]
+"""Sends a prompt that was due at some time (`time.perf_counter`)."""
 
 
 async def run(load: Load) -> LoadResult:
     """Send the load and wait for every answer."""
     waiting = list(reversed(prompts(load)))
     traces: list[RequestTrace] = []
+    started_s = ended_s = 0.0
     async with _sender(load) as send:
 
         async def client(index: int) -> None:
+            nonlocal ended_s
             pauses = think_times(load, index)
-            await asyncio.sleep(index * load.stagger_s)
+            due_s = started_s + index * load.stagger_s
             while waiting:
-                traces.append(await send(waiting.pop()))
-                await asyncio.sleep(next(pauses))
+                await asyncio.sleep(due_s - time.perf_counter())
+                if waiting:
+                    traces.append(await send(waiting.pop(), due_s))
+                    answered_s = due_s + traces[-1].e2e_s
+                    ended_s = max(ended_s, answered_s)
+                    due_s = answered_s + next(pauses)
 
         started_s = time.perf_counter()
         await asyncio.gather(*(client(index) for index in range(load.concurrency)))
-        wall_s = time.perf_counter() - started_s
-    return LoadResult(wall_s=wall_s, requests=tuple(traces))
+    return LoadResult(wall_s=ended_s - started_s, requests=tuple(traces))
 
 
 def drive(load: Load) -> LoadResult:
@@ -138,7 +148,7 @@ async def _sender(load: Load) -> AsyncIterator[Send]:
         client.close()
 
 
-async def _over_http(load: Load, prompt: list[int]) -> RequestTrace:
+async def _over_http(load: Load, prompt: list[int], due_s: float) -> RequestTrace:
     body = {
         "model": load.model,
         "prompt": prompt,
@@ -148,17 +158,17 @@ async def _over_http(load: Load, prompt: list[int]) -> RequestTrace:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    started_s = time.perf_counter()
     answer = await stream_completion(load.target, body)
-    return _checked(load, answer.num_tokens, (started_s, answer.first_s, answer.ended_s))
+    return _checked(load, answer.num_tokens, (due_s, answer.first_s, answer.ended_s))
 
 
-async def _over_grpc(client: StreamingClient, load: Load, prompt: list[int]) -> RequestTrace:
+async def _over_grpc(
+    client: StreamingClient, load: Load, prompt: list[int], due_s: float
+) -> RequestTrace:
     sampling = pb.SamplingOptions(temperature=0, max_tokens=load.max_tokens, ignore_eos=True)
     request = pb.GenerateRequest(
         model=load.model, token_ids=pb.TokenIds(ids=prompt), sampling=sampling
     ).SerializeToString()
-    started_s = time.perf_counter()
     arrivals = await client.call(_GENERATE, request)
     ended_s = time.perf_counter()
     first_s = 0.0
@@ -168,16 +178,19 @@ async def _over_grpc(client: StreamingClient, load: Load, prompt: list[int]) -> 
         if not num_tokens and piece.token_ids:
             first_s = arrived_s
         num_tokens += len(piece.token_ids)
-    return _checked(load, num_tokens, (started_s, first_s, ended_s))
+    return _checked(load, num_tokens, (due_s, first_s, ended_s))
 
 
 def _checked(load: Load, num_tokens: int, times_s: tuple[float, float, float]) -> RequestTrace:
-    started_s, first_s, ended_s = times_s
+    due_s, first_s, ended_s = times_s
     if num_tokens != load.max_tokens:
         raise RuntimeError(f"asked for {load.max_tokens} tokens, got {num_tokens}")
-    return RequestTrace(
-        ttft_s=first_s - started_s, e2e_s=ended_s - started_s, num_tokens=num_tokens
-    )
+    return RequestTrace(ttft_s=first_s - due_s, e2e_s=ended_s - due_s, num_tokens=num_tokens)
+
+
+def _punctual_loop() -> asyncio.AbstractEventLoop:
+    """A loop whose timers keep microseconds; epoll would round each pause up to milliseconds."""
+    return asyncio.SelectorEventLoop(selectors.SelectSelector())
 
 
 def main() -> None:
@@ -186,7 +199,9 @@ def main() -> None:
     for field in dataclasses.fields(Load):
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, type=_TYPES[str(field.type)], required=True)
-    result = asyncio.run(run(Load(**vars(parser.parse_args()))))
+    load = Load(**vars(parser.parse_args()))
+    with asyncio.Runner(loop_factory=_punctual_loop) as runner:
+        result = runner.run(run(load))
     json.dump(dataclasses.asdict(result), sys.stdout)
 
 
