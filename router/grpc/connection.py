@@ -26,6 +26,7 @@ from hyperframe.frame import GoAwayFrame
 from router.grpc import call_framing as framing
 from router.grpc.call import ServerCall
 from router.grpc.call_framing import CallError, Header, MessageReader
+from router.grpc.header_block import LiteralEncoder
 from router.grpc.method_table import MethodTable
 from router.grpc.peer_conduct import ConnectionLimits, PeerConduct
 
@@ -55,6 +56,7 @@ class GrpcConnection(asyncio.Protocol):
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._h2 = H2Connection(config=_CONFIG)
+        self._h2.encoder = LiteralEncoder()
         self._transport: asyncio.Transport | None = None
         self._calls: dict[int, ServerCall] = {}
         self._last_stream_id = 0
