@@ -19,11 +19,12 @@ from cluster.base.interpreter import settle_for_serving
 from cluster.base.plan import ClusterPlan, from_json
 from replicas.leader.record import ReplicaRecord
 from router.directory import ReplicaDirectory
-from router.gateway_metrics import GatewayMetrics, MeasuredHandler
+from router.gateway_metrics import GatewayMetrics
 from router.grpc.server import GrpcFront
 from router.handler import GatewayHandler, GatewayIdentity
 from router.http.app import build_http_app
 from router.http.server import bind_http, serve_http
+from router.measured_handler import MeasuredHandler
 from router.policies.prefix_affinity import PrefixAffinity
 from router.replica_stream import HopSettings
 from router.served_model import serve_models

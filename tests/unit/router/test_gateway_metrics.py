@@ -6,7 +6,8 @@ from cluster.base.errors import InvalidRequestError, OverloadedError
 from cluster.base.metrics import METRICS, MetricSource
 from replicas.api import FinishReason
 from router.api import Generation, GenerationInput, ModelInfo, Piece, Usage
-from router.gateway_metrics import GatewayMetrics, MeasuredHandler
+from router.gateway_metrics import GatewayMetrics
+from router.measured_handler import MeasuredHandler
 
 
 class Clock:
