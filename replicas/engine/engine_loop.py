@@ -25,6 +25,7 @@ from cluster.base.errors import (
     WorkerDiedError,
 )
 from replicas.api import GenerationDelta, GenerationRequest, ReplicaStats
+from replicas.engine.doorbell import Doorbell
 from replicas.engine.executor import StepExecutor
 from replicas.engine.faults import as_penstock_error
 from replicas.engine.inbox import Abort, Add, Inbox
@@ -103,7 +104,7 @@ class EngineLoop:
         self._inbox = Inbox(clock)
         self._widen: Callable[[], StepExecutor[Any, Any]] | None = None
         self._stopping = False
-        self._wake = threading.Event()
+        self._wake = Doorbell()
         self._drained = threading.Event()
         self._ended = threading.Event()
         self._health = LoopHealth()
@@ -138,7 +139,7 @@ class EngineLoop:
             PenstockError: the loop drains, has stopped, or has failed (then: why).
         """
         self._inbox.add(request)
-        self._wake.set()
+        self._wake.ring()
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End one choice or all of them before the next plan; an unknown id is ignored.
@@ -146,12 +147,12 @@ class EngineLoop:
         What steps in flight compute for it, at most one token, is discarded.
         """
         self._inbox.abort(request_id, index)
-        self._wake.set()
+        self._wake.ring()
 
     def lose_workers(self, error: PenstockError) -> None:
         """Somebody has seen that a worker is gone; the loop may be asleep. Thread-safe."""
         self._lost = error
-        self._wake.set()
+        self._wake.ring()
 
     def widen(self, change: Callable[[], StepExecutor[Any, Any]]) -> None:
         """Call `change` from the loop while no step is in flight, and go on with what it returns.
@@ -160,7 +161,7 @@ class EngineLoop:
         raised by a step. Thread-safe; of two calls before the next step the later one counts.
         """
         self._widen = change
-        self._wake.set()
+        self._wake.ring()
 
     def drain(self) -> None:
         """Take no new requests, finish those there are; see `wait_drained`."""
@@ -174,7 +175,7 @@ class EngineLoop:
         """End every request with an error, then the loop; False if it did not end in time."""
         self._refuse_with(UnavailableError("The replica is shutting down.", "Retry later."))
         self._stopping = True
-        self._wake.set()
+        self._wake.ring()
         if self._thread is None:
             self.run_once()
         elif self._thread is not threading.current_thread():
@@ -325,7 +326,7 @@ class EngineLoop:
 
     def _refuse_with(self, error: PenstockError) -> None:
         self._inbox.refuse(error)
-        self._wake.set()
+        self._wake.ring()
 
     def _note_health(
         self,

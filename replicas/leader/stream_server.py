@@ -16,21 +16,21 @@ import logging
 import socket
 import threading
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from typing import Protocol
 
 from cluster.base.errors import InternalError, PenstockError, UnavailableError
 from replicas.api import FinishReason, GenerationDelta, GenerationRequest, ReplicaStats
+from replicas.leader.gateway_ear import GatewayEar
 from replicas.leader.gateway_link import GatewayLink
 from replicas.leader.request_routes import RequestRoutes
 from replicas.leader.stream_codec import (
     HOP_VERSION,
     Cancel,
     Delta,
-    FrameReader,
     Hello,
     Submit,
     ToReplica,
-    decode_to_replica,
     delta_to_wire,
 )
 
@@ -42,7 +42,6 @@ GATEWAY_SILENCE_S = 15.0
 
 _HELLO_TIMEOUT_S = 5.0
 _LAST_WORD_S = 1.0
-_READ_BYTES = 1 << 16
 
 
 class EngineInbox(Protocol):
@@ -155,34 +154,30 @@ class ReplicaStreamServer:
     async def _serve(self, sock: socket.socket) -> None:
         """One gateway's connection, from its hello to its end."""
         link = GatewayLink(sock, next(self._serials))
-        reader = asyncio.create_task(self._read(link, sock))
+        ear = GatewayEar(sock, partial(self._obey, link))
+        listening = asyncio.create_task(self._listen(link, ear))
         over = asyncio.create_task(link.wait_over())
         try:
-            await asyncio.wait((reader, over), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((listening, over), return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._forget(link)
+            ear.close()
             link.end()
-            for task in (reader, over):
+            for task in (listening, over):
                 task.cancel()
-            # The reader must be off the socket before it is closed.
-            await asyncio.gather(reader, over, return_exceptions=True)
+            await asyncio.gather(listening, over, return_exceptions=True)
             sock.close()
 
-    async def _read(self, link: GatewayLink, sock: socket.socket) -> None:
-        """Obey a gateway until it goes; what it does wrong ends its stream with the reason."""
-        frames = FrameReader()
-        patience_s = _HELLO_TIMEOUT_S
+    async def _listen(self, link: GatewayLink, ear: GatewayEar) -> None:
+        """Wait until a gateway goes; what it does wrong ends its stream with the reason."""
+
+        def patience_s() -> float:
+            return GATEWAY_SILENCE_S if link.serial in self._links else _HELLO_TIMEOUT_S
+
         try:
-            while True:
-                async with asyncio.timeout(patience_s):
-                    data = await self._loop.sock_recv(sock, _READ_BYTES)
-                if not data:
-                    return
-                for payload in frames.feed(data):
-                    self._obey(link, decode_to_replica(payload))
-                    patience_s = GATEWAY_SILENCE_S
+            await ear.wait_end(patience_s)
         except TimeoutError:
-            log.warning("gateway %s was silent for %g s", link.gateway_id, patience_s)
+            log.warning("gateway %s was silent for %g s", link.gateway_id, patience_s())
         except OSError as error:
             log.warning("the stream of gateway %s broke: %s", link.gateway_id, error)
         except PenstockError as error:
