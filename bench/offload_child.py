@@ -52,6 +52,8 @@ class BatchResult:
     """Every further token of all rows."""
     cpu_s: float
     """Processor seconds of the whole batch."""
+    read_bytes: int
+    """What the batch read from the disk, mapped files included."""
     token_ids: tuple[tuple[int, ...], ...]
 
 
@@ -72,6 +74,16 @@ Generate = Callable[[list[list[int]], int], tuple[list[float], list[list[int]]]]
 """(prompts, new tokens) -> (seconds of each token, token ids of each row)."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What a module of `bench.offload_engines` opens."""
+
+    generate: Generate
+    between: Callable[[], None] = lambda: None
+    """Called before the first batch and after each one; not counted."""
+    facts: Callable[[], dict[str, float]] = dict
+
+
 def prompts_of(rows: int, length: int, vocab_size: int) -> list[list[int]]:
     """The same for every engine; without a library, so that all get them."""
     state, prompts = 12345, []
@@ -90,16 +102,17 @@ def main() -> None:
     task = ChildTask(**{**data, "batches": tuple(data["batches"])})
     if task.cgroup_procs:
         Path(task.cgroup_procs).write_text(str(os.getpid()), encoding="utf-8")
-    engine: Any = importlib.import_module(f"bench.offload_engines.{task.engine}")
+    module: Any = importlib.import_module(f"bench.offload_engines.{task.engine}")
     imported_s = time.perf_counter()
-    with engine.opened(task) as (generate, facts):
+    with module.opened(task) as engine:
         loaded_s = time.perf_counter()
-        batches = [_run(generate, task, rows) for rows in task.batches]
+        engine.between()
+        batches = [_run(engine, task, rows) for rows in task.batches]
         result = ChildResult(
             load_s=loaded_s - STARTED_S,
             engine_load_s=loaded_s - imported_s,
             batches=tuple(batches),
-            facts=facts(),
+            facts=engine.facts(),
         )
     sys.stdout.write(json.dumps(asdict(result)) + "\n")
     sys.stdout.flush()
@@ -107,17 +120,26 @@ def main() -> None:
     os._exit(0)
 
 
-def _run(generate: Generate, task: ChildTask, rows: int) -> BatchResult:
+def _run(engine: Engine, task: ChildTask, rows: int) -> BatchResult:
     prompts = prompts_of(rows, task.prompt_tokens, task.vocab_size)
-    cpu_s = time.process_time()
-    seconds, tokens = generate(prompts, task.new_tokens)
-    return BatchResult(
+    cpu_s, read_bytes = time.process_time(), _read_bytes()
+    seconds, tokens = engine.generate(prompts, task.new_tokens)
+    result = BatchResult(
         rows=rows,
         first_token_s=seconds[0],
         step_s=tuple(seconds[1:]),
         cpu_s=time.process_time() - cpu_s,
+        read_bytes=_read_bytes() - read_bytes,
         token_ids=tuple(tuple(row) for row in tokens),
     )
+    engine.between()
+    return result
+
+
+def _read_bytes() -> int:
+    """What this process has fetched from disks so far."""
+    lines = Path("/proc/self/io").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
 
 
 if __name__ == "__main__":

@@ -70,12 +70,39 @@ def peer_rows(runner: Runner, engine: str, rounds: int, setting: Setting) -> lis
     start = measured(label, "engine start", "s", Samples(values=_loads(ours)))
     rates = _rates([run.batches[0] for run in theirs])
     same = 1.0 if engine == "mapped" else None
+    first = measured(label, "first token of a cold engine", "s", _first_tokens(ours))
     rows = [
         compared(row, peer.name, rates, target=peer.target),
         compared(start, peer.name, Samples(values=_loads(theirs)), lower_is_better=True),
+        compared(first, peer.name, _first_tokens(theirs), lower_is_better=True),
+        *_costs(label, peer.name, ours, theirs),
         _same_tokens(label, peer.name, ours[0].batches[0], theirs[0].batches[0], same),
     ]
     return rows if engine != "mapped" else [*rows, *_own_rows(label, ours, runner, setting)]
+
+
+def _costs(
+    label: str, name: str, ours: Sequence[ChildResult], theirs: Sequence[ChildResult]
+) -> list[Row]:
+    """What a pass over the model takes of the disk and of the processor, the prompts' included."""
+
+    def reads(runs: Sequence[ChildResult]) -> Samples:
+        batches = [run.batches[0] for run in runs]
+        return Samples(values=tuple(each.read_bytes / _passes(each) / 1e9 for each in batches))
+
+    def cpu(runs: Sequence[ChildResult]) -> Samples:
+        batches = [run.batches[0] for run in runs]
+        return Samples(values=tuple(each.cpu_s / _passes(each) for each in batches))
+
+    rows = []
+    for metric, unit, of in (("read in a pass", "GB", reads), ("processor time", "s/pass", cpu)):
+        row = measured(label, metric, unit, of(ours))
+        rows.append(compared(row, name, of(theirs), lower_is_better=True))
+    return rows
+
+
+def _passes(batch: BatchResult) -> int:
+    return 1 + len(batch.step_s)
 
 
 def _own_rows(
@@ -166,6 +193,11 @@ def _rates(batches: Sequence[BatchResult]) -> Samples:
 
 def _loads(runs: Sequence[ChildResult]) -> tuple[float, ...]:
     return tuple(run.engine_load_s for run in runs)
+
+
+def _first_tokens(runs: Sequence[ChildResult]) -> Samples:
+    """Of the first batch, from when the engine began to open."""
+    return Samples(values=tuple(run.engine_load_s + run.batches[0].first_token_s for run in runs))
 
 
 def _same_tokens(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,12 @@ from accelerate.utils import (  # type: ignore[import-not-found,unused-ignore]
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bench.offload_child import ChildTask, Generate
+from bench.offload_child import ChildTask, Engine
 from bench.offload_engines.hugging_face import generate
 
 
 @contextmanager
-def opened(task: ChildTask) -> Iterator[tuple[Generate, Callable[[], dict[str, float]]]]:
+def opened(task: ChildTask) -> Iterator[Engine]:
     """The model with all layers on disk, where the checkpoint has them: nothing is written anew."""
     torch.set_num_threads(task.threads)
     config = AutoConfig.from_pretrained(task.checkpoint)
@@ -48,4 +48,4 @@ def opened(task: ChildTask) -> Iterator[tuple[Generate, Callable[[], dict[str, f
         offload_index=index,
         force_hooks=True,
     )
-    yield partial(generate, model), dict
+    yield Engine(generate=partial(generate, model))

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,14 +25,14 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from bench.offload_child import ChildTask, Generate
+from bench.offload_child import ChildTask, Engine
 from bench.offload_engines.hugging_face import generate
 from cluster.base.env import default_cache_dir
 from offload.readers.aio_build import find_ops
 
 
 @contextmanager
-def opened(task: ChildTask) -> Iterator[tuple[Generate, Callable[[], dict[str, float]]]]:
+def opened(task: ChildTask) -> Iterator[Engine]:
     """The engine with every parameter on disk; it writes them anew at each start."""
     torch.set_num_threads(task.threads)
     _prepare()
@@ -54,7 +54,7 @@ def opened(task: ChildTask) -> Iterator[tuple[Generate, Callable[[], dict[str, f
                 parameter.copy_(stored.get_tensor(name))
     engine = deepspeed.initialize(model=model, config=settings)[0]
     engine.module.eval()
-    yield partial(generate, engine.module), dict
+    yield Engine(generate=partial(generate, engine.module))
 
 
 def _prepare() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from bench.offload_child import ChildTask, Generate
+from bench.offload_child import ChildTask, Engine
 from bench.offload_engines.ours import engine_of, offload_plan, store_of
 from offload.layout import PackedTensor
 from replicas.layers.weights import ResidentWeights, WeightProvider
@@ -16,10 +16,11 @@ from replicas.worker.assembly import WeightsRequest
 
 
 @contextmanager
-def opened(task: ChildTask) -> Iterator[tuple[Generate, Callable[[], dict[str, float]]]]:
+def opened(task: ChildTask) -> Iterator[Engine]:
     """The engine, ready."""
     torch.set_num_threads(task.threads)
-    yield engine_of(task, offload_plan(task), lambda request: _mapped(task, request)), dict
+    generate = engine_of(task, offload_plan(task), lambda request: _mapped(task, request))
+    yield Engine(generate=generate)
 
 
 def _mapped(task: ChildTask, request: WeightsRequest) -> WeightProvider:

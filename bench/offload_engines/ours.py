@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from bench.offload_child import ChildTask, Generate
+from bench.offload_child import ChildTask, Engine, Generate
 from bench.offload_engines.batches import generator_of
 from bench.offload_engines.roofline import disk_bytes_per_s
 from cluster.base.plan import OffloadPlan
@@ -25,7 +25,7 @@ MIB = 2**20
 
 
 @contextmanager
-def opened(task: ChildTask) -> Iterator[tuple[Generate, Callable[[], dict[str, float]]]]:
+def opened(task: ChildTask) -> Iterator[Engine]:
     """The engine, ready; the store has been packed before."""
     torch.set_num_threads(task.threads)
     made: list[StreamedWeights] = []
@@ -41,21 +41,15 @@ def opened(task: ChildTask) -> Iterator[tuple[Generate, Callable[[], dict[str, f
     store = store_of(task)
     rates: list[float] = []
 
-    def measured(prompts: list[list[int]], new_tokens: int) -> tuple[list[float], list[list[int]]]:
-        """The disk alone before and after each batch: it drifts."""
-        if not rates:
-            rates.append(disk_bytes_per_s(store, made[0].stats.reader))
-        result = generate(prompts, new_tokens)
+    def measure() -> None:
+        """The disk alone, before and after each batch: it drifts."""
         rates.append(disk_bytes_per_s(store, made[0].stats.reader))
-        return result
 
-    def facts() -> dict[str, float]:
-        return {
-            "disk_bytes_per_s": statistics.median(rates),
-            "read_bytes": float(made[0].stats.ring.num_bytes),
-        }
-
-    yield measured, facts
+    yield Engine(
+        generate=generate,
+        facts=lambda: {"disk_bytes_per_s": statistics.median(rates)},
+        between=measure,
+    )
 
 
 def offload_plan(task: ChildTask) -> OffloadPlan:
