@@ -14,11 +14,14 @@ class OffloadWorkerActor(WorkerActor):
     """One rank of an offload replica; torch is imported where it runs, as in its base."""
 
     def worker_options(self, plan: WorkerPlan) -> dict[str, Any]:
-        """The factory of streamed weights, and the kernels that know them.
+        """The factory of streamed weights and the kernels that know them, or of the whole rank.
 
         Raises:
             InternalError: the plan is not one of an offload replica.
         """
+        if plan.zero3 is not None:
+            zero3 = importlib.import_module("offload.zero3.assembly")
+            return {"make_runner": zero3.zero3_runner(plan.zero3)}
         if plan.offload is None:
             raise InternalError("An offload worker got a plan without an offload part.")
         assembly = importlib.import_module("offload.assembly")

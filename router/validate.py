@@ -102,6 +102,13 @@ class Validator:
     def check_embed(self, raw: EmbedInput) -> CheckedEmbed:
         """Check an embedding request."""
         model = self.model(raw.model)
+        if model.plan.zero3 is not None:
+            raise InvalidRequestError(
+                f"Model '{model.plan.name}' gives no embeddings: transformers' own code computes "
+                "it (deepspeed-zero3), of which only logits are taken.",
+                "Ask a model with engine tensor_parallel.",
+                param="model",
+            )
         try:
             pooling = Pooling(raw.pooling or "last")
         except ValueError:

@@ -115,3 +115,8 @@ def ray_token_auth() -> bool:
 def triton_interpreter() -> bool:
     """Whether Triton was told to interpret its kernels (it reads TRITON_INTERPRET itself)."""
     return os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
+
+
+def set_lone_rank() -> None:
+    """Set what DeepSpeed wants to read in a process that nobody launched as one of several."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from cluster.base.zero3_plan import Zero3Plan
+
 PlanT = TypeVar("PlanT")
 
 
@@ -227,6 +229,9 @@ class ModelPlan:
     experts: ExpertPlan | None = None
     """Only with `engine` expert_parallel."""
     overflow: OverflowPlan | None = None
+    zero3: Zero3Plan | None = None
+    """Only with `engine` offload and an architecture that transformers computes; then `offload`
+    is None."""
 
     @property
     def num_ranks(self) -> int:

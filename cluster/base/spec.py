@@ -261,6 +261,16 @@ class OffloadSpec(Section):
     The process itself (about 400 MiB on the CPU) is not part of any budget here.
     """
 
+    provider: Annotated[
+        Literal["streamed", "deepspeed-zero3", "auto"],
+        Choice(("streamed", "deepspeed-zero3", "auto")),
+    ] = Field(
+        default="streamed",
+        description="Who moves the weights. streamed: this engine, for the architectures it knows. "
+        "deepspeed-zero3: DeepSpeed's ZeRO-3 under transformers' own model code, for any causal "
+        "language model that transformers has; slower, one rank, on the CPU. auto: streamed where "
+        "the architecture is known, else deepspeed-zero3.",
+    )
     device_memory: Annotated[int | Auto, Size(64 * KIB, 16 * TIB, auto=True)] = Field(
         default="auto",
         description="Memory of the device (on the CPU: of the machine) for resident weights, the "

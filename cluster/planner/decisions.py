@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -40,12 +40,12 @@ class DeviceChoice:
 
 
 def choose_devices(
-    models: Sequence[ModelSpec], topology: Topology, on_cpus: Collection[int] = ()
+    models: Sequence[ModelSpec], topology: Topology, on_cpus: Mapping[int, str] | None = None
 ) -> list[DeviceChoice]:
     """A device per model: those that insist on cuda first, then the others in their order.
 
     Args:
-        on_cpus: models whose ranks run on CPUs only.
+        on_cpus: models whose ranks run on CPUs only, and why.
 
     Raises:
         ConfigError: a model insists on cuda and there are not enough GPUs.
@@ -56,8 +56,8 @@ def choose_devices(
     for index, model in sorted(enumerate(models), key=lambda item: item[1].device != "cuda"):
         need = f"{_replicas_text(model)} needs {model.replicas * model.parallel.tp} GPUs"
         have = f"the cluster has {total}, {sum(free)} not taken by other models"
-        is_bound = index in on_cpus
-        nodes = None if model.device == "cpu" or is_bound else _take_gpus(free, model)
+        bound = (on_cpus or {}).get(index, "")
+        nodes = None if model.device == "cpu" or bound else _take_gpus(free, model)
         if nodes is not None:
             reason = f"{need}; {have}" if model.device == "auto" else ""
             if model.device == "auto":
@@ -71,10 +71,8 @@ def choose_devices(
             )
         else:
             why = "no GPU was found" if not total else f"{need}; {have}"
-            if is_bound:
-                why = "ranks that exchange tokens do so through host memory"
             choices[index] = DeviceChoice(
-                device="cpu", reason=why if model.device == "auto" else ""
+                device="cpu", reason=(bound or why) if model.device == "auto" else ""
             )
     return [choices[index] for index in range(len(models))]
 

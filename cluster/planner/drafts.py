@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 
 from cluster.base.errors import ConfigError
 from cluster.base.spec import ModelSpec
+from cluster.base.zero3_plan import Zero3Plan
 from cluster.planner.decisions import Decision, DeviceChoice
+from cluster.planner.foreign_memory import foreign_workspace, longest_step_s
 from cluster.planner.kv_sizing import KvDemand
 from cluster.planner.layout import Layout
 from cluster.planner.memory import StepShape, Workspace, workspace
 from cluster.planner.sources import ModelSource
 from cluster.planner.streaming_choice import Streaming
-from replicas.models.memory import kv_bytes_per_token, weight_bytes_per_rank
+from replicas.models.memory import DTYPE_BYTES, kv_bytes_per_token, weight_bytes_per_rank
 
 DEFAULT_STEP_TOKENS = 512
 TIMEOUT_STEPS = 10
@@ -37,11 +39,18 @@ class Draft:
     kv: KvDemand
     streaming: Streaming | None = None
     """Set when the weights are streamed; `weights_bytes` is then what stays on the device."""
+    zero3: Zero3Plan | None = None
+    """Set when DeepSpeed holds the weights; `weights_bytes` is then what it has in memory."""
 
     @property
     def fixed_bytes(self) -> int:
         """Bytes of one rank that are not up for decision: all but an automatic cache."""
         return self.weights_bytes + self.space.total_bytes + self.kv.fixed_bytes
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether every step passes weights through a window."""
+        return self.streaming is not None or self.zero3 is not None
 
     @property
     def tp_size(self) -> int:
@@ -57,6 +66,8 @@ class Draft:
     def step_timeout_s(self) -> float:
         """The user's, or more where even the predicted step would come near it."""
         asked = self.source.spec.limits.step_timeout
+        if self.zero3 is not None:
+            return max(asked, longest_step_s(self.zero3.model, self.dtype.value))
         if self.streaming is None:
             return asked
         found = self.streaming.found
@@ -105,6 +116,14 @@ def step_tokens(spec: ModelSpec) -> int:
     return DEFAULT_STEP_TOKENS if isinstance(wanted, str) else wanted
 
 
+def weight_bytes(source: ModelSource, layout: Layout, dtype: str) -> int:
+    """Bytes of the first rank's weights: where experts do not divide, it holds one more."""
+    if source.foreign is not None:
+        return source.foreign.num_values * DTYPE_BYTES[dtype]
+    held, fp8 = layout.held_by(source.arch, 0), source.spec.quantization == "fp8"
+    return weight_bytes_per_rank(source.arch, layout.tp_size, dtype, held, fp8=fp8)
+
+
 def redraft(
     draft: Draft,
     *,
@@ -133,7 +152,7 @@ def _draft(
     layout: Layout,
     max_step_tokens: int,
 ) -> Draft:
-    spec, arch, tp_size = source.spec, source.arch, layout.tp_size
+    spec, arch, tp_size, foreign = source.spec, source.arch, layout.tp_size, source.foreign
     asked = spec.limits.max_context
     max_running_requests = min(spec.limits.max_running_requests, max_step_tokens)
     step = StepShape(
@@ -148,7 +167,9 @@ def _draft(
     )
     kv = KvDemand(
         param=f"models[{source.index}]",
-        token_bytes=kv_bytes_per_token(arch, tp_size, dtype.value),
+        token_bytes=foreign.kv_values_per_token * DTYPE_BYTES[dtype.value]
+        if foreign
+        else kv_bytes_per_token(arch, tp_size, dtype.value),
         block_size=spec.kv_cache.block_size,
         memory=spec.kv_cache.memory,
         max_context=asked,
@@ -161,10 +182,7 @@ def _draft(
         dtype=dtype,
         layout=layout,
         max_step_tokens=max_step_tokens,
-        # The first rank: where experts do not divide, it holds one more.
-        weights_bytes=weight_bytes_per_rank(
-            arch, tp_size, dtype.value, layout.held_by(arch, 0), fp8=spec.quantization == "fp8"
-        ),
-        space=workspace(arch, step),
+        weights_bytes=weight_bytes(source, layout, dtype.value),
+        space=foreign_workspace(foreign, step) if foreign else workspace(arch, step),
         kv=kv,
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from cluster.base.plan import ClusterPlan, ModelPlan, SpeculationPlan
 from cluster.base.quantities import duration_text, size_text
-from cluster.planner.explain_streaming import frontier_tables, streaming_tables
+from cluster.planner.explain_streaming import frontier_tables, streaming_tables, zero3_tables
 from cluster.planner.table import Table
 
 
@@ -19,6 +19,7 @@ def explain(plan: ClusterPlan) -> tuple[Table, ...]:
         *experts,
         _memory(plan),
         *streaming_tables(plan),
+        *zero3_tables(plan),
         _places(plan),
         _front(plan),
     )

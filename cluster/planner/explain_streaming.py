@@ -38,6 +38,30 @@ def streaming_tables(plan: ClusterPlan) -> tuple[Table, ...]:
     )
 
 
+def zero3_tables(plan: ClusterPlan) -> tuple[Table, ...]:
+    """Models that transformers computes; nothing when there is none."""
+    held = [(model.name, model.zero3) for model in plan.models if model.zero3]
+    if not held:
+        return ()
+    return (
+        Table(
+            title="Models that transformers computes under ZeRO-3",
+            columns=("MODEL", "CLASS", "PARAMETERS", "WEIGHTS", "WINDOW", "READ BUFFERS"),
+            rows=tuple(
+                (
+                    name,
+                    zero3.model.architecture,
+                    f"{zero3.model.num_values / 1e6:.4g} M",
+                    "in memory" if zero3.tier == "memory" else f"on disk: {zero3.disk_path}",
+                    f"{zero3.window_values / 1e6:.4g} M",
+                    "none" if zero3.tier == "memory" else str(zero3.num_buffers),
+                )
+                for name, zero3 in held
+            ),
+        ),
+    )
+
+
 def frontier_tables(plan: ClusterPlan) -> tuple[Table, ...]:
     """For each streamed model the choices that nothing beats in both throughput and latency."""
     return tuple(

@@ -12,7 +12,7 @@ from cluster.base.errors import ConfigError
 from cluster.base.quantities import size_text
 from cluster.dist.topology import Topology
 from cluster.planner.decisions import DeviceChoice, choose_dtype
-from cluster.planner.drafts import Draft, draft_model
+from cluster.planner.drafts import Draft, draft_model, weight_bytes
 from cluster.planner.memory import (
     CPU_KV_SHARE,
     CUDA_CONTEXT_BYTES,
@@ -24,7 +24,7 @@ from cluster.planner.packing import NodeLoad, fewest_nodes, least_loaded
 from cluster.planner.refusal import device_full, node_full, nodes_full
 from cluster.planner.sources import ModelSource
 from cluster.planner.streaming import Room, Streamer, least_draft
-from replicas.models.memory import weight_bytes_per_rank
+from cluster.planner.zero3 import hold_with_zero3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +49,7 @@ def draft_all(
     for source, device in zip(sources, devices, strict=True):
         spec = source.spec
         layout = source.layout
-        held = layout.held_by(source.arch, 0)
-        per_rank = weight_bytes_per_rank(source.arch, layout.tp_size, "float32", held)
+        per_rank = weight_bytes(source, layout, "float32")
         dtype = choose_dtype(
             spec.dtype,
             source.arch.dtype,
@@ -76,9 +75,10 @@ def place_all(
     streamed: dict[int, ConfigError | None] = {}
     for index, draft in enumerate(drafts):
         engine = draft.source.spec.engine
-        stays_whole = engine == "tensor_parallel" or draft.layout.spreads_experts
+        is_foreign = draft.source.foreign is not None
+        stays_whole = engine == "tensor_parallel" or draft.layout.spreads_experts or is_foreign
         refusal = None if stays_whole else _why_not_whole(draft, loads, topology)
-        if engine == "offload" or refusal is not None:
+        if engine == "offload" or is_foreign or refusal is not None:
             streamed[index] = refusal
         else:
             placed[index] = place(draft, loads, topology)
@@ -108,6 +108,8 @@ def _why_not_whole(
 
 
 def _stream(draft: Draft, room: Room, streamer: Streamer, refusal: ConfigError | None) -> Draft:
+    if draft.source.foreign is not None:
+        return hold_with_zero3(draft, room, streamer.directory)
     chosen = draft.source.spec.engine == "offload"
     why = ""
     if not chosen and refusal is not None:

@@ -26,13 +26,14 @@ from cluster.planner.caches import Cache, size_caches
 from cluster.planner.cpus import Compute, CpuDemand, front_share, share_cpus
 from cluster.planner.decisions import Decision, choose_devices, choose_threads
 from cluster.planner.drafts import Draft
+from cluster.planner.foreign_source import InspectSource, inspected
 from cluster.planner.front import plan_gateway
 from cluster.planner.hub import Hub
 from cluster.planner.overflow import check_overflows, overflow_plan
 from cluster.planner.packing import NodeLoad, empty_loads
 from cluster.planner.placement import Placed, draft_all, place_all
 from cluster.planner.reasons import reasons_of, warnings_of
-from cluster.planner.sources import open_source
+from cluster.planner.sources import ModelSource, open_source
 from cluster.planner.streaming import RatesSource, Streamer, probed_rates
 
 
@@ -43,6 +44,7 @@ def make_plan(
     directory: Path | None = None,
     hub: Hub | None = None,
     rates: RatesSource = probed_rates,
+    inspect: InspectSource = inspected,
 ) -> ClusterPlan:
     """Decide everything that the cluster file left open.
 
@@ -50,18 +52,19 @@ def make_plan(
         directory: what relative paths of the spec are relative to; default: the working directory.
         hub: where repositories come from; default: the local cache, then a download.
         rates: speeds of the machine, asked for only when a model's weights are streamed.
+        inspect: sizes of a model that only transformers computes.
 
     Raises:
         ConfigError: a checkpoint is missing or unsupported, or the cluster does not fit.
     """
     topology = _with_cores(topology)
     sources = [
-        open_source(index, model, directory or Path(), hub or Hub())
+        open_source(index, model, directory or Path(), hub or Hub(), inspect)
         for index, model in enumerate(spec.models)
     ]
     check_overflows(sources)
     loads = empty_loads(topology, spec.gateway.replicas)
-    on_cpus = [source.index for source in sources if source.layout.spreads_experts]
+    on_cpus = {source.index: why for source in sources if (why := _why_on_cpus(source))}
     drafts = draft_all(sources, choose_devices(spec.models, topology, on_cpus), loads)
     streamer = Streamer(rates=rates, directory=directory or Path())
     placed = place_all(drafts, loads, topology, streamer)
@@ -78,6 +81,12 @@ def make_plan(
         dashboard_port=spec.dashboard.port,
         warnings=tuple(warnings_of(spec, models, placed, loads)),
     )
+
+
+def _why_on_cpus(source: ModelSource) -> str:
+    if source.layout.spreads_experts:
+        return "ranks that exchange tokens do so through host memory"
+    return "transformers' own code is served on the CPU" if source.foreign else ""
 
 
 def _with_cores(topology: Topology) -> Topology:
@@ -169,13 +178,14 @@ def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topolog
         offload=streaming.offload_plan(draft.step_timeout_s) if streaming else None,
         speed=streaming.speed_plan() if streaming else None,
         overflow=overflow_plan(spec),
+        zero3=draft.zero3,
     )
 
 
 def _speculation(draft: Draft) -> SpeculationPlan | None:
     """The user's, or where nothing is said: on where weights are streamed."""
     asked = draft.source.spec.speculation
-    if asked is None and draft.streaming is None:
+    if asked is None and not draft.moves_weights:
         return None
     chosen = asked or SpeculationSpec()
     if chosen.method == "none":
@@ -188,7 +198,7 @@ def _speculation(draft: Draft) -> SpeculationPlan | None:
 
 
 def _engine(draft: Draft) -> EngineKind:
-    if draft.streaming is not None:
+    if draft.moves_weights:
         return EngineKind.OFFLOAD
     spreads = draft.layout.spreads_experts
     return EngineKind.EXPERT_PARALLEL if spreads else EngineKind.TENSOR_PARALLEL

@@ -14,14 +14,14 @@ from cluster.planner.front import is_loopback
 from cluster.planner.overflow import overflow_warnings
 from cluster.planner.packing import NodeLoad
 from cluster.planner.placement import Placed
+from cluster.planner.zero3 import zero3_reason
 from replicas.models.hf_encoding import encoding_from_hf
 
 
 def reasons_of(draft: Draft, compute: Compute, cache: Cache) -> dict[str, str]:
     """Why each setting of a model's plan is what it is, where that was not the user's choice."""
-    streaming = draft.streaming
     reasons = {
-        "engine": draft.layout.reason if streaming is None else streaming.reason(),
+        "engine": _engine_reason(draft),
         **_step_reasons(draft),
         "device": draft.device.reason,
         "dtype": draft.dtype.reason,
@@ -32,6 +32,12 @@ def reasons_of(draft: Draft, compute: Compute, cache: Cache) -> dict[str, str]:
         "scheduler.max_context": cache.size.max_context.reason,
     }
     return {key: reason for key, reason in reasons.items() if reason}
+
+
+def _engine_reason(draft: Draft) -> str:
+    if draft.zero3 is not None:
+        return zero3_reason(draft)
+    return draft.layout.reason if draft.streaming is None else draft.streaming.reason()
 
 
 def _decoding_reason(draft: Draft) -> str:
@@ -47,11 +53,13 @@ def _decoding_reason(draft: Draft) -> str:
 
 def _step_reasons(draft: Draft) -> dict[str, str]:
     """Why a streamed model's steps have their size, their deadline and drafts in them."""
-    if draft.streaming is None:
+    if not draft.moves_weights:
         return {}
     spec = draft.source.spec
     size = "the largest step that the transfer of the weights hides, or that memory allows"
     deadline = f"{TIMEOUT_STEPS} times the predicted longest step"
+    if draft.zero3 is not None:
+        size, deadline = "the largest step that memory allows", "all weights from a slow disk"
     return {
         "scheduler.max_step_tokens": size if spec.limits.max_step_tokens == "auto" else "",
         "scheduler.step_timeout_s": (
@@ -95,6 +103,9 @@ def warnings_of(
 
 def _streaming_warnings(model: ModelPlan, draft: Draft) -> Iterator[str]:
     streaming, spec = draft.streaming, draft.source.spec
+    if draft.zero3 is not None:
+        yield f"{model.name}: {zero3_reason(draft)}."
+        return
     if streaming is None:
         if spec.offload is not None:
             yield f"{model.name}: the model fits, so the `offload` section has no effect."

@@ -12,11 +12,12 @@ from pathlib import Path
 from cluster.base.errors import ConfigError
 from cluster.base.problems import shown
 from cluster.base.spec import ModelSpec
+from cluster.base.zero3_plan import ForeignModel
 from cluster.planner.checkpoint_info import CheckpointInfo, read_checkpoint
+from cluster.planner.foreign_source import InspectSource, read_architecture, refuse_settings
 from cluster.planner.hub import Hub
 from cluster.planner.layout import Layout, choose_layout
 from replicas.models.arch import ArchConfig
-from replicas.models.hf_config import arch_from_hf
 
 _MAX_TP = 64
 _MAX_LAYERS = 10_000
@@ -31,6 +32,8 @@ class ModelSource:
     checkpoint: CheckpointInfo
     arch: ArchConfig
     layout: Layout
+    foreign: ForeignModel | None = None
+    """Set when transformers computes the model; `arch` then has its sizes and nothing else."""
 
     @property
     def written(self) -> str:
@@ -44,11 +47,14 @@ class ModelSource:
         return f"models[{self.index}].{key}"
 
 
-def open_source(index: int, spec: ModelSpec, directory: Path, hub: Hub) -> ModelSource:
+def open_source(
+    index: int, spec: ModelSpec, directory: Path, hub: Hub, inspect: InspectSource
+) -> ModelSource:
     """Find and read the checkpoint of `models[index]`.
 
     Args:
         directory: what a relative `path` is relative to.
+        inspect: what transformers makes of a checkpoint, where that is asked for.
 
     Raises:
         ConfigError: no such checkpoint, an incomplete or unsupported one, or one that cannot be
@@ -62,14 +68,18 @@ def open_source(index: int, spec: ModelSpec, directory: Path, hub: Hub) -> Model
             folder = hub.resolve(spec.repo, spec.revision)
         checkpoint = read_checkpoint(folder)
         _check_depth(checkpoint)
-        arch = arch_from_hf(checkpoint.config)
+        arch, foreign = read_architecture(spec, checkpoint, inspect)
     except ConfigError as error:
         inner = f" (config.json: {error.param})" if error.param else ""
         raise ConfigError(
             f"{error.cause}{inner}", error.remedy, param=f"models[{index}].{key}"
         ) from None
     layout = choose_layout(spec, arch, f"models[{index}]")
-    source = ModelSource(index=index, spec=spec, checkpoint=checkpoint, arch=arch, layout=layout)
+    if foreign is not None:
+        refuse_settings(spec, f"models[{index}]")
+    source = ModelSource(
+        index=index, spec=spec, checkpoint=checkpoint, arch=arch, layout=layout, foreign=foreign
+    )
     _check_moe_section(source)
     _check_split(source)
     _check_context(source)

@@ -83,8 +83,10 @@ class Streamer:
                 param=draft.source.param("engine"),
             )
         draft = _own_dtype(draft)
-        disk = self._disk_path(asked)
-        budgets = _budgets(draft, asked, room)
+        disk = disk_path(asked, self.directory)
+        device = device_budget(draft, asked, room)
+        # A CPU has one memory; the workspace is filled in later.
+        budgets = Budgets(device_bytes=device, workspace_bytes=0, host_bytes=0)
         spec = draft.source.spec
         model = model_shape(draft.source.arch, draft.tp_size, draft.dtype.value)
         request = RatesRequest(
@@ -114,10 +116,12 @@ class Streamer:
         )
         return _streamed(redraft(draft, max_step_tokens=tokens), streaming, spec.kv_cache.memory)
 
-    def _disk_path(self, asked: OffloadSpec) -> str:
-        if asked.disk_path == "auto":
-            return str(default_cache_dir() / "weights")
-        return str((self.directory / Path(asked.disk_path).expanduser()).absolute())
+
+def disk_path(asked: OffloadSpec, directory: Path) -> str:
+    """Where weights go on disk; `directory` anchors a relative path."""
+    if asked.disk_path == "auto":
+        return str(default_cache_dir() / "weights")
+    return str((directory / Path(asked.disk_path).expanduser()).absolute())
 
 
 def least_draft(draft: Draft) -> Draft:
@@ -139,29 +143,23 @@ def _own_dtype(draft: Draft) -> Draft:
     return replace(changed, dtype=Decision(value=own, reason=reason))
 
 
-def _budgets(draft: Draft, asked: OffloadSpec, room: Room) -> Budgets:
-    """Device bytes: a CPU has one memory; workspace is filled in later.
+def device_budget(draft: Draft, asked: OffloadSpec, room: Room) -> int:
+    """Bytes of `device_memory`.
 
     Raises:
         ConfigError: more was asked than the machine has.
     """
-    device = _within(
-        draft, "device_memory", asked.device_memory, room.device_bytes, room.auto_share
-    )
-    return Budgets(device_bytes=device, workspace_bytes=0, host_bytes=0)
-
-
-def _within(draft: Draft, key: str, asked: int | str, have: int, auto_share: float) -> int:
-    if isinstance(asked, str):
-        return max(0, int(have * auto_share))
-    if asked > have:
+    have = room.device_bytes
+    if isinstance(asked.device_memory, str):
+        return max(0, int(have * room.auto_share))
+    if asked.device_memory > have:
         raise ConfigError(
-            f"{key} {size_text(asked)} is asked for each rank, and {size_text(max(0, have))} are "
-            "left for it.",
+            f"device_memory {size_text(asked.device_memory)} is asked for each rank, and "
+            f"{size_text(max(0, have))} are left for it.",
             f"Lower it to {size_text(max(0, have))}, or leave it to auto.",
-            param=draft.source.param(f"offload.{key}"),
+            param=draft.source.param("offload.device_memory"),
         )
-    return asked
+    return asked.device_memory
 
 
 def _choices(draft: Draft, asked: OffloadSpec, model: ModelShape) -> Choices:

@@ -51,7 +51,7 @@ class AioEngine:
         self._path = path
         _check_limits(num_slots)
         _check_direct(path)
-        module = _load(cache_dir)
+        module = load_ops(cache_dir)
         self._handles: list[Any] = [
             module.aio_handle(_BLOCK_BYTES, _QUEUE_DEPTH, _SINGLE_SUBMIT, True, _THREADS_PER_HANDLE)
             for _ in range(num_slots)
@@ -133,8 +133,12 @@ def _wait_for_reads(
         ended[slot].set()
 
 
-def _load(cache_dir: Path) -> ModuleType:
-    """The module with `aio_handle`; its pinned memory manager comes first, and is global."""
+def load_ops(cache_dir: Path) -> ModuleType:
+    """The module with `aio_handle`; its pinned memory manager comes first, and is global.
+
+    Raises:
+        ReaderUnavailableError: it is not built, or cannot be loaded.
+    """
     modules = find_ops(cache_dir)
     try:
         _import("pin_memory_op", modules["pin_memory_op"])

@@ -59,6 +59,7 @@ def worker_plan(
         link_port=meetings.link.port,
         link_secret=meetings.secret,
         offload=plan.offload,
+        zero3=plan.zero3,
         experts=_expert_place(plan, meetings, joins_with),
     )
 

@@ -66,7 +66,7 @@ class WorkerActor:
         Raises:
             InternalError: the plan streams weights, which this kind of rank does not.
         """
-        if plan.offload is not None:
+        if plan.offload is not None or plan.zero3 is not None:
             raise InternalError("A plan that streams weights reached a rank that holds them all.")
         return {}
 

@@ -59,6 +59,10 @@ class WeightsRequest:
 
 
 WeightsFactory = Callable[[WeightsRequest], WeightProvider]
+OnLoaded = Callable[[int, int], None]
+"""Told (bytes loaded, bytes in all)."""
+RunnerFactory = Callable[[RankSpec, Communicator, torch.device, OnLoaded | None], ModelRunner]
+"""Makes a rank whose model is not one of the registry's."""
 
 
 def resident_weights(request: WeightsRequest) -> WeightProvider:
@@ -77,7 +81,7 @@ def build_runner(  # noqa: PLR0913 - where a rank is put together
     spec: RankSpec,
     communicator: Communicator,
     device: torch.device,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnLoaded | None = None,
     weights_factory: WeightsFactory = resident_weights,
     adapt_kernels: Callable[[Kernels], Kernels] | None = None,
     expert_layout: ExpertLayout | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.base.plan import OffloadPlan
+from cluster.base.zero3_plan import Zero3Plan
 from moe.expert_table import ExpertTable
 
 
@@ -59,6 +60,7 @@ class WorkerPlan:
     quantization: str = "none"
     """Number format of resident linear weights: none (`dtype`) or fp8."""
     offload: OffloadPlan | None = None
+    zero3: Zero3Plan | None = None
     experts: ExpertRankPlan | None = None
     """Only in an expert-parallel replica."""
 

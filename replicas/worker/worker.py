@@ -27,7 +27,13 @@ from moe.spread_experts import SpreadExperts
 from replicas.kernels.ops import Kernels
 from replicas.worker import device as devices
 from replicas.worker import wire
-from replicas.worker.assembly import RankSpec, WeightsFactory, build_runner, resident_weights
+from replicas.worker.assembly import (
+    RankSpec,
+    RunnerFactory,
+    WeightsFactory,
+    build_runner,
+    resident_weights,
+)
 from replicas.worker.expert_state import ExpertState
 from replicas.worker.frames import FrameKind, LinkAddress
 from replicas.worker.lockstep_groups import LockstepGroups, first_gathering
@@ -52,6 +58,7 @@ class Worker:
         on_progress: told (phase, fraction done) while the constructor works.
         weights_factory: where this rank's weights come from.
         adapt_kernels: as in `build_model`.
+        make_runner: makes the whole rank instead, of a model that the registry does not have.
 
     Raises:
         PenstockError: what kept this rank from starting.
@@ -63,8 +70,10 @@ class Worker:
         on_progress: OnProgress,
         weights_factory: WeightsFactory = resident_weights,
         adapt_kernels: Callable[[Kernels], Kernels] | None = None,
+        make_runner: RunnerFactory | None = None,
     ) -> None:
         self._plan = plan
+        self._make_runner = make_runner
         self._adapt_kernels = adapt_kernels
         self._weights_factory = weights_factory
         self.startup_s: dict[str, float] = {}
@@ -208,11 +217,18 @@ class Worker:
                 # Soon after the ranks have met: it has a step's deadline, and loading weights
                 # may take one rank far longer than another.
                 costs = experts.exchanges.calibrate()
+
+        def on_loaded(done: int, total: int) -> None:
+            on_progress("loading weights", done / max(1, total))
+
+        if self._make_runner is not None:
+            runner = self._make_runner(spec, communicator, device, on_loaded)
+            return TensorParallelRank(runner, answers=True, signs=True)
         runner = build_runner(
             spec,
             communicator,
             device,
-            lambda done, total: on_progress("loading weights", done / max(1, total)),
+            on_loaded,
             self._weights_factory,
             self._adapt_kernels,
             expert_layout=experts,

@@ -9,6 +9,7 @@ import transformers
 from router.proto import penstock_pb2 as pb
 from router.proto import penstock_pb2_grpc as pb_grpc
 from tests.e2e.conftest import MODEL, penstock, start_cluster, stop_cluster
+from tests.support.foreign_models import write_foreign
 
 pytestmark = pytest.mark.e2e
 
@@ -31,6 +32,12 @@ models:
     kv_cache: {{memory: 512KiB}}
     limits: {{max_context: 24}}
     overflow: {{to: demo-dense}}
+  - name: foreign
+    path: FOREIGN
+    engine: offload
+    offload: {{provider: auto}}
+    kv_cache: {{memory: 1MiB}}
+    limits: {{max_context: 128, max_step_tokens: 64, max_running_requests: 4}}
 """
 PROMPTS = ("def ", "import os\n\n\nclass Reader:\n", "for name in names:\n    ")
 NUM_TOKENS = 16
@@ -38,14 +45,25 @@ NUM_TOKENS = 16
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    running = start_cluster(tmp_path_factory.mktemp("offload"), "offload", MODEL, OFFLOADED)
+    folder = tmp_path_factory.mktemp("offload")
+    write_foreign_demo(folder / "foreign")
+    template = OFFLOADED.replace("FOREIGN", str(folder / "foreign"))
+    running = start_cluster(folder, "offload", MODEL, template)
     yield running
     assert stop_cluster(running) == 0
 
 
-def expected() -> dict:
+def write_foreign_demo(folder) -> None:
+    """A random Phi with the demo model's tokenizer."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model = write_foreign("phi", folder, vocab_size=len(tokenizer))
+    assert model.config.vocab_size == len(tokenizer)
+    tokenizer.save_pretrained(folder)
+
+
+def expected(path=MODEL) -> dict:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     answers = {}
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -83,10 +101,47 @@ def test_answers_of_a_streamed_model_equal_transformers(cluster):
             assert answer.choices[0].text == answers[prompt][1]
 
 
+def test_a_model_that_transformers_computes_answers_as_transformers_does(cluster):
+    answers = expected(cluster.log.parent / "foreign")
+    sampling = pb.SamplingOptions(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    with grpc.insecure_channel(cluster.grpc) as channel:
+        stub = pb_grpc.PenstockStub(channel)
+        calls = {
+            prompt: stub.Generate(
+                pb.GenerateRequest(model="foreign", text=prompt, sampling=sampling), timeout=60
+            )
+            for prompt in PROMPTS
+        }
+        for prompt, call in calls.items():
+            tokens = [token for piece in call for token in piece.token_ids]
+            assert tokens == answers[prompt][0]
+    with openai.OpenAI(base_url=f"{cluster.http}/v1", api_key="none", max_retries=0) as client:
+        answer = client.completions.create(
+            model="foreign", prompt=PROMPTS[0], max_tokens=8, seed=3, logprobs=2
+        )
+        again = client.completions.create(
+            model="foreign", prompt=PROMPTS[0], max_tokens=8, seed=3, logprobs=2
+        )
+        assert answer.choices[0].text == again.choices[0].text
+        assert len(answer.choices[0].logprobs.tokens) == answer.usage.completion_tokens
+        stop = answers[PROMPTS[0]][1][3:6]
+        stopped = client.completions.create(
+            model="foreign", prompt=PROMPTS[0], temperature=0, max_tokens=NUM_TOKENS, stop=[stop]
+        )
+        assert stopped.choices[0].finish_reason == "stop"
+        assert stop not in stopped.choices[0].text
+        with pytest.raises(openai.BadRequestError, match="gives no embeddings"):
+            client.embeddings.create(model="foreign", input="a")
+
+
 def test_the_store_is_where_the_file_says_and_status_knows_the_replica(cluster):
     packed = cluster.log.parent / "packed"
     assert len(list(packed.glob("*-1of1.weights"))) == 1
-    assert {replica["model"] for replica in cluster.replicas()} == {"demo-dense", "resident"}
+    assert {replica["model"] for replica in cluster.replicas()} == {
+        "demo-dense",
+        "resident",
+        "foreign",
+    }
     assert penstock("status", env=cluster.env).returncode == 0
 
 
