@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from bench.netrig.rig import Control, Link
+from cluster.base.env import default_cache_dir
 from cluster.dist.expert_peers import join_expert_peers
 from cluster.dist.rank_topology import RankTopology
 from cluster.dist.rendezvous import Rendezvous
@@ -29,6 +30,7 @@ from moe.exchange.exchanges import Exchanges
 from moe.exchange.link_costs import LinkCosts
 from moe.exchange.wire import WireFormat
 from moe.expert_slots import ExpertSlots
+from replicas.kernels.select import select_row_sums
 
 _LEAD_S = 0.03
 _SETTLE_S = 0.12
@@ -102,8 +104,13 @@ class Bench:
         )
         self._format = WireFormat(dim=plan["dim"], dtype=torch.float32, top_k=plan["top_k"])
         self._exchanges = Exchanges(
-            self._peers, self._topology, self._format, slot_rows=plan["slot_rows"]
+            self._peers,
+            self._topology,
+            self._format,
+            slot_rows=plan["slot_rows"],
+            sums=select_row_sums(default_cache_dir() / "kernels"),
         )
+        self._answers = torch.empty((0, plan["dim"]), dtype=torch.float64)
         slots = ExpertSlots.even(plan["experts"], size)
         self._layer = self._exchanges.for_layer(0, slots)
 
@@ -167,11 +174,17 @@ class Bench:
         before = self._control.wire()
         begun_s = self._conductor.begin()
         arrivals = exchange.dispatch(hidden, chosen, weights).wait()
-        exchange.combine(arrivals.hidden_AD, arrivals)
+        exchange.combine(self._sums(arrivals.hidden_AD.shape[0]), arrivals)
         took_s = self._conductor.end(begun_s)
         time.sleep(_SETTLE_S)
         wire = self._control.wire() - before
         return took_s, (wire.messages, wire.num_bytes)
+
+    def _sums(self, num_rows: int) -> torch.Tensor:
+        """What idle experts answer: settled rows, made once."""
+        if self._answers.shape[0] < num_rows:
+            self._answers = torch.randint(-(2**20), 2**20, (num_rows, self._plan["dim"])).double()
+        return self._answers[:num_rows]
 
     def _routes(self, rows: int, max_nodes: int, generator: torch.Generator) -> torch.Tensor:
         """Random experts, of a few random nodes if the routing is limited."""

@@ -20,8 +20,7 @@ class ExpertSlots:
     """A layer's placement.
 
     Args:
-        logical_by_rank: the logical expert in each slot of each rank. In ascending order within a
-            rank partial sums are added in ascending expert id.
+        logical_by_rank: the logical expert in each slot of each rank.
 
     Raises:
         ConfigError: an expert is nowhere, or twice on one rank.

@@ -1,8 +1,9 @@
 """The routed experts of one rank, over the rows that arrived for them.
 
-Experts are taken in ascending logical id and their weighted outputs added up in fp32, so a row's
-sum does not depend on the slots its experts lie in. A row is computed by itself: its bits depend
-neither on the rows beside it nor on how many there are (as far as the linears keep that promise).
+Weighted outputs are settled and their sums exact (`moe/exact_sums.py`), so a row's sum depends
+neither on the slots nor on the ranks its experts lie in. A row is computed by itself: its bits
+depend neither on the rows beside it nor on how many there are (as far as the linears keep that
+promise). Experts are taken in ascending logical id, which is the order of their weights.
 
 Two ways with the same bits: all experts in one call, where the kernels can and the weights stay in
 place, which was never slower in any measured shape; else one expert after another.
@@ -16,6 +17,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from moe.exact_sums import heaviest, settle
 from moe.exchange.base import Arrivals
 from moe.spec import GateSpec
 
@@ -33,7 +35,7 @@ class GroupedExperts(Protocol):
     def forward(
         self, hidden_AD: torch.Tensor, slot_AK: torch.Tensor, weight_AK: torch.Tensor
     ) -> torch.Tensor:
-        """For each row the weighted sum over its local experts by ascending id, (A, D) fp32.
+        """For each row the sum of its local experts' settled outputs, (A, D) fp64.
 
         Args:
             slot_AK, weight_AK: as in `Arrivals`.
@@ -116,7 +118,7 @@ class ExpertRunner:
     def forward(
         self, arrivals: Arrivals, held: tuple[int, ...], weights: ExpertWeights
     ) -> torch.Tensor:
-        """For each arrived row the weighted sum over its local experts, (A, D) fp32.
+        """For each arrived row the sum of its local experts' settled outputs, (A, D) fp64.
 
         Args:
             held: logical expert of each local slot.
@@ -130,7 +132,8 @@ class ExpertRunner:
         self, arrivals: Arrivals, held: tuple[int, ...], weights: ExpertWeights
     ) -> torch.Tensor:
         """`forward` in a loop over the experts that are visited."""
-        partial_AD = torch.zeros_like(arrivals.hidden_AD, dtype=torch.float32)
+        partial_AD = torch.zeros_like(arrivals.hidden_AD, dtype=torch.float64)
+        heaviest_A = heaviest(arrivals.weight_AK)
         pairs = arrivals.pairs()
         offsets = pairs.offsets_L1.tolist()
         order = sorted(range(len(held)), key=held.__getitem__)
@@ -138,11 +141,12 @@ class ExpertRunner:
         weights.announce([held[slot] for slot in visited])
         for slot in visited:
             own = slice(offsets[slot], offsets[slot + 1])
-            row_M = pairs.row_M[own]
+            row_M, weight_M = pairs.row_M[own], pairs.weight_M[own]
             with _acquired(weights, held[slot]) as tensors:
                 output_MD = self._expert(arrivals.hidden_AD[row_M], tensors)
+            settled_MD = settle(output_MD * weight_M[:, None], weight_M, heaviest_A[row_M])
             # A row visits an expert once, so no two additions meet in one element.
-            partial_AD.index_add_(0, row_M, output_MD * pairs.weight_M[own, None])
+            partial_AD.index_add_(0, row_M, settled_MD.double())
         return partial_AD
 
     def _together(self, experts: Sequence[Tensors], held: tuple[int, ...]) -> GroupedExperts | None:

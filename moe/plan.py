@@ -1,8 +1,8 @@
 """Which rows go where, worked out once on the way out and used again on the way back.
 
 Pure and immutable. A row goes at most once to a destination, however many of its experts are there:
-that is where grouping by node saves bytes. `gather` and `sum_back` are inverse to each other in the
-sense that every copy's answer is added to the row it was made from.
+that is where grouping by node saves bytes. Every copy's answer is later added to the row it was
+made from, `row_R`.
 
 Shapes: T rows, R copies of rows, W destinations, K experts per row, M (row, local expert) pairs.
 """
@@ -49,11 +49,6 @@ class RowPlan:
     def gather(self, rows_TX: torch.Tensor) -> torch.Tensor:
         """The copies, in the plan's order."""
         return rows_TX.index_select(0, self.row_R)
-
-    def sum_back(self, answers_RX: torch.Tensor) -> torch.Tensor:
-        """For each row the fp32 sum of its copies' answers, in ascending order of destination."""
-        summed_TX = torch.zeros((self.num_rows, answers_RX.shape[1]), dtype=torch.float32)
-        return summed_TX.index_add_(0, self.row_R, answers_RX)
 
     def inverse(self) -> torch.Tensor:
         """int64 (T, W): where in the plan's order the copy of a row for a destination stands."""

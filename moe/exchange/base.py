@@ -75,8 +75,10 @@ class Exchange(Protocol):
     def combine(self, partial_AD: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:
         """Bring the partial sums home: (T, D) fp32, in the order of the rows dispatched.
 
+        The bits are the same wherever the experts are, unless a lossy format was asked for.
+
         Args:
-            partial_AD: fp32; for each arrived row the weighted sum over its local experts, added
-                up in ascending expert id.
+            partial_AD: fp64; for each arrived row the sum over its local experts of settled
+                rows (`moe.exact_sums`).
         """
         ...

@@ -25,6 +25,7 @@ from moe.exchange.peers import Peers
 from moe.exchange.preposted import SlotHop
 from moe.exchange.simulate import rail_exchange
 from moe.plan import RowPlan
+from moe.row_sums import RowSums
 
 _SMALL_BYTES = 8
 _LARGE_BYTES = 128 * 1024
@@ -39,16 +40,19 @@ _LEAST_S = 1e-7
 _WIRE_MESSAGES = 3
 
 
-def calibrate(peers: Peers, topology: RankTopology, slots: Sequence[SlotHop]) -> LinkCosts:
+def calibrate(
+    peers: Peers, topology: RankTopology, slots: Sequence[SlotHop], sums: RowSums
+) -> LinkCosts:
     """The costs, the same at every rank; all ranks call it together.
 
     Args:
         peers: the rank's groups.
         topology: of all ranks.
         slots: the hops of `preposted`, outermost first.
+        sums: what packs and adds partial sums.
     """
     probe = _Probe(peers)
-    found = {"row_bytes_per_s": _RowWork.num_bytes / probe.time(_RowWork().run)}
+    found = {"row_bytes_per_s": _RowWork.num_bytes / probe.time(_RowWork(sums).run)}
     world_s = probe.exchange(peers.world, _SMALL_BYTES)
     if topology.num_nodes == 1 or topology.has_two_levels:
         found |= _inside_nodes(topology, probe, peers, slots[-1])
@@ -170,11 +174,14 @@ class _RowWork:
     num_copies = 2 * _NUM_ROWS
     num_bytes = 2 * num_copies * 4 * _DIM
 
-    def __init__(self) -> None:
+    def __init__(self, sums: RowSums) -> None:
+        self._sums = sums
+        self._partial = torch.zeros((self.num_copies, _DIM), dtype=torch.float64)
         self._rows = torch.zeros((_NUM_ROWS, _DIM))
         self._plan = RowPlan.build(torch.arange(2).expand(_NUM_ROWS, 2), 2)
 
     def run(self) -> None:
         """Once there and back."""
-        copies = self._plan.gather(self._rows)
-        self._plan.sum_back(torch.cat([copies[:_NUM_ROWS], copies[_NUM_ROWS:]]))
+        self._plan.gather(self._rows)
+        summed = torch.zeros(self._rows.shape, dtype=torch.float64)
+        self._sums.add(self._sums.pack(self._partial), self._plan.row_R, summed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.dist.rank_topology import RankTopology
+from moe.exchange.answers import answers_for
 from moe.exchange.link_costs import LinkCosts
 from moe.exchange.schemes import DEFAULT_SLOT_ROWS, Scheme
 from moe.exchange.simulate import Traffic, simulate
@@ -47,7 +48,7 @@ def choose(
         rows=rows,
         top_k=format.top_k,
         row_bytes=format.row_bytes,
-        answer_bytes=format.partial_bytes,
+        answer_bytes=answers_for(format.dim, format.combine).num_bytes,
         max_nodes=max_nodes,
     )
     expected = {

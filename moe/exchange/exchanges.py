@@ -12,6 +12,7 @@ import torch
 
 from cluster.base.errors import ConfigError
 from cluster.dist.rank_topology import RankTopology
+from moe.exchange.answers import Leg, answers_for
 from moe.exchange.base import Arrivals, Exchange, Pending
 from moe.exchange.calibrate import calibrate
 from moe.exchange.flat import OneHopExchange, SlotHomes
@@ -21,8 +22,9 @@ from moe.exchange.link_costs import LinkCosts
 from moe.exchange.peers import Peers
 from moe.exchange.preposted import SlotHop
 from moe.exchange.schemes import DEFAULT_SLOT_ROWS, Scheme
-from moe.exchange.wire import WireFormat
+from moe.exchange.wire import Combine, WireFormat
 from moe.expert_slots import ExpertSlots
+from moe.row_sums import RowSums, TorchRowSums
 
 
 class Exchanges:
@@ -34,6 +36,7 @@ class Exchanges:
         format: of rows on the wire, wide enough for every layer.
         slot_rows: rows per peer that `preposted` sends without a second round; memory is
             `slot_rows * row_bytes` per peer on rail and node.
+        sums: what packs and adds partial sums; torch's if not given.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Exchanges:
         format: WireFormat,
         *,
         slot_rows: int = DEFAULT_SLOT_ROWS,
+        sums: RowSums | None = None,
     ) -> None:
         if slot_rows < 1:
             raise ConfigError("A slot holds at least one row.", param="slot_rows")
@@ -50,6 +54,7 @@ class Exchanges:
         self.topology = topology
         self.format = format
         self.slot_rows = slot_rows
+        self._sums = sums or TorchRowSums()
         self._scheme = Scheme.FLAT
         self._world = CountedHop(peers.world)
         self._rank = peers.world.rank
@@ -81,7 +86,7 @@ class Exchanges:
 
     def calibrate(self) -> LinkCosts:
         """Measure the links, about a second; all ranks call it together and get the same."""
-        return calibrate(self.peers, self.topology, self._slots)
+        return calibrate(self.peers, self.topology, self._slots, self._sums)
 
     def for_layer(self, layer: int, slots: ExpertSlots) -> LayerExchange:
         """The exchange of one layer, whose experts lie as given.
@@ -101,27 +106,35 @@ class Exchanges:
 
     def _build(self, scheme: Scheme, where: SlotHomes, layer: str) -> Exchange:
         """One scheme; with one level the two-hop schemes are their one-hop selves."""
-        two_levels = self.topology.has_two_levels
-        hops: Sequence[Hop]
-        if scheme is Scheme.PREPOSTED:
-            hops = self._slots
-        elif scheme is Scheme.HIERARCHICAL and two_levels:
-            hops = [CountedHop(self.peers.rail), CountedHop(self.peers.node)]
-        else:
-            hops = [self._world]
-        if len(hops) == 1:
+        legs = self._legs(scheme)
+        if len(legs) == 1:
             name = Scheme.FLAT if scheme is Scheme.HIERARCHICAL else scheme
             return OneHopExchange(
-                name=name, hop=hops[0], where=where, format=self.format, layer=layer
+                name=name, leg=legs[0], where=where, format=self.format, layer=layer
             )
         return TwoHopExchange(
             name=scheme,
-            hops=(hops[0], hops[1]),
+            legs=(legs[0], legs[1]),
             route=self._route,
             where=where,
             format=self.format,
             layer=layer,
         )
+
+    def _legs(self, scheme: Scheme) -> list[Leg]:
+        """Outermost first. A lossy way home is for what crosses between nodes."""
+        hops: Sequence[Hop]
+        if scheme is Scheme.PREPOSTED:
+            hops = self._slots
+        elif scheme is Scheme.HIERARCHICAL and self.topology.has_two_levels:
+            hops = [CountedHop(self.peers.rail), CountedHop(self.peers.node)]
+        else:
+            hops = [self._world]
+        combines = [self.format.combine, Combine.FP32]
+        return [
+            Leg(hop, answers_for(self.format.dim, combine, self._sums))
+            for hop, combine in zip(hops, combines, strict=False)
+        ]
 
 
 class LayerExchange:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from moe.exchange.answers import Leg
 from moe.exchange.base import Arrivals
-from moe.exchange.hops import Hop, Trip
+from moe.exchange.hops import Trip
 from moe.exchange.wire import WireFormat
 from moe.expert_slots import ExpertSlots
 from moe.plan import NOWHERE, RowPlan
@@ -41,17 +42,17 @@ class OneHopExchange:
 
     Args:
         name: of the scheme.
-        hop: over all ranks.
+        leg: over all ranks.
         where: the layer's experts.
         format: of rows on the wire.
         layer: how errors name it.
     """
 
     def __init__(
-        self, *, name: str, hop: Hop, where: SlotHomes, format: WireFormat, layer: str
+        self, *, name: str, leg: Leg, where: SlotHomes, format: WireFormat, layer: str
     ) -> None:
         self.name = name
-        self._hop = hop
+        self._leg = leg
         self._where = where
         self._format = format
         self._layer = layer
@@ -60,18 +61,17 @@ class OneHopExchange:
         self, hidden_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> OneHopPending:
         """Start to send each row once to every rank it visits."""
-        plan = RowPlan.build(self._where.ranks(expert_TK), self._hop.group.size)
+        plan = RowPlan.build(self._where.ranks(expert_TK), self._leg.hop.group.size)
         rows = plan.gather(self._format.pack(hidden_TD, expert_TK, weight_TK))
-        trip = self._hop.open(rows, plan.counts, self._format.partial_bytes)
+        trip = self._leg.open(rows, plan.counts)
         return OneHopPending(plan, trip, self._where, self._format, f"{self._layer} dispatch")
 
     def combine(self, partial_AD: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:
-        """Partial sums home, added in ascending order of rank."""
+        """Partial sums home, added and rounded once."""
         ticket: _Ticket = arrivals.ticket
-        answers = ticket.trip.give_back(
-            self._format.pack_partial(partial_AD), f"{self._layer} combine"
-        )
-        return ticket.plan.sum_back(self._format.partial(answers))
+        what = f"{self._layer} combine"
+        answers = self._leg.answers
+        return answers.bring_home(ticket.trip, ticket.plan, partial_AD, what).float()
 
 
 @dataclass(frozen=True, slots=True)

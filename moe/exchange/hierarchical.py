@@ -2,8 +2,9 @@
 
 The row crosses along its sender's rail to a forwarder, which passes it on to the ranks of its node
 that need it. Partial sums come back the same way and are added at the rank, at the forwarder and at
-the source, so the way back is as thin as the way there. Messages between nodes fall by the number
-of ranks a node has; the price is the second hop.
+the source, so the way back is as thin as the way there; they are exact, so where a sum was added up
+does not show. Messages between nodes fall by the number of ranks a node has; the price is the
+second hop.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from cluster.dist.rank_topology import RankTopology
+from moe.exchange.answers import Leg
 from moe.exchange.base import Arrivals
 from moe.exchange.flat import SlotHomes, unpack_arrivals
-from moe.exchange.hops import Hop, Trip
+from moe.exchange.hops import Trip
 from moe.exchange.wire import WireFormat
 from moe.plan import NOWHERE, RowPlan
 
@@ -62,10 +64,10 @@ class TwoHopExchange:
 
     Args:
         name: of the scheme.
-        hops: along the rail and inside the node.
+        legs: along the rail and inside the node.
         route: this rank's place.
         where: the layer's experts.
-        format: of rows on the wire; partial sums are only rounded between nodes.
+        format: of rows on the wire.
         layer: how errors name it.
     """
 
@@ -73,14 +75,14 @@ class TwoHopExchange:
         self,
         *,
         name: str,
-        hops: tuple[Hop, Hop],
+        legs: tuple[Leg, Leg],
         route: Route,
         where: SlotHomes,
         format: WireFormat,
         layer: str,
     ) -> None:
         self.name = name
-        self._rail, self._node = hops
+        self._rail, self._node = legs
         self._route = route
         self._where = where
         self._format = format
@@ -93,7 +95,7 @@ class TwoHopExchange:
         members = self._route.rail_members(self._where.ranks(expert_TK))
         plan = RowPlan.build(members, self._route.num_rail_members)
         rows = plan.gather(self._format.pack(hidden_TD, expert_TK, weight_TK))
-        trip = self._rail.open(rows, plan.counts, self._format.partial_bytes)
+        trip = self._rail.open(rows, plan.counts)
         return TwoHopPending(self, plan, trip)
 
     def forward(self, plan: RowPlan, trip: Trip) -> Arrivals:
@@ -101,9 +103,7 @@ class TwoHopExchange:
         rows = trip.arrive(f"{self._layer} dispatch between nodes")
         members = self._route.node_members(self._where.ranks(self._format.experts(rows)))
         inner_plan = RowPlan.build(members, self._route.num_node_members)
-        inner_trip = self._node.open(
-            inner_plan.gather(rows), inner_plan.counts, self._format.exact_partial_bytes
-        )
+        inner_trip = self._node.open(inner_plan.gather(rows), inner_plan.counts)
         arrived = inner_trip.arrive(f"{self._layer} dispatch inside the node")
         ticket = _Ticket(plan, trip, inner_plan, inner_trip)
         return unpack_arrivals(arrived, self._where, self._format, ticket)
@@ -111,15 +111,16 @@ class TwoHopExchange:
     def combine(self, partial_AD: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:
         """Partial sums home: added per node by the forwarder, then per row by the source."""
         ticket: _Ticket = arrivals.ticket
-        inner = ticket.inner_trip.give_back(
-            self._format.pack_partial(partial_AD, exact=True),
+        at_forwarder = self._node.answers.bring_home(
+            ticket.inner_trip,
+            ticket.inner_plan,
+            partial_AD,
             f"{self._layer} combine inside the node",
         )
-        at_forwarder = ticket.inner_plan.sum_back(self._format.partial(inner, exact=True))
-        outer = ticket.trip.give_back(
-            self._format.pack_partial(at_forwarder), f"{self._layer} combine between nodes"
+        at_source = self._rail.answers.bring_home(
+            ticket.trip, ticket.plan, at_forwarder, f"{self._layer} combine between nodes"
         )
-        return ticket.plan.sum_back(self._format.partial(outer))
+        return at_source.float()
 
 
 @dataclass(frozen=True, slots=True)

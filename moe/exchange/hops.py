@@ -15,10 +15,26 @@ import torch
 from cluster.dist.peer_group import PeerGroup, Transfer
 
 _COUNT_BYTES = 8
+_MORE_TAG = 4
 
 
 class Trip(Protocol):
     """One use of a hop: `arrive` once, then `give_back` once."""
+
+    @property
+    def group(self) -> PeerGroup:
+        """The members."""
+        ...
+
+    @property
+    def sent(self) -> Sequence[int]:
+        """Rows to each member."""
+        ...
+
+    @property
+    def received(self) -> Sequence[int]:
+        """Rows from each member; known once they have arrived."""
+        ...
 
     def arrive(self, what: str) -> torch.Tensor:
         """The rows from all members, in member order: uint8 (A, row_bytes)."""
@@ -60,12 +76,11 @@ class _CountedTrip:
     def __init__(
         self, group: PeerGroup, rows: torch.Tensor, counts: Sequence[int], answer_bytes: int
     ) -> None:
-        self._group = group
+        self.group = group
+        self.sent = list(counts)
+        self.received: list[int] = []
         self._rows = rows
-        self._sent = list(counts)
-        self._answer_bytes = answer_bytes
-        self._received: list[int] = []
-        self._own_counts = torch.tensor(self._sent, dtype=torch.int64)
+        self._own_counts = torch.tensor(self.sent, dtype=torch.int64)
         self._their_counts = torch.empty_like(self._own_counts)
         even = [_COUNT_BYTES] * group.size
         self._counting: Transfer = group.all_to_all(
@@ -75,23 +90,65 @@ class _CountedTrip:
     def arrive(self, what: str) -> torch.Tensor:
         """Wait for the counts, then for the rows."""
         self._counting.wait(f"{what} (counts)")
-        self._received = self._their_counts.tolist()
+        self.received = self._their_counts.tolist()
         rows, self._rows = self._rows, self._rows[:0]
-        return self._exchange(rows, self._sent, self._received, what)
+        return self._exchange(rows, self.sent, self.received, what)
 
     def give_back(self, answers: torch.Tensor, what: str) -> torch.Tensor:
         """The same exchange with sides swapped; counts are known."""
-        return self._exchange(answers, self._received, self._sent, what)
+        return self._exchange(answers, self.received, self.sent, what)
 
     def _exchange(
         self, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int], what: str
     ) -> torch.Tensor:
         width = rows.shape[1]
         arrived = torch.empty((sum(received), width), dtype=torch.uint8)
-        self._group.all_to_all(
+        self.group.all_to_all(
             arrived.view(-1),
             rows.reshape(-1),
             [width * count for count in received],
             [width * count for count in sent],
         ).wait(what)
         return arrived
+
+
+def swap_more(
+    trip: Trip, rows_FX: torch.Tensor, from_F: torch.Tensor, to_G: torch.Tensor, what: str
+) -> torch.Tensor:
+    """A second message about a few of a trip's answers, between the members concerned alone.
+
+    Both sides have learned from the answers themselves which rows there is more of.
+
+    Args:
+        rows_FX: int32; for answers `from_F` (int64, ascending) that this rank has given.
+        to_G: int64, ascending; the answers received that more belongs to.
+
+    Returns:
+        int32 (G, X).
+    """
+    group, width = trip.group, rows_FX.shape[1]
+    leaving = torch.split(rows_FX, _by_member(from_F, trip.received))
+    coming = rows_FX.new_empty((to_G.numel(), width))
+    places = torch.split(coming, _by_member(to_G, trip.sent))
+    places[group.rank].copy_(leaving[group.rank])
+    others = [peer for peer in range(group.size) if peer != group.rank]
+    transfers = [
+        group.receive(places[peer].view(torch.uint8).view(-1), peer, _MORE_TAG)
+        for peer in others
+        if places[peer].numel()
+    ]
+    transfers += [
+        group.send(leaving[peer].view(torch.uint8).view(-1), peer, _MORE_TAG)
+        for peer in others
+        if leaving[peer].numel()
+    ]
+    for transfer in transfers:
+        transfer.wait(f"{what} (lower bits)")
+    return coming
+
+
+def _by_member(index_F: torch.Tensor, counts: Sequence[int]) -> list[int]:
+    """How many of some rows, ascending, lie with each member."""
+    ends = torch.tensor(counts).cumsum(0)
+    below = torch.searchsorted(index_F, ends)
+    return below.diff(prepend=below.new_zeros(1)).tolist()

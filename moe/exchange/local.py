@@ -33,8 +33,8 @@ class LocalExchange:
         )
 
     def combine(self, partial_AD: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:
-        """The sums are whole already."""
-        return partial_AD
+        """The sums are whole already; they are rounded to fp32."""
+        return partial_AD.float()
 
 
 class LocalPending:

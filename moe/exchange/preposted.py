@@ -68,7 +68,9 @@ class _SlotTrip:
         self, hop: SlotHop, rows: torch.Tensor, counts: Sequence[int], answer_bytes: int
     ) -> None:
         self._hop = hop
-        self._counts = list(counts)
+        self.group = hop.group
+        self.sent = list(counts)
+        self.received: list[int] = []
         self._bounds = _bounds(counts)
         self._number = hop.num_trips
         me = hop.group.rank
@@ -83,7 +85,6 @@ class _SlotTrip:
             for peer in hop.peers
             if counts[peer]
         ]
-        self._received: list[int] = []
 
     def arrive(self, what: str) -> torch.Tensor:
         """Take the rows out of all slots, in member order."""
@@ -93,11 +94,11 @@ class _SlotTrip:
         parts = []
         for peer in range(hop.group.size):
             if peer == hop.group.rank:
-                self._received.append(self._own_rows.shape[0])
+                self.received.append(self._own_rows.shape[0])
                 parts.append(self._own_rows)
                 continue
             count, fitting = taken[peer]
-            self._received.append(count)
+            self.received.append(count)
             parts.append(fitting)
             if overflow := rest[peer]:
                 rows, transfer = overflow
@@ -110,9 +111,9 @@ class _SlotTrip:
     def give_back(self, answers: torch.Tensor, what: str) -> torch.Tensor:
         """Send answers, renew the slots, wait for the answers to what was sent."""
         hop = self._hop
-        bounds = _bounds(self._received)
+        bounds = _bounds(self.received)
         for peer in hop.peers:
-            if self._received[peer]:
+            if self.received[peer]:
                 part = answers[bounds[peer] : bounds[peer + 1]].reshape(-1)
                 self._sends.append(hop.group.send(part, peer, _ANSWER_TAG))
         # After the answers, which are urgent: these are for the next trip.

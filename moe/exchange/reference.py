@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from moe.exact_sums import heaviest, settle
 from moe.exchange.base import Arrivals
 from moe.expert_slots import ExpertSlots
 from moe.plan import NOWHERE
@@ -22,28 +23,32 @@ Expert = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 def reference_sums(inputs: Sequence[Routed], expert: Expert) -> list[torch.Tensor]:
-    """What `combine` must return at each rank: fp32 (T, D), summed in ascending slot order."""
+    """What `combine` must return at each rank: fp32 (T, D)."""
     answers = []
     for hidden_TD, expert_TK, weight_TK in inputs:
-        summed = torch.zeros(hidden_TD.shape, dtype=torch.float32)
+        summed = torch.zeros(hidden_TD.shape, dtype=torch.float64)
         for row, chosen in enumerate(expert_TK.tolist()):
             for slot in sorted(set(chosen) - {NOWHERE}):
-                weight = weight_TK[row, chosen.index(slot)]
-                summed[row] += weight * expert(slot, hidden_TD[row : row + 1])[0]
-        answers.append(summed)
+                at = chosen.index(slot)
+                product = weight_TK[row, at] * expert(slot, hidden_TD[row : row + 1])
+                most = heaviest(weight_TK[row : row + 1])
+                summed[row] += settle(product, weight_TK[row, at : at + 1], most)[0]
+        answers.append(summed.float())
     return answers
 
 
 def partial_sums(arrivals: Arrivals, first_slot: int, expert: Expert) -> torch.Tensor:
-    """What a mixture block does with the rows that arrived, the slow and plain way: fp32 (A, D)."""
-    partial_AD = torch.zeros(arrivals.hidden_AD.shape, dtype=torch.float32)
+    """What a mixture block does with the rows that arrived, the slow and plain way: fp64 (A, D)."""
+    partial_AD = torch.zeros(arrivals.hidden_AD.shape, dtype=torch.float64)
+    heaviest_A = heaviest(arrivals.weight_AK)
     pairs = arrivals.pairs()
     offsets = pairs.offsets_L1.tolist()
     for local, (begin, end) in enumerate(itertools.pairwise(offsets)):
         rows = pairs.row_M[begin:end]
         if rows.numel():
-            answers = expert(first_slot + local, arrivals.hidden_AD[rows])
-            partial_AD[rows] += pairs.weight_M[begin:end, None] * answers
+            weight_M = pairs.weight_M[begin:end]
+            product = weight_M[:, None] * expert(first_slot + local, arrivals.hidden_AD[rows])
+            partial_AD[rows] += settle(product, weight_M, heaviest_A[rows])
     return partial_AD
 
 

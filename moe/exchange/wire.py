@@ -2,8 +2,8 @@
 
     | hidden: D elements, padded to 4 | scale fp32 (quantised) | K weights fp32 | K experts int32 |
 
-One buffer, so that payload and routing are one message. Partial sums return as fp32 or, if asked
-for, as bf16. Everything but the default is lossy and has to be chosen.
+One buffer, so that payload and routing are one message; how sums come home is in answers.py.
+Everything but the default is lossy and has to be chosen.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Combine(enum.StrEnum):
     """How partial sums travel back between ranks (between nodes where there are two hops)."""
 
     FP32 = "fp32"
+    """Nothing is rounded on the way; four bytes an element."""
     BF16 = "bf16"
 
 
@@ -71,16 +72,6 @@ class WireFormat:
         """Bytes of a row on the way out."""
         return self.hidden_bytes + 8 * self.top_k
 
-    @property
-    def partial_bytes(self) -> int:
-        """Bytes of a row on the way back."""
-        return self.dim * (4 if self.combine is Combine.FP32 else 2)
-
-    @property
-    def exact_partial_bytes(self) -> int:
-        """Bytes of a row on the way back where it is never rounded."""
-        return self.dim * 4
-
     def pack(
         self, hidden_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> torch.Tensor:
@@ -113,18 +104,6 @@ class WireFormat:
         narrow = codes.view(torch.int8 if self.dispatch is Dispatch.INT8 else _FP8)
         scale = rows[:, self.hidden_bytes - 4 : self.hidden_bytes].view(torch.float32)
         return (narrow.to(torch.float32) * scale).to(self.dtype)
-
-    def pack_partial(self, partial_AD: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """Partial sums (fp32) as bytes."""
-        if self.combine is Combine.BF16 and not exact:
-            partial_AD = partial_AD.to(torch.bfloat16)
-        return partial_AD.contiguous().view(torch.uint8)
-
-    def partial(self, rows: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """Partial sums back from bytes, fp32."""
-        if self.combine is Combine.BF16 and not exact:
-            return rows.view(torch.bfloat16).to(torch.float32)
-        return rows.view(torch.float32)
 
     def _pack_hidden(self, rows: torch.Tensor, hidden_TD: torch.Tensor) -> None:
         if self.dispatch is Dispatch.EXACT:

@@ -91,7 +91,7 @@ class CpuExperts:
                 f"in {hidden_AD.dtype} for {slot_AK.dtype} slots {tuple(slot_AK.shape)} with "
                 f"{weight_AK.dtype} weights {tuple(weight_AK.shape)}."
             )
-        partial_AD = torch.empty((num_rows, self._dim), dtype=torch.float32)
+        partial_AD = torch.empty((num_rows, self._dim), dtype=torch.float64)
         if not num_rows:
             return partial_AD
         threads, shape = torch.get_num_threads(), addressof(self.shape)

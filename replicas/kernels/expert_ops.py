@@ -29,5 +29,5 @@ class ExpertSet:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The slots in ascending order of their experts: the order of a row's sum."""
+        """The slots in ascending order of their experts."""
         return tuple(sorted(range(len(self.held)), key=self.held.__getitem__))

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from cluster.base.errors import ConfigError
+from moe.row_sums import RowSums, TorchRowSums
 from replicas.kernels.build import BuildPlan, KernelsUnavailableError, build_library, find_compiler
 from replicas.kernels.cpu_ops import CpuKernels
+from replicas.kernels.cpu_row_sums import CpuRowSums
 from replicas.kernels.loader import CpuLibrary, TilesRefusedError
 from replicas.kernels.ops import Kernels
 from replicas.kernels.torch_ops import TORCH_KERNELS
@@ -46,6 +48,15 @@ def select_kernels(requested: str, dtype: torch.dtype, device: str, cache_dir: P
         _log.warning("kernels: torch, because of Triton's: %s", "; ".join(reasons))
         return TORCH_KERNELS
     return _triton("triton", dtype, device)
+
+
+def select_row_sums(cache_dir: Path) -> RowSums:
+    """What packs and adds partial sums between ranks: compiled, else torch's."""
+    try:
+        return CpuRowSums(_library(cache_dir))
+    except KernelsUnavailableError as error:
+        _log.warning("sums between ranks: torch, because %s", error)
+        return TorchRowSums()
 
 
 def _triton(requested: str, dtype: torch.dtype, device: str) -> Kernels:

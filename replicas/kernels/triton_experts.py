@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from cluster.base.errors import InternalError
+from moe.exact_sums import BITS, MAX_SHIFT, heaviest
 from moe.experts import DOWN, DOWN_BIAS, UP, UP_BIAS
 from replicas.kernels.expert_ops import ExpertSet
 
@@ -130,7 +131,7 @@ class TritonExperts:
                 f"Experts of width {self._dim} in {self._dtype} got rows {tuple(hidden_AD.shape)} "
                 f"in {hidden_AD.dtype} for slots {tuple(slot_AK.shape)}."
             )
-        output_AD = hidden_AD.new_empty((num_rows, self._dim), dtype=torch.float32)
+        output_AD = hidden_AD.new_empty((num_rows, self._dim), dtype=torch.float64)
         if not num_rows:
             return output_AD
         num_local = len(self._experts.tensors)
@@ -142,11 +143,15 @@ class TritonExperts:
         self._programs.expert_sum_kernel[grid](
             products_MD,
             pairs.pair_AK,
+            pairs.weight_M,
+            heaviest(weight_AK.float()),
             pairs.num_here,
             output_AD,
             self._dim,
             TOP_K=top_k,
             WIDTH=_STRETCH,
+            BITS=BITS,
+            MAX_SHIFT=MAX_SHIFT,
         )
         return output_AD
 

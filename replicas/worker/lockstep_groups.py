@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cluster.base.env import default_cache_dir
 from cluster.base.errors import InternalError, PenstockError
 from cluster.dist.communicator import Communicator, SingleRank
 from cluster.dist.expert_peers import ExpertPeers, join_expert_peers
 from cluster.dist.rank_topology import RankTopology
 from cluster.dist.rendezvous import Rendezvous
 from cluster.dist.watched_communicator import WatchedCommunicator
+from moe.row_sums import RowSums
+from replicas.kernels.select import select_row_sums
 from replicas.worker.gathering import Gathering
 from replicas.worker.plan import ExpertRankPlan, WorkerPlan
 from replicas.worker.tensor_rank import join_tensor_group
@@ -33,6 +36,9 @@ class LockstepGroups:
         if plan.experts is None:
             raise InternalError("This rank has no place in an expert-parallel replica.")
         self.place: ExpertRankPlan = plan.experts
+        # Before any meeting: it may have to be compiled, and later waits are short.
+        self.sums: RowSums = select_row_sums(default_cache_dir() / "kernels")
+        """What packs and adds partial sums on their way between ranks."""
         self._plan = plan
         self._watched: WatchedCommunicator | None = None
         self.communicator: Communicator = SingleRank()

@@ -62,7 +62,7 @@ def spread_experts(groups: LockstepGroups, plan: WorkerPlan) -> tuple[SpreadExpe
     )
     exchanges = None
     if not place.joins_later:
-        exchanges = Exchanges(groups.peers, groups.peers.topology, format)
+        exchanges = Exchanges(groups.peers, groups.peers.topology, format, sums=groups.sums)
     return SpreadExperts(tables, exchanges, plan.rank, place.capacity_factor), format
 
 
@@ -117,7 +117,7 @@ class LockstepRank:
         """
         self._groups.join(gathering)
         peers = self._groups.peers
-        exchanges = Exchanges(peers, peers.topology, self._format)
+        exchanges = Exchanges(peers, peers.topology, self._format, sums=self._groups.sums)
         member = gathering.members.index(self._rank)
         num_fetched = sum(
             self._hold(table.layer, table.logical_by_rank[member]) for table in gathering.tables

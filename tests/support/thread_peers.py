@@ -8,7 +8,7 @@ shorter message fills the beginning of a receive. A message that never comes is 
 from __future__ import annotations
 
 import queue
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ import torch
 from cluster.dist.rank_topology import RankTopology
 
 PATIENCE_S = 20.0
+_NUM_TAGS = 6
+_GATHER_TAG = 5
 
 
 class Hub:
@@ -30,15 +32,17 @@ class Hub:
         for kind in ("world", "node", "rail"):
             for source in range(topology.num_ranks):
                 for target in range(topology.num_ranks):
-                    for tag in range(5):
+                    for tag in range(_NUM_TAGS):
                         self._queues[kind, source, target, tag] = queue.Queue()
         self.node_bytes = 0
         self.node_messages = 0
+        self.num_by_tag: Counter[int] = Counter()
 
     def put(self, kind: str, source: int, target: int, tag: int, data: torch.Tensor) -> None:
         if self.topology.node_index(source) != self.topology.node_index(target) and data.numel():
             self.node_bytes += data.numel()
             self.node_messages += 1
+        self.num_by_tag[tag] += 1
         self._queues[kind, source, target, tag].put(data.clone())
 
     def get(self, kind: str, source: int, target: int, tag: int) -> torch.Tensor:
@@ -95,8 +99,9 @@ class ThreadGroup:
     def all_gather_bytes(self, own: bytes, what: str) -> list[bytes]:
         data = torch.frombuffer(bytearray(own), dtype=torch.uint8)
         for other in self.ranks:
-            self.hub.put(self.kind, self.own, other, 4, data)
-        return [self.hub.get(self.kind, o, self.own, 4).numpy().tobytes() for o in self.ranks]
+            self.hub.put(self.kind, self.own, other, _GATHER_TAG, data)
+        pieces = [self.hub.get(self.kind, o, self.own, _GATHER_TAG) for o in self.ranks]
+        return [piece.numpy().tobytes() for piece in pieces]
 
 
 class ThreadPeers:

@@ -2,6 +2,7 @@
 // that are multiplied at once, and pieces put together to waves that stay in the cache.
 #pragma once
 
+#include "exact.h"
 #include "matrix.h"
 
 namespace penstock {
@@ -24,7 +25,7 @@ struct Piece {
 
 struct Pairs {
   int64_t* row;
-  float* weight;
+  float *weight, *heaviest;  // `heaviest`: magnitude of the largest weight of the pair's row
   long* ends;  // by slot
   Piece* pieces;
   long count, num_pieces;
@@ -34,6 +35,7 @@ inline Pairs take_pairs(Workspace& memory, long pairs, long slots) {
   Pairs taken{};
   taken.row = memory.take<int64_t>(pairs);
   taken.weight = memory.take<float>(pairs);
+  taken.heaviest = memory.take<float>(pairs);
   taken.ends = memory.take<long>(slots + 1);
   taken.pieces = memory.take<Piece>(slots + pairs / kPieceRows + 1);
   return taken;
@@ -56,11 +58,16 @@ inline void sort_pairs(const Routed& routed, const int64_t* order, long slots, P
     place[slot] = begin;
     pairs.count = begin += count;
   }
-  for (long pair = 0; pair < all; ++pair) {
-    if (!here(pair)) continue;
-    const long to = place[routed.slots[pair]]++;
-    pairs.row[to] = pair / routed.top_k;
-    pairs.weight[to] = routed.weights[pair];
+  for (long row = 0; row < routed.rows; ++row) {
+    const long begin = row * routed.top_k;
+    const float heaviest = largest_magnitude(routed.weights + begin, routed.top_k);
+    for (long pair = begin; pair < begin + routed.top_k; ++pair) {
+      if (!here(pair)) continue;
+      const long to = place[routed.slots[pair]]++;
+      pairs.row[to] = row;
+      pairs.weight[to] = routed.weights[pair];
+      pairs.heaviest[to] = heaviest;
+    }
   }
 }
 

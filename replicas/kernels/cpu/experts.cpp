@@ -7,7 +7,7 @@ namespace {
 
 // This thread's share of the sums: whole rows, or with few of them stretches of each.
 inline void add_up(const Pairs& pairs, const Wave& wave, const float* products, long rows, long dim,
-                   float* y, Part part) {
+                   double* y, Part part) {
   const bool by_row = rows >= 4L * part.count;
   const Range own = by_row ? share(rows, part) : share((dim + kLanes - 1) / kLanes, part);
   const long left = by_row ? 0 : own.begin * kLanes;
@@ -15,13 +15,12 @@ inline void add_up(const Pairs& pairs, const Wave& wave, const float* products, 
   for (long pair = wave.first(); pair < wave.end(); ++pair) {
     const long row = pairs.row[pair];
     if (by_row && (row < own.begin || row >= own.end)) continue;
-    add_weighted(products + (pair - wave.first()) * dim + left, pairs.weight[pair],
-                 y + row * dim + left, width);
+    add_pair(pairs, pair, products + (pair - wave.first()) * dim, dim, left, width, y + row * dim);
   }
 }
 
 template <typename S>
-void run(const S* x, const Routed& routed, const Experts<S>& experts, float* y, void* memory,
+void run(const S* x, const Routed& routed, const Experts<S>& experts, double* y, void* memory,
          int threads) {
   Workspace workspace(memory);
   const long all = routed.rows * routed.top_k, dim = experts.dim;
@@ -29,7 +28,7 @@ void run(const S* x, const Routed& routed, const Experts<S>& experts, float* y, 
   const Buffers<S> buffers = take_buffers<S>(workspace, all, dim, experts.ffn, threads);
   Team team(threads);
   sort_pairs(routed, experts.order, experts.slots, pairs);
-  std::memset(y, 0, routed.rows * dim * sizeof(float));
+  std::memset(y, 0, routed.rows * dim * sizeof(double));
   for (long from = 0; from < pairs.num_pieces;) {
     const Wave wave = place_wave<S>(pairs, from);
     from += wave.count;
@@ -58,10 +57,10 @@ long workspace_bytes(const Experts<S>& experts, long pairs, long threads) {
 
 using penstock::Bf16;
 
-// Rows that go nowhere come out zero. `y` (rows, dim) fp32.
+// Rows that go nowhere come out zero. `y` (rows, dim) fp64.
 #define PK_EXPERTS(suffix, S)                                                                      \
   void pk_experts_##suffix(const S* x, const int64_t* slots, const float* weights, long rows,      \
-                           long top_k, const penstock::Experts<S>* experts, float* y,              \
+                           long top_k, const penstock::Experts<S>* experts, double* y,             \
                            void* workspace, int threads) {                                         \
     penstock::run(x, penstock::Routed{slots, weights, rows, top_k}, *experts, y, workspace,        \
                   threads);                                                                        \

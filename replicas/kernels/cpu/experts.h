@@ -1,12 +1,13 @@
 // The routed experts of one layer inside a parallel region: rows are gathered per expert, go through its
-// gated MLP, and each row's weighted outputs are added up in ascending order of expert.
+// gated MLP, and each row's weighted outputs are settled and added up exactly (exact.h).
 //
 // Threads share out (expert, columns) units, so one token's two experts keep all of them busy as well
 // as two thousand tokens do. Who computes a unit changes no bit: a sum over k is made as in matrix.h, a
-// row's experts are added in one order, and every rounding is where the calls one by one have it
-// (linear, gate, linear in fp32, times weight, sum).
+// row's experts are added exactly, and every rounding is where the calls one by one have it
+// (linear, gate, linear in fp32, times weight, settled).
 #pragma once
 
+#include "exact.h"
 #include "expert_pairs.h"
 #include "matrix.h"
 #include "rows.h"
@@ -153,22 +154,14 @@ int unit_count(const Matrix<S>& weight, long rows_per_piece) {
   return static_cast<int>((lines + per_unit - 1) / per_unit);
 }
 
-// The compiler may not fuse what made this value with what uses it.
-inline Vec settled(Vec value) {
-  asm("" : "+m"(value));
-  return value;
-}
-
-// y += product * weight, with both roundings.
-inline void add_weighted(const float* product, float weight, float* y, long count) {
-  long i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    store(load(y + i) + settled(load(product + i) * weight), y + i);
-  for (; i < count; ++i) {
-    float value = product[i] * weight;
-    asm("" : "+m"(value));
-    y[i] += value;
-  }
+// y += what is settled of a pair's product, the `width` elements from `left` on.
+inline void add_pair(const Pairs& pairs, long pair, const float* product, long dim, long left,
+                     long width, double* y) {
+  const float weight = pairs.weight[pair];
+  // Rounding is monotonic: the largest product is the product of the largest.
+  const float largest = settled(largest_magnitude(product, dim) * weight);
+  const float anchor = anchor_of(largest, weight, pairs.heaviest[pair]);
+  add_settled(product + left, weight, anchor, y + left, width);
 }
 
 // The products of a wave, each of a pair of row and expert; whole on return. The rows have been gathered

@@ -40,12 +40,13 @@ struct MixtureRows {
     slots = memory.take<int64_t>(rows * mixture.gate.top_k);
     weights = memory.take<float>(rows * mixture.gate.top_k);
     buffers = take_buffers<S>(memory, rows * mixture.gate.top_k, experts.dim, experts.ffn, threads);
-    sums = memory.take<float>(rows * experts.dim);
+    sums = memory.take<double>(rows * experts.dim);
     shared_products = memory.take<float>(mixture.shared_ffn ? rows * experts.dim : 0);
     shared_logits = memory.take<float>(mixture.shared_ffn ? rows : 0);
   }
   MlpRows<S> shared;
-  float *logits, *weights, *sums, *shared_products, *shared_logits;
+  float *logits, *weights, *shared_products, *shared_logits;
+  double* sums;
   int64_t* slots;
   Buffers<S> buffers;
 };
@@ -107,8 +108,8 @@ class MixturePass {
     const Experts<S>& experts = mixture_.experts;
     Buffers<S> buffers = memory_.buffers;
     if (alone_) buffers.input = input_copy_, output = output_;
-    float* sums = alone_ ? sums_ : memory_.sums;
-    std::fill(sums + own_.begin * experts.dim, sums + own_.end * experts.dim, 0.0f);
+    double* sums = alone_ ? sums_ : memory_.sums;
+    std::fill(sums + own_.begin * experts.dim, sums + own_.end * experts.dim, 0.0);
     for (long from = 0; from < pairs_.num_pieces;) {
       const Wave wave = place_wave<S>(pairs_, from);
       from += wave.count;
@@ -120,12 +121,15 @@ class MixturePass {
       for (long pair = wave.first(); pair < wave.end(); ++pair) {
         const long row = pairs_.row[pair];
         if (row < own_.begin || row >= own_.end) continue;
-        add_weighted(buffers.products + (pair - wave.first()) * experts.dim, pairs_.weight[pair],
-                     sums + row * experts.dim, experts.dim);
+        const float* product = buffers.products + (pair - wave.first()) * experts.dim;
+        add_pair(pairs_, pair, product, experts.dim, 0, experts.dim, sums + row * experts.dim);
       }
     }
-    for (long row = own_.begin; row < own_.end; ++row)
-      finish_row(sums + row * experts.dim, row, output + row * experts.dim);
+    for (long row = own_.begin; row < own_.end; ++row) {
+      const double* sum = sums + row * experts.dim;
+      for (long i = 0; i < experts.dim; ++i) sum_[i] = static_cast<float>(sum[i]);
+      finish_row(sum_, row, output + row * experts.dim);
+    }
     return output;
   }
 
@@ -137,7 +141,8 @@ class MixturePass {
     weights_ = memory.take<float>(routes ? pairs : 0);
     pairs_ = take_pairs(memory, pairs, mixture_.experts.slots);
     input_copy_ = memory.take<S>(alone_ ? wave_rows(pairs) * round_up(dim, Rows<S>::kLine) : 0);
-    sums_ = memory.take<float>(alone_ ? rows * dim : 0);
+    sums_ = memory.take<double>(alone_ ? rows * dim : 0);
+    sum_ = memory.take<float>(dim);
     output_ = memory.take<S>(alone_ ? rows * dim : 0);
   }
 
@@ -165,7 +170,8 @@ class MixturePass {
   Part part_;
   const MixtureRows<S>& memory_;
   Pairs pairs_;
-  float *logits_, *weights_, *sums_;
+  float *logits_, *weights_, *sum_;
+  double* sums_;
   int64_t* slots_;
   S *input_copy_, *output_;
 };

@@ -2,7 +2,7 @@
 
 Pairs of row and expert lie sorted by expert; one program owns up to BM pairs of one expert and
 some columns. Blocks have one size whatever the batch and the depth is cut the same way, so a row's
-bits do not depend on its neighbours; a row's experts are added in ascending order by one program.
+bits do not depend on its neighbours; a row's experts are added exactly, by one program.
 Experts are tensors of their own, reached through a table of addresses, four per expert (gate and
 up, their bias, down, its bias; 0: none). Roundings are where the kernels one by one have them.
 """
@@ -133,20 +133,50 @@ def expert_down_kernel(
 
 
 @triton.jit
-def expert_sum_kernel(
-    products, pair_of_row, num_pairs, output, dim, TOP_K: tl.constexpr, WIDTH: tl.constexpr
-):
-    """output[row] = the sum of its pairs' products in ascending order, without pairs elsewhere.
+def _magnitude_bits(value):
+    # As integers a NaN is above infinity and infinity above all numbers.
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
-    `num_pairs`: address of how many pairs are here; their order is that of their experts.
+
+@triton.jit
+def expert_sum_kernel(
+    products,
+    pair_of_row,
+    weight_of_pair,
+    heaviest_of_row,
+    num_pairs,
+    output,
+    dim,
+    TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    MAX_SHIFT: tl.constexpr,
+):
+    """output[row] = the exact fp64 sum of its pairs' settled products, without pairs elsewhere.
+
+    `num_pairs`: address of how many pairs are here. What settling is: `moe/exact_sums.py`.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     kept = column < dim
     here = tl.load(num_pairs)
-    total = tl.zeros((WIDTH,), tl.float32)
+    heaviest = _magnitude_bits(tl.load(heaviest_of_row + row)) >> 23
+    total = tl.zeros((WIDTH,), tl.float64)
     for k in range(TOP_K):
         pair = tl.load(pair_of_row + row * TOP_K + k)
         if pair < here:
-            total += tl.load(products + pair * dim + column, mask=kept, other=0.0)
+            line = products + pair * dim
+            most = tl.zeros((WIDTH,), tl.int32)
+            # Every program of a row looks at all of it: a whole row is a few stretches, in cache.
+            for begin in range(0, dim, WIDTH):
+                at = begin + tl.arange(0, WIDTH)
+                most = tl.maximum(
+                    most, _magnitude_bits(tl.load(line + at, mask=at < dim, other=0.0))
+                )
+            weight = _magnitude_bits(tl.load(weight_of_pair + pair)) >> 23
+            lighter = tl.minimum(tl.maximum(heaviest - weight, 0), MAX_SHIFT)
+            place = tl.minimum((tl.max(most, axis=0) >> 23) + lighter + (24 - BITS), 255)
+            anchor = ((place << 23) | (1 << 22)).to(tl.float32, bitcast=True)
+            value = (tl.load(line + column, mask=kept, other=0.0) + anchor) - anchor
+            total += value.to(tl.float64)
     tl.store(output + row * dim + column, total, mask=kept)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cluster.base.errors import InternalError
+from moe.exact_sums import BITS, MAX_SHIFT, settle
 from moe.exchange.base import Arrivals
 from moe.experts import DOWN, DOWN_BIAS, UP, UP_BIAS, ExpertRunner
 from moe.spec import GateSpec, MoeSpec
@@ -92,6 +93,29 @@ def test_a_row_is_the_same_in_every_batch_and_slot() -> None:
     move = torch.tensor([*(other.index(expert) for expert in HELD), 9, -1])
     moved = dataclasses.replace(given, slot_AK=move[given.slot_AK])
     assert torch.equal(experts.forward(moved, other, units), whole)
+
+
+def test_rows_are_settled_and_summed_exactly() -> None:
+    """The bits of `moe.exact_sums`, for rows longer than what one program adds."""
+    from replicas.kernels.gpu import expert_kernels  # imports Triton
+
+    generator = torch.Generator().manual_seed(3)
+    products = torch.randn((7, 1500), generator=generator)
+    products *= 10.0 ** torch.randint(-4, 4, (7, 1), generator=generator)
+    products[2, 1300], products[3] = float("inf"), 0.0
+    weight_M = torch.rand(7, generator=generator) ** 8
+    pair_AK = torch.tensor([[0, 4, 6], [1, 3, 8], [2, 5, 9]])
+    heaviest_A = torch.tensor([1.0, float(weight_M[1]), 2.0])
+    output = torch.full((3, 1500), 7.0, dtype=torch.float64)
+    expert_kernels.expert_sum_kernel[(3, 2)](
+        *(products, pair_AK, weight_M, heaviest_A, torch.tensor([7]), output, 1500),
+        **{"TOP_K": 3, "WIDTH": 1024, "BITS": BITS, "MAX_SHIFT": MAX_SHIFT},
+    )
+    for row, pairs in enumerate(([0, 4, 6], [1, 3], [2, 5])):
+        settled = settle(products[pairs], weight_M[pairs], heaviest_A[row].expand(len(pairs)))
+        expected = settled.double().sum(dim=0)
+        assert torch.equal(output[row].nan_to_num(5.0), expected.nan_to_num(5.0))
+    assert output[2].isnan().all()
 
 
 def test_rows_for_nobody_here_are_zero() -> None:

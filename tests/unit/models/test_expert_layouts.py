@@ -31,7 +31,7 @@ class CountingExchange(LocalExchange):
         return super().dispatch(hidden_TD, expert_TK, weight_TK)
 
     def combine(self, partial_AD: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:
-        assert partial_AD.dtype == torch.float32
+        assert partial_AD.dtype == torch.float64
         self._log.append(("combine", len(partial_AD)))
         return super().combine(partial_AD, arrivals)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cluster.dist.rank_topology import RankTopology
+from moe.exchange.answers import answers_for
 from moe.exchange.exchanges import Exchanges
 from moe.exchange.reference import partial_sums, reference_pairs, reference_sums
 from moe.exchange.schemes import Scheme
@@ -27,6 +28,7 @@ SHAPES = list(itertools.product((1, 2, 3, 4), (1, 2, 3, 4)))
 UNEVEN = [("a", "a", "a", "b", "b"), ("a", "a", "b", "b", "b", "b", "b"), ("a", "b", "b", "b")]
 TOPOLOGIES = [RankTopology.regular(*shape) for shape in SHAPES] + [RankTopology(n) for n in UNEVEN]
 SLOT_ROWS = 3
+LOWER_BITS_TAG = 4
 
 
 def row_counts(kind: str, rank: int) -> int:
@@ -94,18 +96,42 @@ def test_whole_numbers_come_back_bit_equal(topology):
     assert overflows > 0 or topology.num_ranks == 1, "the second round must have been taken"
 
 
-@pytest.mark.parametrize("shape", [(1, 3), (2, 2), (3, 4)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_real_numbers_come_back_to_rounding(shape, dtype):
-    topology = RankTopology.regular(*shape)
-    slots = placement("replicated", topology)
-    inputs = inputs_of(topology, slots, "some", "random", whole=False, dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.float32, "near"), (torch.bfloat16, "near"), (torch.float32, "far apart")],
+)
+@pytest.mark.parametrize(
+    "topology", TOPOLOGIES, ids=lambda t: "-".join(map(str, map(len, t.nodes)))
+)
+def test_real_numbers_come_back_bit_equal(topology, dtype, kind):
+    cases, expected = [], []
+    for where, routes in (("even", "random"), ("scattered", "skewed"), ("replicated", "random")):
+        slots = placement(where, topology)
+        inputs = inputs_of(topology, slots, "some", routes, whole=False, dtype=dtype)
+        if kind == "far apart":
+            # Gate weights from 1 down to 1e-8: 31 bits do not hold that, second messages do.
+            inputs = [(rows, chosen, 1e-8 ** (4 * gate % 1)) for rows, chosen, gate in inputs]
+        sums = reference_sums(inputs, functools.partial(expert, slots))
+        cases += [(scheme, slots, inputs) for scheme in Scheme]
+        expected += [sums] * len(Scheme)
     wire = WireFormat(dim=DIM, dtype=dtype, top_k=TOP_K)
-    answers, _, _ = run_layers(topology, [(s, slots, inputs) for s in Scheme], wire)
-    expected = reference_sums(inputs, functools.partial(expert, slots))
-    for by_rank in answers:
-        for (_, got), sums in zip(by_rank, expected, strict=True):
-            torch.testing.assert_close(got, sums, atol=1e-5, rtol=1e-5)
+    answers, _, hub = run_layers(topology, cases, wire)
+    for case, by_rank, sums in zip(cases, answers, expected, strict=True):
+        for rank, (_, got) in enumerate(by_rank):
+            assert torch.equal(got, sums[rank]), (case[0], rank)
+    assert (hub.num_by_tag[LOWER_BITS_TAG] > 0) == (kind == "far apart" and topology.num_ranks > 1)
+
+
+def test_a_rounding_per_row_is_all_that_parts_the_sums_from_plain_ones():
+    topology = RankTopology.regular(1, 1)
+    slots = placement("even", topology)
+    ((hidden, chosen, weights),) = inputs_of(topology, slots, "idle", "random", whole=False)
+    (sums,) = reference_sums([(hidden, chosen, weights)], functools.partial(expert, slots))
+    plain = torch.zeros(hidden.shape, dtype=torch.float64)
+    for row, column in itertools.product(range(len(hidden)), range(TOP_K)):
+        answer = expert(slots, int(chosen[row, column]), hidden[row : row + 1])[0]
+        plain[row] += weights[row, column].double() * answer.double()
+    assert (sums - plain).abs().max() <= 1e-6 * plain.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -152,7 +178,7 @@ def test_one_row_per_node_crosses_and_messages_fall_by_the_ranks_of_a_node():
             rows[Scheme.HIERARCHICAL] += len({topology.node_index(r) for r in away})
     wire = WireFormat(dim=DIM, dtype=torch.float32, top_k=TOP_K)
     for scheme, hub in traffic.items():
-        payload = rows[scheme] * (wire.row_bytes + wire.partial_bytes)
+        payload = rows[scheme] * (wire.row_bytes + answers_for(DIM, Combine.FP32).num_bytes)
         pairs = 16 * 12 if scheme is Scheme.FLAT else 16 * 3
         assert hub.node_bytes == payload + 8 * pairs
 
