@@ -142,6 +142,10 @@ class QuantKernels:
         """See `Kernels.silu_mul`."""
         return self.base.silu_mul(gate_up_TF)
 
+    def gelu(self, input_TF: torch.Tensor, *, with_tanh: bool) -> torch.Tensor:
+        """See `Kernels.gelu`."""
+        return self.base.gelu(input_TF, with_tanh=with_tanh)
+
     def silu_mlp(
         self, input_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor], names: MlpNames
     ) -> torch.Tensor:

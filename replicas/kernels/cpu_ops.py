@@ -15,6 +15,7 @@ from moe.experts import GroupedExperts
 from moe.spec import GateSpec
 from replicas.kernels.cpu_experts import CpuExperts
 from replicas.kernels.cpu_gates import CpuGates
+from replicas.kernels.cpu_gelu import CpuGelu
 from replicas.kernels.expert_ops import ExpertSet
 from replicas.kernels.loader import DTYPES, PACKED, CpuLibrary, PackedLinear
 from replicas.kernels.ops import HeadShape, HeadTensors, MlpNames
@@ -29,6 +30,7 @@ class CpuKernels:
     def __init__(self, library: CpuLibrary) -> None:
         self.library = library
         self._gates = CpuGates(library)
+        self._gelu = CpuGelu(library)
 
     @staticmethod
     def why_not(dtype: torch.dtype, device: str) -> list[str]:
@@ -114,6 +116,10 @@ class CpuKernels:
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
         """See `Kernels.silu_mul`."""
         return self.library.silu_mul(gate_up_TF.contiguous())
+
+    def gelu(self, input_TF: torch.Tensor, *, with_tanh: bool) -> torch.Tensor:
+        """See `Kernels.gelu`."""
+        return self._gelu.forward(input_TF.contiguous(), with_tanh=with_tanh)
 
     def silu_mlp(
         self, input_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor], names: MlpNames

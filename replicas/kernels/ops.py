@@ -103,6 +103,10 @@ class Kernels(Protocol):
         """silu(first half of a row) * second half, (T, F / 2)."""
         ...
 
+    def gelu(self, input_TF: torch.Tensor, *, with_tanh: bool) -> torch.Tensor:
+        """GELU of every value, by its error function or by tanh; same shape."""
+        ...
+
     def silu_mlp(
         self, input_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor], names: MlpNames
     ) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from cluster.base.errors import ConfigError
 from moe.row_sums import RowSums, TorchRowSums
 from replicas.kernels.build import BuildPlan, KernelsUnavailableError, build_library, find_compiler
+from replicas.kernels.cpu_draws import CpuDraws
 from replicas.kernels.cpu_ops import CpuKernels
 from replicas.kernels.cpu_row_sums import CpuRowSums
 from replicas.kernels.loader import CpuLibrary, TilesRefusedError
@@ -57,6 +58,11 @@ def select_row_sums(cache_dir: Path) -> RowSums:
     except KernelsUnavailableError as error:
         _log.warning("sums between ranks: torch, because %s", error)
         return TorchRowSums()
+
+
+def compiled_draws(kernels: Kernels) -> CpuDraws | None:
+    """The sampler that comes with a set of kernels; None: torch samples."""
+    return CpuDraws(kernels.library) if isinstance(kernels, CpuKernels) else None
 
 
 def _triton(requested: str, dtype: torch.dtype, device: str) -> Kernels:

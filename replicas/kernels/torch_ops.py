@@ -75,6 +75,10 @@ class TorchKernels:
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
         return functional.silu(gate_TF) * up_TF
 
+    def gelu(self, input_TF: torch.Tensor, *, with_tanh: bool) -> torch.Tensor:
+        """See `Kernels.gelu`."""
+        return functional.gelu(input_TF, approximate="tanh" if with_tanh else "none")
+
     def silu_mlp(
         self, input_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor], names: MlpNames
     ) -> torch.Tensor:

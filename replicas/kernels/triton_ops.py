@@ -129,6 +129,10 @@ class TritonKernels:
         self._programs.silu_mul_kernel[grid](gate_up_TF, output_TF, width, WIDTH=_GATE_STRETCH)
         return output_TF
 
+    def gelu(self, input_TF: torch.Tensor, *, with_tanh: bool) -> torch.Tensor:
+        """See `Kernels.gelu`; torch's."""
+        return TORCH_KERNELS.gelu(input_TF, with_tanh=with_tanh)
+
     def silu_mlp(
         self, input_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor], names: MlpNames
     ) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from cluster.base.errors import ConfigError
+from replicas.kernels.ops import Kernels
 
 _tanh_gelu = functools.partial(functional.gelu, approximate="tanh")
 
@@ -33,3 +34,15 @@ def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
             f"There is no activation {name!r}.", f"Use one of {', '.join(_ACTIVATIONS)}."
         )
     return _ACTIVATIONS[name]
+
+
+def kernel_activation(name: str, kernels: Kernels) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same by a set of kernels, where they have it, on rows (T, F).
+
+    Raises:
+        ConfigError: there is no such activation.
+    """
+    plain = activation(name)
+    if plain not in (functional.gelu, _tanh_gelu):
+        return plain
+    return functools.partial(kernels.gelu, with_tanh=plain is _tanh_gelu)

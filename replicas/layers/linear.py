@@ -14,6 +14,7 @@ from torch.nn import functional
 from cluster.dist.communicator import Communicator
 from replicas.kernels.ops import Kernels, MlpNames
 from replicas.kernels.torch_ops import TORCH_KERNELS
+from replicas.layers.activations import kernel_activation
 
 
 class ColumnLinear:
@@ -88,15 +89,12 @@ class GatedMlp:
 
 
 class PlainMlp:
-    """down(act(up(x)))."""
+    """down(act(up(x))), `activation` by its name."""
 
     def __init__(
-        self,
-        activation: Callable[[torch.Tensor], torch.Tensor],
-        communicator: Communicator,
-        kernels: Kernels = TORCH_KERNELS,
+        self, activation: str, communicator: Communicator, kernels: Kernels = TORCH_KERNELS
     ) -> None:
-        self._activation = activation
+        self._activation = kernel_activation(activation, kernels)
         self._up = ColumnLinear("up", kernels)
         self._down = RowLinear("down", communicator, kernels)
 

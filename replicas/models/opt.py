@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.nn import functional
 
-from replicas.layers.activations import activation
 from replicas.layers.attention import StepContext
 from replicas.layers.linear import PlainMlp
 from replicas.layers.norms import LayerNorm
@@ -32,7 +31,7 @@ class OptLayer:
         self._attention_norm = LayerNorm("attention_norm", arch.norm_eps)
         self._attention = context.self_attention(arch, index)
         self._mlp_norm = LayerNorm("mlp_norm", arch.norm_eps)
-        self._mlp = PlainMlp(activation(arch.activation), context.communicator, context.kernels)
+        self._mlp = PlainMlp(arch.activation, context.communicator, context.kernels)
 
     def forward(
         self,

@@ -9,10 +9,12 @@ the lower token id, ties at the top-k boundary are all kept (as in transformers 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from replicas.sampling.params_batch import ParamsBatch
 from replicas.sampling.ragged import IntArray
+from replicas.sampling.random import Float64Array
 
 # Top-p looks at this many most likely tokens before it sorts a whole row: sorting 150k floats
 # takes about 15 ms on one core, finding the top 1024 about 1 ms.
@@ -84,11 +86,15 @@ def draw(probs_RV: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
     return tokens_R
 
 
+def divisors(temperature: Float64Array) -> npt.NDArray[np.float32]:
+    """What logits are divided by: no temperature above zero becomes zero."""
+    return np.maximum(temperature.astype(np.float32), np.finfo(np.float32).tiny)
+
+
 def _scale(logits_RV: torch.Tensor, peak_R: torch.Tensor, temperature: np.ndarray) -> torch.Tensor:
     # Peak first: then a tiny temperature drives losers to -inf instead of winners to +inf.
-    divisor = np.maximum(temperature.astype(np.float32), np.finfo(np.float32).tiny)
     scaled_RV = logits_RV - peak_R.unsqueeze(1)
-    return scaled_RV.div_(torch.from_numpy(divisor).to(logits_RV.device).unsqueeze(1))
+    return scaled_RV.div_(torch.from_numpy(divisors(temperature)).to(logits_RV.device).unsqueeze(1))
 
 
 def _mask_top_k(scaled_RV: torch.Tensor, rows: IntArray, top_k: IntArray) -> None:

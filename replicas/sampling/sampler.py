@@ -8,16 +8,19 @@ anything. A row that cannot be sampled carries its own error and never disturbs 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from replicas.api import TokenLogprob
-from replicas.sampling.filters import draw, filtered_probs
+from replicas.kernels.cpu_draws import WISHES
+from replicas.sampling.filters import divisors, draw, filtered_probs
 from replicas.sampling.logprobs import token_logprobs
 from replicas.sampling.params_batch import ParamsBatch
 from replicas.sampling.penalties import apply_penalties
+from replicas.sampling.ragged import IntArray
 from replicas.sampling.row_groups import row_groups
 
 NOT_FINITE = "The model produced logits that are not finite (NaN or infinity)."
@@ -33,8 +36,28 @@ class SampledRow:
     error: str = ""
 
 
+class Draws(Protocol):
+    """Draws the same tokens as `filters`, faster, and says where it cannot; see `CpuDraws`."""
+
+    def draw(
+        self,
+        logits_RV: torch.Tensor,
+        rows_K: IntArray,
+        wishes_K: npt.NDArray[np.void],
+    ) -> IntArray:
+        """Tokens of some rows; -1 where `filters` has to say."""
+        ...
+
+
 class Sampler:
-    """Draws tokens; see the module's docstring."""
+    """Draws tokens; see the module's docstring.
+
+    Args:
+        draws: what draws random tokens of CPU logits; None: torch.
+    """
+
+    def __init__(self, draws: Draws | None = None) -> None:
+        self._draws = draws
 
     def sample(self, logits_RV: torch.Tensor, batch: ParamsBatch) -> list[SampledRow]:
         """Pick a token for every row.
@@ -88,6 +111,8 @@ class Sampler:
             tokens_R = _argmax(changed_RV)
         else:
             tokens_R = torch.empty(len(batch), dtype=torch.int64, device=changed_RV.device)
+        if self._draws is not None:
+            random_rows = self._draw_compiled(self._draws, changed_RV, peak_R, batch, tokens_R)
         for part in row_groups(changed_RV, len(random_rows)):
             rows = random_rows[part]
             index = torch.from_numpy(rows).to(changed_RV.device)
@@ -95,6 +120,27 @@ class Sampler:
             probs_KV = filtered_probs(changed_RV[index], peak_R[index], batch, rows)
             tokens_R[index] = draw(probs_KV, uniform)
         return tokens_R
+
+    def _draw_compiled(
+        self,
+        draws: Draws,
+        changed_RV: torch.Tensor,
+        peak_R: torch.Tensor,
+        batch: ParamsBatch,
+        tokens_R: torch.Tensor,
+    ) -> IntArray:
+        """Fill in what compiled code can say of the random rows; the rows it leaves to torch."""
+        rows = batch.where(batch.column("temperature") > 0.0)
+        wishes = np.zeros(len(rows), WISHES)
+        wishes["peak"] = peak_R.numpy()[rows]
+        wishes["divisor"] = divisors(batch.floats("temperature", rows))
+        wishes["top_k"] = batch.ints("top_k", rows)
+        wishes["top_p"] = batch.floats("top_p", rows)
+        wishes["min_p"] = batch.floats("min_p", rows)
+        wishes["uniform"] = batch.uniforms(rows)
+        tokens = draws.draw(changed_RV, rows, wishes)
+        tokens_R.numpy()[rows] = tokens
+        return rows[tokens < 0]
 
     def _errors(
         self, logits_RV: torch.Tensor, changed_RV: torch.Tensor, peak_R: torch.Tensor

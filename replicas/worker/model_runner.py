@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
+from replicas.kernels.select import compiled_draws
 from replicas.layers.weights import WeightProvider
 from replicas.models.decoder import DecoderModel
 from replicas.sampling.acceptance import verdicts
@@ -68,7 +69,7 @@ class ModelRunner:
         self._block_size = block_size
         self._is_output_rank = is_output_rank
         self._clock = clock
-        self._sampler = Sampler()
+        self._sampler = Sampler(compiled_draws(model.kernels))
         self._max_context = max_context
         self.forget_rows()
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from replicas.kernels.torch_ops import TORCH_KERNELS
 from replicas.layers.weights import ResidentWeights, WeightProvider, WeightUnit
 from replicas.models.arch import ArchConfig, LayerSpec, NormKind, PositionKind
 from replicas.models.decoder import ForwardBatch
@@ -24,6 +25,7 @@ class FakeDecoder:
     """
 
     units: tuple[WeightUnit, ...] = ()
+    kernels = TORCH_KERNELS
 
     def __init__(self, seed: int = 0, poison: frozenset[int] = frozenset()) -> None:
         generator = torch.Generator().manual_seed(seed)

@@ -228,6 +228,7 @@ def tiny_configs() -> Mapping[str, PreTrainedConfig]:
             **_GPT2, n_inner=80, scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False
         ),
         "gpt2_unscaled": GPT2Config(**_GPT2, scale_attn_weights=False),
+        "gpt2_odd": GPT2Config(**_GPT2, n_inner=77),
         "opt": OPTConfig(**_OPT),
         "opt_350m": OPTConfig(**_OPT, do_layer_norm_before=False, word_embed_proj_dim=32),
         "opt_bare": OPTConfig(

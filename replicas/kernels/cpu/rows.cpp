@@ -31,6 +31,13 @@ void silu_mul(const S* x, S* y, long rows, long dim, int threads) {
     gate_values(x + 2 * row * dim, x + (2 * row + 1) * dim, y + row * dim, dim);
 }
 
+template <typename S>
+void gelu(const S* x, S* y, long rows, long dim, bool with_tanh, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * dim > 8192)
+  for (long row = 0; row < rows; ++row)
+    gelu_values(x + row * dim, y + row * dim, dim, with_tanh);
+}
+
 }  // namespace
 }  // namespace penstock
 
@@ -50,6 +57,9 @@ using penstock::Bf16;
   }                                                                                                \
   void pk_silu_mul_##suffix(const S* x, S* y, long rows, long dim, int threads) {                  \
     penstock::silu_mul(x, y, rows, dim, threads);                                                  \
+  }                                                                                                \
+  void pk_gelu_##suffix(const S* x, S* y, long rows, long dim, int with_tanh, int threads) {       \
+    penstock::gelu(x, y, rows, dim, with_tanh != 0, threads);                                      \
   }
 
 extern "C" {

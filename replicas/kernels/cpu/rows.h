@@ -111,4 +111,38 @@ inline void gate_values(const S* gate, const S* up, S* y, long count) {
   }
 }
 
+// x / (1 + exp(-2u)) is x (1 + tanh(u)) / 2.
+inline Vec tanh_gelu_vec(Vec x) {
+  const Vec inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+  return x / (1.0f + exp_vec(-2.0f * inner));
+}
+
+// x times the normal distribution's integral, by the Chebyshev fit to erfc of Numerical Recipes (1992,
+// section 6.2), to 1.2e-7.
+inline Vec erf_gelu_vec(Vec x) {
+  constexpr float kFit[] = {-1.26551223f, 1.00002368f, 0.37409196f, 0.09678418f, -0.18628806f,
+                            0.27886807f,  -1.13520398f, 1.48851587f, -0.82215223f, 0.17087277f};
+  const Vec root = x * 0.7071067811865476f;
+  const Vec size = select(root < Vec{}, -root, root);
+  const Vec t = 1.0f / (1.0f + 0.5f * size);
+  Vec fit = splat(kFit[9]);
+  for (int i = 8; i >= 0; --i) fit = fit * t + kFit[i];
+  const Vec tail = 0.5f * t * exp_vec(fit - size * size);
+  return x * select(root < Vec{}, tail, 1.0f - tail);
+}
+
+// y = gelu(x); what is left over behind the last vector goes through a vector too, so that a value's
+// bits do not depend on where it stands.
+template <typename S>
+inline void gelu_values(const S* x, S* y, long count, bool with_tanh) {
+  const auto gelu = [&](Vec value) { return with_tanh ? tanh_gelu_vec(value) : erf_gelu_vec(value); };
+  long i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(gelu(load(x + i)), y + i);
+  if (i == count) return;
+  S rest[kLanes] = {};
+  std::memcpy(static_cast<void*>(rest), x + i, (count - i) * sizeof(S));
+  store(gelu(load(rest)), rest);
+  std::memcpy(static_cast<void*>(y + i), rest, (count - i) * sizeof(S));
+}
+
 }  // namespace penstock

@@ -62,7 +62,7 @@ def test_mlps() -> None:
     expected = (nn.functional.silu(hidden @ gate.t()) * (hidden @ up.t())) @ down.t()
     gated = GatedMlp(activation("silu"), SingleRank())
     torch.testing.assert_close(gated.forward(hidden, tensors), expected)
-    plain = PlainMlp(activation("relu"), SingleRank())
+    plain = PlainMlp("relu", SingleRank())
     expected = torch.relu(hidden @ up.t()) @ down.t()
     tensors = {"up.weight": up, "down.weight": down}
     torch.testing.assert_close(plain.forward(hidden, tensors), expected)

@@ -103,7 +103,10 @@ def test_bfloat16_mixtures_are_as_close_as_transformers(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "name",
-    ["llama", "mistral", "qwen3", "llama_tied_wide", "qwen2_moe", "qwen3_moe", "deepseek_v3"],
+    [
+        *("llama", "mistral", "qwen3", "llama_tied_wide", "gpt2_odd", "opt_bare"),
+        *("qwen2_moe", "qwen3_moe", "deepseek_v3"),
+    ],
 )
 def test_compiled_kernels_give_a_request_the_same_bits_in_any_company(
     checkpoint: Checkpoint, cpu_kernels: CpuKernels, name: str, dtype: str
