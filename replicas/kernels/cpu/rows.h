@@ -7,12 +7,8 @@
 
 namespace penstock {
 
-template <typename S>
-inline Vec round_to(Vec value, const S*) {
-  S narrow[kLanes];
-  store(value, narrow);
-  return load(narrow);
-}
+inline Vec round_to(Vec value, const float*) { return value; }
+inline Vec round_to(Vec value, const Bf16*) { return (Vec)(round_bits(value) & 0xffff0000u); }
 
 template <typename S>
 float inverse_rms(const S* x, long dim, float eps) {
