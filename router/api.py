@@ -223,8 +223,8 @@ class Handler(Protocol):
         """All models of the cluster file, ready or not."""
         ...
 
-    def cancel(self, request_id: str) -> bool:
-        """Stop a running request of this gateway; False when there is none."""
+    async def cancel(self, request_id: str) -> bool:
+        """Stop a running request, whichever gateway has it; False when there is none."""
         ...
 
     async def status(self) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from router.directory import ReplicaDirectory
 from router.gateway_metrics import GatewayMetrics
 from router.grpc.server import GrpcFront
 from router.handler import GatewayHandler, GatewayIdentity
+from router.hop_settings import HopSettings
 from router.http.app import build_http_app
 from router.http.server import bind_http, serve_http
 from router.measured_handler import MeasuredHandler
 from router.policies.prefix_affinity import PrefixAffinity
-from router.replica_stream import HopSettings
 from router.served_model import serve_models
 
 _STOP_GRACE_S = 3.0

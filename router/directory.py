@@ -17,8 +17,9 @@ from typing import Protocol
 
 from cluster.base.errors import UnavailableError, WorkerDiedError, error_from_dict
 from replicas.leader.record import LoadRecord, ReplicaRecord, ReplicaState
+from router.hop_settings import HopSettings
 from router.policies.snapshot import ReplicaView
-from router.replica_stream import HopSettings, ReplicaStream
+from router.replica_stream import ReplicaStream
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,11 @@ class ReplicaDirectory:
                 view = _view(member.record.replica_id, member.stream)
                 views[member.record.replica_id] = (view, member.stream)
         return views
+
+    async def cancel_named(self, request_id: str) -> bool:
+        """End a request of that public id on whichever replica has it; whether one had."""
+        asked = (stream.cancel_named(request_id) for stream in self._streams.values())
+        return any(await asyncio.gather(*asked))
 
     async def _watch(self) -> None:
         while True:

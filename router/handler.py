@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from cluster.base.ids import is_client_id
 from cluster.base.plan import LimitsPlan
 from router import field_checks as check
 from router.admission import Admission
@@ -172,9 +173,14 @@ class GatewayHandler:
         """All models of the cluster file, ready or not."""
         return model_infos(self._models, self._directory)
 
-    def cancel(self, request_id: str) -> bool:
-        """Stop a running request of this gateway; its stream ends with finish reason ABORT."""
-        return self._running.abort(request_id)
+    async def cancel(self, request_id: str) -> bool:
+        """Stop a running request; its stream ends with finish reason ABORT.
+
+        One of another gateway (they share a port) is found by the replica that works on it.
+        """
+        if self._running.abort(request_id):
+            return True
+        return is_client_id(request_id) and await self._directory.cancel_named(request_id)
 
     async def status(self) -> dict[str, Any]:
         """The cluster as this gateway sees it; keys follow the proto's StatusResponse."""

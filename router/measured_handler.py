@@ -82,9 +82,9 @@ class MeasuredHandler:
         """As the inner handler."""
         return self._inner.list_models()
 
-    def cancel(self, request_id: str) -> bool:
+    async def cancel(self, request_id: str) -> bool:
         """As the inner handler."""
-        return self._inner.cancel(request_id)
+        return await self._inner.cancel(request_id)
 
     async def status(self) -> dict[str, Any]:
         """As the inner handler."""

@@ -14,7 +14,6 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from cluster.base.errors import PenstockError, UnavailableError, error_from_dict
 from replicas.api import GenerationRequest, ReplicaStats
@@ -22,6 +21,8 @@ from replicas.leader.stream_codec import (
     HOP_VERSION,
     Beat,
     Cancel,
+    Cancelled,
+    CancelNamed,
     Delta,
     FromReplica,
     Goodbye,
@@ -30,23 +31,11 @@ from replicas.leader.stream_codec import (
     delta_from_wire,
 )
 from router.hop_connection import HopConnection
+from router.hop_settings import HopSettings
+from router.open_questions import OpenQuestions
 from router.request_channel import RequestChannel
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HopSettings:
-    """Timing and bounds of a hop."""
-
-    stream_buffer_events: int = 1024
-    """Unread deltas after which a slow client's request is ended."""
-    silence_timeout_s: float = 10.0
-    """No message for this long (a report is due every second) means the replica hangs."""
-    beat_period_s: float = 2.0
-    """How often a gateway tells that it lives; a leader waits 15 s for that."""
-    backoff_initial_s: float = 0.05
-    backoff_max_s: float = 2.0
 
 
 class ReplicaStream:
@@ -72,6 +61,7 @@ class ReplicaStream:
         self._keys = itertools.count(1)
         self._channels: dict[int, RequestChannel] = {}
         self._unstarted: dict[int, int] = {}
+        self._questions = OpenQuestions()
         self._connection: HopConnection | None = None
         self._connected = False
         self._last_heard = clock()
@@ -152,6 +142,15 @@ class ReplicaStream:
             raise
         return channel
 
+    async def cancel_named(self, request_id: str) -> bool:
+        """End a request that any gateway submitted there; whether the replica had it."""
+        if not self._connected:
+            return False
+        return await self._questions.ask(
+            lambda number: self._send(CancelNamed(number, request_id)),
+            self._settings.answer_timeout_s,
+        )
+
     def _cancel(self, key: int, index: int | None) -> None:
         if key not in self._channels:
             return
@@ -168,7 +167,7 @@ class ReplicaStream:
         if self._retired and not self._channels and self._connection is not None:
             self._connection.end(UnavailableError("The replica is no longer part of the cluster."))
 
-    def _send(self, message: Submit | Cancel) -> None:
+    def _send(self, message: Submit | Cancel | CancelNamed) -> None:
         if self._connection is not None:
             self._connection.send(message)
 
@@ -226,6 +225,9 @@ class ReplicaStream:
             if self._connection is not None:
                 self._connection.end(error_from_dict(message.error))
             return
+        if isinstance(message, Cancelled):
+            self._questions.answer(message.question, message.found)
+            return
         self.stats, self.draining = message.load, message.draining
         self._connected = True
         for delta in message.deltas:
@@ -244,6 +246,7 @@ class ReplicaStream:
     def _lose(self, error: PenstockError) -> None:
         """The connection is gone: end every request that was on it."""
         self._connected = False
+        self._questions.give_up()
         channels = list(self._channels.values())
         self._channels.clear()
         self._unstarted.clear()

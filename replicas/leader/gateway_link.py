@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 from cluster.base.errors import InternalError, PenstockError
 from replicas.api import ReplicaStats
-from replicas.leader.stream_codec import Delta, Goodbye, Step, frame
+from replicas.leader.stream_codec import Cancelled, Delta, Goodbye, Step, frame
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class GatewayLink:
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._pending: deque[Delta] = deque()
+        self._answers: deque[Cancelled] = deque()
         self._load = ReplicaStats()
         self._draining = False
         self._has_news = False
@@ -60,6 +61,12 @@ class GatewayLink:
             self._load, self._draining, self._has_news = load, draining, True
             self._flush()
 
+    def answer(self, message: Cancelled) -> None:
+        """Send an answer ahead of what is queued; from any thread, never waits."""
+        with self._lock:
+            self._answers.append(message)
+            self._flush()
+
     def say_goodbye(self, error: PenstockError) -> None:
         """End the stream after what is queued, giving the gateway the reason; from any thread."""
         with self._lock:
@@ -72,6 +79,7 @@ class GatewayLink:
         with self._lock:
             self._is_over = True
             self._pending.clear()
+            self._answers.clear()
         self._loop.remove_writer(self._sock)
         self._tell_over()
 
@@ -100,6 +108,8 @@ class GatewayLink:
 
     def _next_frame(self) -> bytes:
         """The next message of what waits; empty when nothing does."""
+        if self._answers:
+            return frame(self._answers.popleft())
         if not self._pending and not self._has_news:
             if self._goodbye is None:
                 return b""

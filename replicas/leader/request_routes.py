@@ -19,6 +19,8 @@ class Route:
     link: GatewayLink
     key: int
     """What the gateway calls the request."""
+    request_id: str
+    """What its client calls it."""
     open_choices: set[int]
 
 
@@ -32,10 +34,18 @@ class RequestRoutes:
     def __len__(self) -> int:
         return len(self._routes)
 
-    def add(self, engine_id: str, link: GatewayLink, key: int, num_choices: int) -> None:
-        """A request begins."""
-        self._routes[engine_id] = Route(link, key, set(range(num_choices)))
+    def add(self, link: GatewayLink, key: int, request_id: str, num_choices: int) -> str:
+        """A request begins; the id that the engine is to know it by."""
+        engine_id = link.engine_id(key, request_id)
+        self._routes[engine_id] = Route(link, key, request_id, set(range(num_choices)))
         self._ids.setdefault(link, {})[key] = engine_id
+        return engine_id
+
+    def named(self, request_id: str) -> list[str]:
+        """Engine ids of the running requests whose clients call them so; looks at all."""
+        return [
+            engine_id for engine_id, route in self._routes.items() if route.request_id == request_id
+        ]
 
     def take(self, delta: GenerationDelta) -> Route | None:
         """Where a delta goes; None if nobody wants it. The last one of a request ends it."""

@@ -18,7 +18,7 @@ import msgspec
 from cluster.base.errors import InternalError
 from replicas.api import GenerationDelta, GenerationRequest, ReplicaStats
 
-HOP_VERSION = 1
+HOP_VERSION = 2
 """Both ends must be of one version; raised with every change of a message."""
 
 MAX_HOP_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -50,6 +50,16 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
     index: int | None = None
 
 
+class CancelNamed(msgspec.Struct, frozen=True, array_like=True, tag="cancel-named"):
+    """Ends a request by its public id, whichever gateway submitted it; answered by `Cancelled`.
+
+    That gateway hears of it as its client does: each choice ends with finish reason ABORT.
+    """
+
+    question: int
+    request_id: str
+
+
 class Beat(msgspec.Struct, frozen=True, array_like=True, tag="beat"):
     """The gateway lives, even if it has nothing to ask."""
 
@@ -71,14 +81,21 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     draining: bool
 
 
+class Cancelled(msgspec.Struct, frozen=True, array_like=True, tag="cancelled"):
+    """The answer to a `CancelNamed` of that number."""
+
+    question: int
+    found: bool
+
+
 class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag="goodbye"):
     """The leader's last message: `PenstockError.to_dict()` of why the stream ends."""
 
     error: dict[str, str | None]
 
 
-ToReplica: TypeAlias = Hello | Submit | Cancel | Beat
-FromReplica: TypeAlias = Step | Goodbye
+ToReplica: TypeAlias = Hello | Submit | Cancel | CancelNamed | Beat
+FromReplica: TypeAlias = Step | Cancelled | Goodbye
 
 _encoder = msgspec.msgpack.Encoder()
 _to_replica_decoder: msgspec.msgpack.Decoder[ToReplica] = msgspec.msgpack.Decoder(ToReplica)

@@ -27,6 +27,8 @@ from replicas.leader.request_routes import RequestRoutes
 from replicas.leader.stream_codec import (
     HOP_VERSION,
     Cancel,
+    Cancelled,
+    CancelNamed,
     Delta,
     Hello,
     Submit,
@@ -201,6 +203,8 @@ class ReplicaStreamServer:
             self._submit(link, message)
         elif isinstance(message, Cancel):
             self._cancel(link, message)
+        elif isinstance(message, CancelNamed):
+            self._cancel_named(link, message)
 
     def _greet(self, link: GatewayLink, hello: Hello) -> None:
         if hello.version != HOP_VERSION:
@@ -222,17 +226,16 @@ class ReplicaStreamServer:
         self._report(link)
 
     def _submit(self, link: GatewayLink, message: Submit) -> None:
-        key = message.stream_key
-        engine_id = link.engine_id(key, message.request.request_id)
-        request = dataclasses.replace(message.request, request_id=engine_id)
+        key, request = message.stream_key, message.request
         num_choices = 1 if request.pooling is not None else max(1, request.params.n)
+        engine_id = ""
         try:
             with self._lock:
                 if self._draining:
                     raise UnavailableError("The replica is draining.", "Retry on another replica.")
                 # Registered first: the engine's thread may answer before add_request returns.
-                self._routes.add(engine_id, link, key, num_choices)
-            self._engine.add_request(request)
+                engine_id = self._routes.add(link, key, request.request_id, num_choices)
+            self._engine.add_request(dataclasses.replace(request, request_id=engine_id))
         except Exception as error:
             with self._lock:
                 self._routes.end(engine_id)
@@ -254,6 +257,14 @@ class ReplicaStreamServer:
             self._note_idle()
         if engine_id:
             self._engine.abort(engine_id, index)
+
+    def _cancel_named(self, link: GatewayLink, message: CancelNamed) -> None:
+        """Abort a request of any gateway; its own is told by the deltas that this brings about."""
+        with self._lock:
+            engine_ids = self._routes.named(message.request_id)
+        for engine_id in engine_ids:
+            self._engine.abort(engine_id)
+        link.answer(Cancelled(message.question, found=bool(engine_ids)))
 
     def _forget(self, link: GatewayLink) -> None:
         """The gateway is gone: nobody will read its requests' answers."""

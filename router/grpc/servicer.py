@@ -154,7 +154,7 @@ class PenstockServicer(pb_grpc.PenstockServicer):
     ) -> pb.CancelResponse:
         """Stop a running request."""
         await _name_call(context, call_id)
-        return pb.CancelResponse(cancelled=self._handler.cancel(request.request_id))
+        return pb.CancelResponse(cancelled=await self._handler.cancel(request.request_id))
 
     @coded
     async def Status(  # noqa: N802

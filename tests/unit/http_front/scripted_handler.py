@@ -261,7 +261,7 @@ class ScriptedHandler:
             )
         ]
 
-    def cancel(self, request_id):
+    async def cancel(self, request_id):
         return False
 
     async def status(self):

@@ -53,6 +53,7 @@ class FakeEngine:
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
         self._stop = threading.Event()
+        self._last_words: list[GenerationDelta] = []
         self._step = 0
         self._thread: threading.Thread | None = None
 
@@ -84,7 +85,12 @@ class FakeEngine:
             if running is None:
                 return
             for at in list(running.left) if index is None else [index]:
-                running.left.pop(at, None)
+                if running.left.pop(at, None) is not None:
+                    self._last_words.append(
+                        GenerationDelta(
+                            request_id=request_id, index=at, finish_reason=FinishReason.ABORT
+                        )
+                    )
             if not running.left:
                 del self._running[request_id]
 
@@ -94,9 +100,9 @@ class FakeEngine:
             if self.paused.is_set():
                 continue
             with self._lock:
-                deltas = [
-                    d for running in list(self._running.values()) for d in self._advance(running)
-                ]
+                deltas, self._last_words = self._last_words, []
+                for running in list(self._running.values()):
+                    deltas += self._advance(running)
             if deltas:
                 self._step += 1
                 publish(deltas, ReplicaStats(step=self._step, num_running=len(self._running)))

@@ -26,8 +26,8 @@ from replicas.leader.stream_server import ReplicaStreamServer
 from router.directory import ReplicaDirectory
 from router.grpc.server import GrpcFront
 from router.handler import GatewayHandler, GatewayIdentity
+from router.hop_settings import HopSettings
 from router.policies.prefix_affinity import PrefixAffinity
-from router.replica_stream import HopSettings
 from router.served_model import serve_models
 
 MODEL = "tiny"

@@ -16,7 +16,8 @@ from cluster.base.errors import (
     WorkerDiedError,
 )
 from replicas.api import FinishReason, GenerationRequest, SamplingParams
-from router.replica_stream import HopSettings, ReplicaStream
+from router.hop_settings import HopSettings
+from router.replica_stream import ReplicaStream
 
 FAST = HopSettings(backoff_initial_s=0.01, backoff_max_s=0.05, silence_timeout_s=5.0)
 
