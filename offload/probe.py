@@ -106,7 +106,7 @@ def _quantised_gemm(
     probe: Probe, precision: Precision, weights: Sequence[torch.Tensor]
 ) -> tuple[GemmPoint, ...]:
     kernels = QuantKernels(probe.kernels, precision, default_cache_dir() / "kernels")
-    packed = [_on_device(kernels.quantise("w.weight", weight), probe) for weight in weights[:4]]
+    packed = [_on_device(kernels.quantise("w.weight", weight), probe) for weight in weights[:2]]
     return tuple(_gemm(probe, kernels, packed, tokens) for tokens in GEMM_TOKENS)
 
 
