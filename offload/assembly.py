@@ -134,6 +134,12 @@ def _check(plan: OffloadPlan, request: WeightsRequest) -> None:
     adapted = isinstance(request.model.kernels, QuantKernels)
     if adapted != (kernel_adapter(plan) is not None):
         raise InternalError(f"The model's kernels do not know {plan.precision} weights.")
+    if plan.share_resident and request.device.type != "cpu":
+        raise ConfigError(
+            "Ranks on devices have no resident units in host memory to share.",
+            "Set share_resident to never.",
+            param="share_resident",
+        )
     if plan.host_units and request.device.type == "cpu":
         raise ConfigError(
             "A CPU rank has one memory: units cannot stay in the host's.",

@@ -96,8 +96,8 @@ class Placement:
         """Routed experts of the layers that are not resident."""
         return sum(len(layer.experts) for layer in model.layers[self.resident_layers :])
 
-    def weight_bytes(self, model: ModelShape) -> int:
-        """Device bytes of resident weights, ring and expert slots."""
+    def resident_bytes(self, model: ModelShape) -> int:
+        """Device bytes of the weights that stay."""
         resident, streamed = (
             model.layers[: self.resident_layers],
             model.layers[self.resident_layers :],
@@ -105,9 +105,13 @@ class Placement:
         held = sum(layer.record_bytes(self.precision) for layer in resident)
         if self.bases_resident:
             held += sum(layer.base.record_bytes(self.precision) for layer in streamed)
-        fixed = model.fixed_bytes if self.fixed_resident else 0
+        return held + (model.fixed_bytes if self.fixed_resident else 0)
+
+    def weight_bytes(self, model: ModelShape) -> int:
+        """Device bytes of resident weights, ring and expert slots."""
         slots = self.ring_slots * self.slot_bytes(model)
-        return held + fixed + slots + self.expert_slots * self.expert_slot_bytes(model)
+        slots += self.expert_slots * self.expert_slot_bytes(model)
+        return self.resident_bytes(model) + slots
 
     def _missed_share(self, model: ModelShape) -> float:
         """Of visits to streamed experts, those that find it in no slot when all are as likely."""

@@ -28,6 +28,7 @@ from offload.residents import (
     record_numbers,
     tensors_of,
 )
+from offload.shared_units import SharedUnits
 from replicas.worker.device import pin_host_memory
 
 _MAX_AIO_SLOTS = 16
@@ -82,6 +83,10 @@ class Opening:
         """
         if not units:
             return {}
+        if self._plan.share_resident:
+            shared = SharedUnits(self._store, units, self._plan.read_timeout_s)
+            self._opened.callback(shared.close)
+            return shared
         if self._device.type == "cpu":
             return self._arriving(units)
         engine = self._plain_engine(1)

@@ -148,6 +148,8 @@ class ModelInfo:
     replicas: int
     chat: bool
     created: int
+    shared_weight_bytes: int = 0
+    """Of each rank's weights, what replicas on one node have in common."""
 
 
 class PieceStream(Protocol):

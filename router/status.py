@@ -25,6 +25,7 @@ def model_infos(models: Mapping[str, ServedModel], directory: ReplicaDirectory) 
             replicas=model.plan.replicas,
             chat=model.chat_template is not None,
             created=model.created,
+            shared_weight_bytes=model.plan.memory.shared_bytes,
         )
         for name, model in models.items()
     ]

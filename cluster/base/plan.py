@@ -75,6 +75,8 @@ class MemoryPlan:
     kv_bytes: int
     workspace_bytes: int
     available_bytes: int
+    shared_bytes: int = 0
+    """Of the weights, what replicas on one node have in common: a node holds it once."""
 
     @property
     def total_bytes(self) -> int:
@@ -95,6 +97,8 @@ class OffloadPlan:
     workspace_bytes: int
     resident_units: tuple[str, ...] = ()
     """Weight units that stay on the device."""
+    share_resident: bool = False
+    """Resident units are pages that all replicas of the node have in common (CPU ranks)."""
     host_units: tuple[str, ...] = ()
     """Weight units that stay in host memory and are copied from there; none on a CPU rank."""
     ring_slots: int = 3

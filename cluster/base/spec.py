@@ -297,6 +297,14 @@ class OffloadSpec(Section):
         default="auto",
         description="Layers that stay on the device. auto: what serves the objective best.",
     )
+    share_resident: Annotated[
+        Literal["auto", "always", "never"], Choice(("auto", "always", "never"))
+    ] = Field(
+        default="auto",
+        description="Whether replicas on one node have one copy of the layers that stay, as pages "
+        "of the packed file, counted once. Pages of a file are never huge ones, which costs a "
+        "little speed. auto: when several replicas share a node.",
+    )
     objective: Annotated[Literal["throughput", "latency"], Choice(("throughput", "latency"))] = (
         Field(
             default="throughput",

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.table import Table
 
+from cluster.base.quantities import size_text
 from cluster.cli.console import console
 from cluster.control.target import grpc_target
 from router.client import PenstockClient
@@ -40,7 +41,7 @@ def status(cluster: str | None, address: str | None, as_json: bool, timeout: flo
 
 def _models(answer: dict[str, Any]) -> Table:
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for heading in ("MODEL", "FAMILY", "ENGINE", "READY", "CONTEXT"):
+    for heading in ("MODEL", "FAMILY", "ENGINE", "READY", "CONTEXT", "SHARED"):
         table.add_column(heading)
     for model in answer["models"]:
         ready = f"{model['ready_replicas']}/{model['replicas']}"
@@ -51,6 +52,7 @@ def _models(answer: dict[str, Any]) -> Table:
             model["engine"],
             f"[{colour}]{ready}[/]",
             str(model["max_context"]),
+            size_text(shared) if (shared := int(model["shared_weight_bytes"])) else "-",
         )
     return table
 

@@ -48,6 +48,11 @@ class Draft:
         return self.weights_bytes + self.space.total_bytes + self.kv.fixed_bytes
 
     @property
+    def shared_bytes(self) -> int:
+        """Of one rank, what replicas of the model on a node have in common."""
+        return self.streaming.shared_bytes if self.streaming else 0
+
+    @property
     def moves_weights(self) -> bool:
         """Whether every step passes weights through a window."""
         return self.streaming is not None or self.zero3 is not None

@@ -81,7 +81,7 @@ def _memory(plan: ClusterPlan) -> Table:
         rows=tuple(
             (
                 model.name,
-                size_text(model.memory.weights_bytes),
+                _weights_text(model),
                 f"{size_text(model.memory.kv_bytes)} ({model.kv.num_blocks} blocks)",
                 size_text(model.memory.workspace_bytes),
                 size_text(model.memory.total_bytes),
@@ -90,6 +90,12 @@ def _memory(plan: ClusterPlan) -> Table:
             for model in plan.models
         ),
     )
+
+
+def _weights_text(model: ModelPlan) -> str:
+    text = size_text(model.memory.weights_bytes)
+    shared = model.memory.shared_bytes
+    return f"{text} ({size_text(shared)} of it once per node)" if shared else text
 
 
 def _places(plan: ClusterPlan) -> Table:

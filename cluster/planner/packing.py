@@ -59,13 +59,21 @@ def empty_loads(topology: Topology, num_gateways: int) -> list[NodeLoad]:
     ]
 
 
-def least_loaded(loads: Sequence[NodeLoad], num_ranks: int, rank_bytes: int) -> int | None:
+def least_loaded(
+    loads: Sequence[NodeLoad], num_ranks: int, rank_bytes: Sequence[int]
+) -> int | None:
     """The node with the fewest ranks per core among those with the memory; None if there is none.
 
     Ties go to the first node, so that equal inputs give equal plans.
+
+    Args:
+        rank_bytes: what a rank would take of each node.
     """
-    need = num_ranks * rank_bytes + FRONT_PROCESS_BYTES
-    fitting = [index for index, load in enumerate(loads) if load.free_bytes >= need]
+    fitting = [
+        index
+        for index, load in enumerate(loads)
+        if load.free_bytes >= num_ranks * rank_bytes[index] + FRONT_PROCESS_BYTES
+    ]
     if not fitting:
         return None
     return min(fitting, key=lambda index: (loads[index].num_ranks + num_ranks) / loads[index].cores)

@@ -138,6 +138,7 @@ def _room(draft: Draft, loads: Sequence[NodeLoad], topology: Topology, num_model
     free = max(load.free_bytes for load in loads) - num_models * replicas * FRONT_PROCESS_BYTES
     host = free // num_models // ranks - RANK_PROCESS_BYTES
     device = host
+    alone = free // num_models // tp - RANK_PROCESS_BYTES
     if draft.on_gpu:
         budgets = [gpu_budget_bytes(topology.nodes[node]) for node in draft.device.nodes]
         device = min(budgets) - CUDA_CONTEXT_BYTES
@@ -145,6 +146,8 @@ def _room(draft: Draft, loads: Sequence[NodeLoad], topology: Topology, num_model
     cores = min(load.cores for load in loads)
     return Room(
         device_bytes=device,
+        alone_bytes=alone,
+        replicas=replicas,
         auto_share=CPU_KV_SHARE,
         num_threads=max(1, cores // ranks) if isinstance(threads, str) else threads,
     )
@@ -178,13 +181,20 @@ def _place_on_cpus(draft: Draft, loads: Sequence[NodeLoad]) -> tuple[int, ...]:
         if draft.layout.spreads_experts:
             nodes += _place_groups(draft, loads, replica)
             continue
-        node = least_loaded(loads, draft.tp_size, draft.fixed_bytes)
+        taken = [_taken_bytes(draft, load) for load in loads]
+        node = least_loaded(loads, draft.tp_size, taken)
         if node is None:
             room = max(load.free_bytes for load in loads) - FRONT_PROCESS_BYTES
             raise node_full(draft, len(nodes), room)
-        loads[node].add_replica(draft.source.index, draft.tp_size, draft.fixed_bytes)
+        loads[node].add_replica(draft.source.index, draft.tp_size, taken[node])
         nodes.append(node)
     return tuple(nodes)
+
+
+def _taken_bytes(draft: Draft, load: NodeLoad) -> int:
+    """What one more rank takes of a node: less where a replica has brought what all share."""
+    is_there = draft.source.index in load.cpu_models
+    return draft.fixed_bytes - (draft.shared_bytes if is_there else 0)
 
 
 def _place_groups(draft: Draft, loads: Sequence[NodeLoad], replica: int) -> list[int]:

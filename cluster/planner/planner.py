@@ -171,6 +171,7 @@ def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topolog
             kv_bytes=kv_bytes,
             workspace_bytes=draft.space.total_bytes,
             available_bytes=cache.available_bytes,
+            shared_bytes=draft.shared_bytes,
         ),
         reasons=reasons_of(draft, compute, cache),
         leader_cpus=compute.leader_cpus,

@@ -31,10 +31,14 @@ def node_full(draft: Draft, num_placed: int, room_bytes: int) -> ConfigError:
         room_bytes: what is left on the emptiest node, for one replica's ranks.
     """
     spec, tp = draft.source.spec, draft.layout.num_ranks
-    need = tp * draft.fixed_bytes
+    parts = draft.parts()
+    if num_placed and draft.shared_bytes:
+        held = "resident weights and ring"
+        parts[f"{held} but for what is shared"] = parts.pop(held) - draft.shared_bytes
+    need = tp * sum(parts.values())
     ordinal = f"replica {num_placed + 1} of {spec.replicas}" if spec.replicas > 1 else "the model"
     cause = (
-        f"Not enough memory for {ordinal}: {tp} ranks x ({sum_text(draft.parts())}) = "
+        f"Not enough memory for {ordinal}: {tp} ranks x ({sum_text(parts)}) = "
         f"{size_text(need)}, but {size_text(max(0, room_bytes))} are left on the emptiest node "
         f"({CPU_USABLE:.0%} of its memory without Ray's "
         f"{size_text(NODE_OVERHEAD_BYTES)} and {size_text(FRONT_PROCESS_BYTES)} per gateway "

@@ -44,6 +44,8 @@ _CHUNK_SHARE = 8
 _CACHE_SHARE = 4
 """An automatic context is at most what this part of the device budget holds as cache."""
 
+_SHARING_ROUNDS = 4
+
 RatesSource = Callable[[RatesRequest], Rates]
 
 
@@ -57,6 +59,10 @@ class Room:
     """What one rank may use on the emptiest node, processes not counted."""
 
     device_bytes: int
+    alone_bytes: int
+    """What one rank of a single replica could use."""
+    replicas: int
+    """Of the model on that node."""
     auto_share: float
     """Part of a node's memory that an automatic budget takes; of a GPU it takes all."""
     num_threads: int
@@ -103,6 +109,9 @@ class Streamer:
         result = _search(trial, objective, choices)
         if result is None:
             raise _too_small(trial, choices)
+        shares = shares_resident(asked, room)
+        if shares and isinstance(asked.device_memory, str):
+            result = _with_shared(trial, objective, choices, room.replicas, result)
         tokens, budgets, found = result
         streaming = Streaming(
             why=why,
@@ -113,6 +122,7 @@ class Streamer:
             budgets=budgets,
             demand=demand,
             found=found,
+            shares=shares,
         )
         return _streamed(redraft(draft, max_step_tokens=tokens), streaming, spec.kv_cache.memory)
 
@@ -122,6 +132,13 @@ def disk_path(asked: OffloadSpec, directory: Path) -> str:
     if asked.disk_path == "auto":
         return str(default_cache_dir() / "weights")
     return str((directory / Path(asked.disk_path).expanduser()).absolute())
+
+
+def shares_resident(asked: OffloadSpec, room: Room) -> bool:
+    """Whether replicas of a node have the layers that stay in common."""
+    if asked.share_resident == "auto":
+        return room.replicas > 1
+    return asked.share_resident == "always"
 
 
 def least_draft(draft: Draft) -> Draft:
@@ -149,9 +166,9 @@ def device_budget(draft: Draft, asked: OffloadSpec, room: Room) -> int:
     Raises:
         ConfigError: more was asked than the machine has.
     """
-    have = room.device_bytes
+    have = room.alone_bytes if shares_resident(asked, room) else room.device_bytes
     if isinstance(asked.device_memory, str):
-        return max(0, int(have * room.auto_share))
+        return max(0, int(room.device_bytes * room.auto_share))
     if asked.device_memory > have:
         raise ConfigError(
             f"device_memory {size_text(asked.device_memory)} is asked for each rank, and "
@@ -245,6 +262,29 @@ def _search(
     if len(trial.sizes()) == 1:
         return tokens, budgets, found
     return _balanced(trial, objective, choices, (tokens, budgets, found))
+
+
+def _with_shared(
+    trial: _Trial,
+    objective: Objective,
+    choices: Choices,
+    replicas: int,
+    result: tuple[int, Budgets, Found],
+) -> tuple[int, Budgets, Found]:
+    """The search with what replicas save by sharing, divided among them.
+
+    With R resident bytes n replicas of budget b take n b - (n - 1) R of the node. A budget of
+    b + R (n - 1) / n so takes no more than n b as long as at least R stay.
+    """
+    for _ in range(_SHARING_ROUNDS):
+        kept = result[2].best.placement.resident_bytes(trial.model)
+        budget = trial.budgets.device_bytes + kept * (replicas - 1) // replicas
+        wider = replace(trial, budgets=replace(trial.budgets, device_bytes=budget))
+        again = _search(wider, objective, choices)
+        if again is None or again[2].best.placement.resident_bytes(trial.model) < kept:
+            break
+        result = again
+    return result
 
 
 def _balanced(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster.base.plan import OffloadPlan, SpeedPlan, SpeedPoint
+from cluster.base.quantities import size_text
 from offload.cost_model import PassLoad, Placement, pass_time
 from offload.model_shape import ModelShape
 from offload.policy_search import Budgets, Candidate, Demand, Found
@@ -33,6 +34,13 @@ class Streaming:
     budgets: Budgets
     demand: Demand
     found: Found
+    shares: bool = False
+    """Whether replicas of a node have resident units in common."""
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of the weights of a rank, what its node holds once."""
+        return self.placement.resident_bytes(self.model) if self.shares else 0
 
     @property
     def placement(self) -> Placement:
@@ -55,6 +63,7 @@ class Streaming:
             host_bytes=self.budgets.host_bytes,
             workspace_bytes=self.budgets.workspace_bytes,
             resident_units=tuple(resident),
+            share_resident=self.shares and bool(resident),
             host_units=tuple(_unit_names(model, placement.resident_layers, first_disk)),
             ring_slots=placement.ring_slots,
             prefetch_depth=placement.ring_slots,
@@ -114,6 +123,8 @@ class Streaming:
             f"predicted {best.tokens_per_s:.3g} tokens/s with {best.rows} requests, "
             f"bound by {best.bound.value}"
         )
+        if self.shared_bytes:
+            where += f", {size_text(self.shared_bytes)} of it once for all replicas of a node"
         start = f"{self.why}; " if self.why else ""
         return f"{start}of {layers} layers {where}; {speed}"
 

@@ -183,6 +183,7 @@ def model_to_proto(info: ModelInfo) -> pb.Model:
         replicas=info.replicas,
         chat=info.chat,
         created=info.created,
+        shared_weight_bytes=info.shared_weight_bytes,
     )
 
 

@@ -278,7 +278,7 @@ class ListModelsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "family", "engine", "max_context", "vocab_size", "ready_replicas", "replicas", "chat", "created")
+    __slots__ = ("name", "family", "engine", "max_context", "vocab_size", "ready_replicas", "replicas", "chat", "created", "shared_weight_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
@@ -288,6 +288,7 @@ class Model(_message.Message):
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
+    SHARED_WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     family: str
     engine: str
@@ -297,7 +298,8 @@ class Model(_message.Message):
     replicas: int
     chat: bool
     created: int
-    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., engine: _Optional[str] = ..., max_context: _Optional[int] = ..., vocab_size: _Optional[int] = ..., ready_replicas: _Optional[int] = ..., replicas: _Optional[int] = ..., chat: _Optional[bool] = ..., created: _Optional[int] = ...) -> None: ...
+    shared_weight_bytes: int
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., engine: _Optional[str] = ..., max_context: _Optional[int] = ..., vocab_size: _Optional[int] = ..., ready_replicas: _Optional[int] = ..., replicas: _Optional[int] = ..., chat: _Optional[bool] = ..., created: _Optional[int] = ..., shared_weight_bytes: _Optional[int] = ...) -> None: ...
 
 class ListModelsResponse(_message.Message):
     __slots__ = ("models",)
