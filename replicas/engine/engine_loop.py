@@ -203,10 +203,14 @@ class EngineLoop:
             if not self._runner.num_in_flight and not self._submit_next():
                 return self._idle()
             # What the last step said is told while the workers compute: the callback's work, and
-            # the threads it wakes, then cost the step nothing.
-            self._deliver()
+            # the threads it wakes, then cost the step nothing; unless the next plan cannot wait.
+            plan_is_due = self._runner.plan_is_due
+            if not plan_is_due:
+                self._deliver()
             if not self._runner.wait_nearly_done():
                 self._submit_next()
+            if plan_is_due:
+                self._deliver()
             self._collect()
         except (WorkerDiedError, CollectiveTimeoutError) as error:
             return self._replace_workers(error)

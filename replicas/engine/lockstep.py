@@ -114,6 +114,11 @@ class LockstepOutput:
         return max(output.duration_s for output in self.outputs)
 
     @property
+    def idle_s(self) -> float:
+        """Nothing is learnt from it: groups that stand by wait for those that compute."""
+        return 0.0
+
+    @property
     def sign_s(self) -> float:
         """No sign is counted on: one group's says nothing of the others."""
         return 0.0

@@ -112,5 +112,8 @@ class StepOutput:
     duration_s: float = 0.0
     sign_s: float = 0.0
     """From the sign that the step was nearly done to its end; 0 when none was given."""
+    idle_s: float = 0.0
+    """From the end of the rank's step before to the beginning of this one, codec and link included;
+    0 in the first."""
     timings_s: dict[str, float] = field(default_factory=dict)
     """Where the step's time went: input_build, forward, sample."""

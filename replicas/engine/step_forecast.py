@@ -5,6 +5,9 @@ The forecast is on the early side: mean less twice the mean deviation, both expo
 as in RFC 6298 (2.3), over steps of similar size. Where the workers say early enough that a step is
 nearly done, their sign is the moment, for nothing is surer; the forecast only stands in when it
 fails to come. Memory is bounded by the number of size classes.
+
+Whether that was early enough, the workers tell: how long they stood idle before a step. On a busy
+machine the leader's thread gets its turn later than it can see itself; it then plans earlier.
 """
 
 from __future__ import annotations
@@ -16,7 +19,13 @@ from replicas.engine.step_source import PlannedStep
 _MEAN_GAIN = 1 / 8
 _DEVIATION_GAIN = 1 / 4
 # Waking up and handing the plan to the ranks, neither of which can be measured from here.
-_MARGIN_S = 0.3e-3
+_LEAST_MARGIN_S = 0.3e-3
+_MOST_MARGIN_S = 3e-3
+# Ranks that idled so much longer than they usually do between two steps waited for their plan.
+_LATE_S = 0.1e-3
+_LATE_SHARE = 0.02
+_WIDEN_S = 50e-6
+_USUAL_GAIN_S = 2e-6
 
 # A step that should have given its sign by so many of its mean durations.
 _SIGN_LATE = 2.0
@@ -42,6 +51,8 @@ class StepForecast:
         self._durations: dict[_SizeClass, _Estimate] = {}
         self._signs: dict[_SizeClass, _Estimate] = {}
         self._planning = _Estimate(0.2e-3, 0.0)
+        self._margin_s = _LEAST_MARGIN_S
+        self._usual_idle_s = 0.1e-3
 
     def plan_after_s(self, plan: PlannedStep) -> float:
         """From the start of this step to the moment to plan the next; 0 when that is unknown."""
@@ -50,11 +61,18 @@ class StepForecast:
         if duration is None:
             return 0.0
         planning = self._planning
-        latest_s = planning.mean_s + 2 * planning.deviation_s + _MARGIN_S
+        latest_s = planning.mean_s + 2 * planning.deviation_s + self._margin_s
         sign = self._signs.get(size_class)
         if sign is not None and sign.mean_s - sign.deviation_s >= latest_s:
             return _SIGN_LATE * duration.mean_s
         return max(0.0, duration.mean_s - 2 * duration.deviation_s - latest_s)
+
+    def ends_after_s(self, plan: PlannedStep) -> float:
+        """From the start of this step to the earliest end that is likely; 0 when unknown."""
+        duration = self._durations.get(_size_class(plan))
+        if duration is None:
+            return 0.0
+        return max(0.0, duration.mean_s - 2 * duration.deviation_s)
 
     def add_step(self, plan: PlannedStep, duration_s: float, sign_s: float = 0.0) -> None:
         """Learn from a step; with the link's time in it, waiting would feed itself.
@@ -67,6 +85,17 @@ class StepForecast:
                 known[size_class].add(value_s)
             else:
                 known[size_class] = _Estimate(value_s, value_s / 4)
+
+    def add_idle(self, idle_s: float) -> None:
+        """Learn from what the workers had to wait before a step that was planned in advance.
+
+        The margin goes to where one plan in fifty is late: it grows with each late one and shrinks
+        by as much over fifty that are not.
+        """
+        late = idle_s > self._usual_idle_s + _LATE_S
+        self._usual_idle_s += _USUAL_GAIN_S if idle_s > self._usual_idle_s else -_USUAL_GAIN_S
+        self._margin_s += _WIDEN_S if late else -_WIDEN_S * _LATE_SHARE / (1 - _LATE_SHARE)
+        self._margin_s = min(max(self._margin_s, _LEAST_MARGIN_S), _MOST_MARGIN_S)
 
     def add_planning(self, duration_s: float) -> None:
         """From waking up to the next plan's hand-over."""

@@ -30,6 +30,8 @@ class _Flight(Generic[PlanT]):
     schedule_s: float
     started_s: float
     """When the workers could begin: submission, or the answer to the step ahead of it."""
+    is_ahead: bool
+    """Whether it was planned while another one was in flight."""
     overlapped_s: float = 0.0
     """Time of the loop that went into other steps meanwhile: their answers, the next plan."""
 
@@ -68,6 +70,16 @@ class StepRunner(Generic[PlanT, OutputT]):
     def oldest_started_s(self) -> float | None:
         """Start of the step that the workers execute; None when they have nothing to do."""
         return self._flights[0].started_s if self._flights else None
+
+    @property
+    def plan_is_due(self) -> bool:
+        """Whether it is time to plan on top of the step in flight, without any wait."""
+        return self._clock() >= self._plan_at_s
+
+    @property
+    def _plan_at_s(self) -> float:
+        flight = self._flights[0]
+        return flight.started_s + self._forecast.plan_after_s(flight.plan)
 
     def step(self) -> list[GenerationDelta] | None:
         """Run one step and return what it says; None when no request is left.
@@ -108,7 +120,13 @@ class StepRunner(Generic[PlanT, OutputT]):
         if self._flights:
             self._flights[0].overlapped_s += schedule_s
         self._executor.submit(plan)
-        self._flights.append(_Flight(plan=plan, schedule_s=schedule_s, started_s=scheduled_s))
+        flight = _Flight(
+            plan=plan,
+            schedule_s=schedule_s,
+            started_s=scheduled_s,
+            is_ahead=bool(self._flights),
+        )
+        self._flights.append(flight)
         if self._woke_s is not None:
             self._forecast.add_planning(self._clock() - self._woke_s)
             self._woke_s = None
@@ -125,9 +143,7 @@ class StepRunner(Generic[PlanT, OutputT]):
         Raises:
             WorkerDiedError: a rank is gone.
         """
-        flight = self._flights[0]
-        until_s = flight.started_s + self._forecast.plan_after_s(flight.plan)
-        is_ready = self._executor.poll(max(0.0, until_s - self._clock()))
+        is_ready = self._executor.poll(max(0.0, self._plan_at_s - self._clock()))
         self._woke_s = None if is_ready else self._clock()
         return is_ready
 
@@ -141,6 +157,12 @@ class StepRunner(Generic[PlanT, OutputT]):
         """
         self._woke_s = None
         flight = self._flights[0]
+        if len(self._flights) > 1:
+            # The ranks have what comes next: whoever looks for the answer too early takes time from
+            # the threads that bring the last one to its client.
+            rest_s = flight.started_s + self._forecast.ends_after_s(flight.plan) - self._clock()
+            if rest_s > 0.0:
+                self._executor.poll(rest_s)
         elapsed_s = self._clock() - flight.started_s
         output = self._executor.collect(max(0.0, self._step_timeout_s - elapsed_s))
         executed_s = self._clock()
@@ -148,6 +170,8 @@ class StepRunner(Generic[PlanT, OutputT]):
         if self._flights:
             self._flights[0].started_s = executed_s
         self._forecast.add_step(flight.plan, output.duration_s, output.sign_s)
+        if flight.is_ahead:
+            self._forecast.add_idle(output.idle_s)
         deltas = self._scheduler.update_from_output(flight.plan, output)
         update_s = self._clock() - executed_s
         if self._flights:

@@ -43,6 +43,11 @@ class AnsweredStep(Protocol):
         """From the sign that the step was nearly done to its end; 0 when none can be counted on."""
         ...
 
+    @property
+    def idle_s(self) -> float:
+        """How long the workers stood idle before the step."""
+        ...
+
 
 PlanT = TypeVar("PlanT", bound=PlannedStep)
 OutputT = TypeVar("OutputT", bound=AnsweredStep)

@@ -69,6 +69,7 @@ class ModelRunner:
         self._block_size = block_size
         self._is_output_rank = is_output_rank
         self._clock = clock
+        self._ended_s: float | None = None
         self._sampler = Sampler(compiled_draws(model.kernels))
         self._max_context = max_context
         self.forget_rows()
@@ -130,9 +131,11 @@ class ModelRunner:
             CollectiveTimeoutError, WorkerDiedError: a peer is late or gone.
         """
         started_s = self._clock()
+        idle_s = started_s - (self._ended_s or started_s)
         self._apply(plan)
         if not plan.keys:
-            return StepOutput(step=plan.step, duration_s=self._clock() - started_s)
+            self._ended_s = self._clock()
+            return StepOutput(step=plan.step, duration_s=self._ended_s - started_s, idle_s=idle_s)
         inputs = build_step_input(plan, self._rows, self._block_size, self._device)
         built_s = self._clock()
         with out_of_memory_as_error("running a step"):
@@ -141,12 +144,13 @@ class ModelRunner:
             if on_nearly_done is not None:
                 on_nearly_done()
             answers = self._answer(plan, inputs, hidden_TD)
-        ended_s = self._clock()
+        self._ended_s = ended_s = self._clock()
         return StepOutput(
             step=plan.step,
             results=answers.results(),
             duration_s=ended_s - started_s,
             sign_s=ended_s - computed_s if on_nearly_done is not None else 0.0,
+            idle_s=idle_s,
             timings_s={
                 "input_build": built_s - started_s,
                 "forward": computed_s - built_s,

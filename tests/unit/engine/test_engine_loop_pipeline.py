@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,21 @@ def test_the_workers_always_have_the_next_plan() -> None:
     # One call per step, told while the next one is computed.
     assert len(harness.calls) == len(depths)
     assert harness.loop.times.num_steps == len(depths)
+
+
+@pytest.mark.parametrize(("step_s", "depth"), [(0.0, 2), (1.0, 1)], ids=["due", "not due"])
+def test_tokens_are_told_before_the_next_plan_unless_it_is_due(step_s: float, depth: int) -> None:
+    harness = pipelined()
+    collect = harness.executor.collect
+    harness.executor.collect = lambda timeout_s: replace(  # type: ignore[method-assign]
+        collect(timeout_s), duration_s=step_s
+    )
+    harness.loop.add_request(request("a", [1, 2, 3], max_tokens=6, ignore_eos=True))
+    depths: list[int] = []
+    harness.on_deltas = lambda: depths.append(len(harness.executor.plans))
+    run_to_the_end(harness)
+    # The first decode is of a size that nothing is known of; the end leaves nothing to plan.
+    assert depths[2:4] == [depth] * 2
 
 
 def test_a_step_that_answers_early_is_taken_in_before_the_next_plan() -> None:

@@ -82,3 +82,32 @@ def test_signs_that_stop_coming_are_waited_for_no_longer() -> None:
     for sign_s in (*[2e-3] * 60, *[0.0] * 20):
         forecast.add_step(step(1), 20e-3, sign_s=sign_s)
     assert forecast.plan_after_s(step(1)) < 20e-3
+
+
+def test_a_plan_that_is_often_late_is_made_earlier_and_one_that_never_is_as_late_as_before() -> (
+    None
+):
+    forecast = taught(*[20.0] * 60)
+    punctual_s = forecast.plan_after_s(step(1))
+    for at in range(400):
+        forecast.add_idle(1.0e-3 if at % 10 == 0 else 0.1e-3)
+    assert forecast.plan_after_s(step(1)) < punctual_s - 1e-3
+    for _ in range(5000):
+        forecast.add_idle(0.1e-3)
+    assert forecast.plan_after_s(step(1)) == pytest.approx(punctual_s)
+
+
+def test_how_early_plans_are_made_is_bounded() -> None:
+    forecast = taught(*[20.0] * 60)
+    for _ in range(10_000):
+        forecast.add_idle(0.1e-3)
+        forecast.add_idle(50e-3)
+    assert 16e-3 < forecast.plan_after_s(step(1)) < 17e-3
+
+
+def test_a_link_that_always_takes_long_is_not_taken_for_late_plans() -> None:
+    forecast = taught(*[20.0] * 60)
+    punctual_s = forecast.plan_after_s(step(1))
+    for _ in range(5000):
+        forecast.add_idle(2e-3)
+    assert forecast.plan_after_s(step(1)) == pytest.approx(punctual_s)
