@@ -2,15 +2,14 @@
 
 import asyncio
 
-from fake_engine import FakeEngine
-from gateway_harness import MODEL, fake_replica, running_gateway, until
+from gateway_harness import MODEL, running_gateway, until
+from hops import hop_to, scripted_leader
 
 from cluster.base.errors import UnavailableError
 from replicas.api import FinishReason
 from replicas.leader import stream_codec as codec
 from router.client import AsyncPenstockClient, RequestOptions
 from router.hop_settings import HopSettings
-from router.replica_stream import ReplicaStream
 
 
 async def test_another_gateway_ends_a_request_by_its_id(checkpoint):
@@ -38,31 +37,21 @@ async def test_another_gateway_ends_a_request_by_its_id(checkpoint):
 
 
 async def test_a_replica_that_does_not_answer_has_no_such_request():
-    async def hear_nothing(reader, writer):
-        step = codec.Step((), codec.ReplicaStats(), draining=False)
-        writer.write(codec.frame(step))
-        await reader.read()
-        writer.close()
-
-    listener = await asyncio.start_server(hear_nothing, "127.0.0.1", 0)
-    port = listener.sockets[0].getsockname()[1]
+    step = codec.frame(codec.Step((), codec.ReplicaStats(), draining=False))
     settings = HopSettings(answer_timeout_s=0.05)
-    stream = ReplicaStream(f"127.0.0.1:{port}", "e1", gateway_id="gw", settings=settings)
-    assert not await stream.cancel_named("mine-1")
-    stream.start()
-    await until(lambda: stream.connected)
-    assert not await stream.cancel_named("mine-1")
-    await stream.close(UnavailableError("closing"))
-    listener.close()
+    async with scripted_leader(step) as endpoint, hop_to(endpoint, settings=settings) as stream:
+        assert not await stream.cancel_named("mine-1")
+        await until(lambda: stream.connected)
+        assert not await stream.cancel_named("mine-1")
 
 
 async def test_a_lost_replica_answers_no_at_once():
+    step = codec.frame(codec.Step((), codec.ReplicaStats(), draining=False))
     settings = HopSettings(answer_timeout_s=60.0)
-    async with fake_replica(FakeEngine()) as replica:
-        endpoint = replica.record.endpoint
-        stream = ReplicaStream(endpoint, "e1", gateway_id="gw", settings=settings)
-        stream.start()
+    async with scripted_leader(step) as endpoint, hop_to(endpoint, settings=settings) as stream:
         await until(lambda: stream.connected)
         asked = asyncio.create_task(stream.cancel_named("mine-1"))
+        await asyncio.sleep(0.01)
+        assert not asked.done()
         await stream.close(UnavailableError("closing"))
         assert not await asyncio.wait_for(asked, 5.0)

@@ -3,11 +3,11 @@
 import asyncio
 import socket
 import time
-from contextlib import asynccontextmanager
 
 import pytest
 from fake_engine import FakeEngine
 from gateway_harness import fake_replica, until
+from hops import hop_to, scripted_leader
 
 from cluster.base.errors import (
     InternalError,
@@ -17,9 +17,6 @@ from cluster.base.errors import (
 )
 from replicas.api import FinishReason, GenerationRequest, SamplingParams
 from router.hop_settings import HopSettings
-from router.replica_stream import ReplicaStream
-
-FAST = HopSettings(backoff_initial_s=0.01, backoff_max_s=0.05, silence_timeout_s=5.0)
 
 
 def a_request(max_tokens=5, n=1, request_id="same-id", prompt=(1, 2, 3)) -> GenerationRequest:
@@ -28,16 +25,6 @@ def a_request(max_tokens=5, n=1, request_id="same-id", prompt=(1, 2, 3)) -> Gene
         prompt_token_ids=tuple(prompt),
         params=SamplingParams(max_tokens=max_tokens, n=n),
     )
-
-
-@asynccontextmanager
-async def hop_to(replica, epoch="e1", settings=FAST, gateway_id="gw"):
-    stream = ReplicaStream(replica.record.endpoint, epoch, gateway_id=gateway_id, settings=settings)
-    stream.start()
-    try:
-        yield stream
-    finally:
-        await stream.close(UnavailableError("closing"))
 
 
 async def read_all(channel):
@@ -54,8 +41,8 @@ def tokens(deltas, index=0):
 async def test_requests_with_one_id_from_two_gateways_do_not_mix():
     async with (
         fake_replica(FakeEngine()) as replica,
-        hop_to(replica, gateway_id="a") as first,
-        hop_to(replica, gateway_id="b") as second,
+        hop_to(replica.record.endpoint, gateway_id="a") as first,
+        hop_to(replica.record.endpoint, gateway_id="b") as second,
     ):
         await until(lambda: first.ready and second.ready)
         channels = [
@@ -74,7 +61,7 @@ async def test_requests_with_one_id_from_two_gateways_do_not_mix():
 
 
 async def test_every_choice_ends_once_and_load_is_reported():
-    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
         deltas = await read_all(stream.submit(a_request(4, n=3)))
         ends = [d.index for d in deltas if d.finish_reason is not None]
@@ -83,7 +70,7 @@ async def test_every_choice_ends_once_and_load_is_reported():
 
 
 async def test_cancel_of_one_choice_leaves_the_others():
-    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
         channel = stream.submit(a_request(60, n=2))
         await channel.receive()
@@ -95,7 +82,7 @@ async def test_cancel_of_one_choice_leaves_the_others():
 
 
 async def test_cancelling_the_last_choice_cancels_the_request():
-    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
         channel = stream.submit(a_request(10_000, n=2))
         await channel.receive()
@@ -108,7 +95,7 @@ async def test_cancelling_the_last_choice_cancels_the_request():
 
 
 async def test_loss_ends_every_request_within_milliseconds():
-    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
         channels = [stream.submit(a_request(10_000)) for _ in range(20)]
         for channel in channels:
@@ -126,8 +113,8 @@ async def test_loss_ends_every_request_within_milliseconds():
 async def test_leader_failure_carries_its_cause_to_every_gateway():
     async with (
         fake_replica(FakeEngine()) as replica,
-        hop_to(replica) as first,
-        hop_to(replica) as second,
+        hop_to(replica.record.endpoint) as first,
+        hop_to(replica.record.endpoint) as second,
     ):
         await until(lambda: first.ready and second.ready)
         channels = [first.submit(a_request(10_000)), second.submit(a_request(10_000))]
@@ -140,13 +127,16 @@ async def test_leader_failure_carries_its_cause_to_every_gateway():
 
 
 async def test_another_epoch_is_refused():
-    async with fake_replica(FakeEngine()) as replica, hop_to(replica, epoch="old") as stream:
+    async with (
+        fake_replica(FakeEngine()) as replica,
+        hop_to(replica.record.endpoint, epoch="old") as stream,
+    ):
         await until(lambda: "epoch" in stream.last_error)
         assert not stream.ready
 
 
 async def test_reconnects_when_the_replica_is_back():
-    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
         for link in list(replica.server._links.values()):
             link.say_goodbye(UnavailableError("restarting"))
@@ -156,8 +146,8 @@ async def test_reconnects_when_the_replica_is_back():
 
 
 async def test_gateway_disconnect_aborts_its_requests_only():
-    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stays:
-        async with hop_to(replica) as leaves:
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stays:
+        async with hop_to(replica.record.endpoint) as leaves:
             await until(lambda: stays.ready and leaves.ready)
             kept = stays.submit(a_request(10_000))
             leaves.submit(a_request(10_000))
@@ -172,7 +162,7 @@ async def test_silent_replica_counts_as_lost():
     settings = HopSettings(silence_timeout_s=0.3, backoff_initial_s=5.0)
     async with (
         fake_replica(FakeEngine(), load_period_s=60.0) as replica,
-        hop_to(replica, settings=settings) as stream,
+        hop_to(replica.record.endpoint, settings=settings) as stream,
     ):
         await until(lambda: stream.ready)
         replica.engine.paused.set()
@@ -187,7 +177,7 @@ async def test_idle_replica_keeps_reporting():
     settings = HopSettings(silence_timeout_s=0.5)
     async with (
         fake_replica(FakeEngine(), load_period_s=0.1) as replica,
-        hop_to(replica, settings=settings) as stream,
+        hop_to(replica.record.endpoint, settings=settings) as stream,
     ):
         await until(lambda: stream.ready)
         await asyncio.sleep(1.2)
@@ -199,7 +189,7 @@ async def test_slow_reader_is_bounded_and_cancelled():
     settings = HopSettings(stream_buffer_events=50)
     async with (
         fake_replica(FakeEngine()) as replica,
-        hop_to(replica, settings=settings) as stream,
+        hop_to(replica.record.endpoint, settings=settings) as stream,
     ):
         await until(lambda: stream.ready)
         channel = stream.submit(a_request(10_000))
@@ -214,7 +204,7 @@ async def test_slow_reader_is_bounded_and_cancelled():
 
 
 async def test_abort_gives_every_open_choice_an_end():
-    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
         channel = stream.submit(a_request(10_000, n=3))
         await channel.receive()
@@ -229,7 +219,7 @@ async def test_abort_gives_every_open_choice_an_end():
 
 async def test_engine_refusal_reaches_the_request():
     engine = FakeEngine(refuse=OverloadedError("256 requests are waiting"))
-    async with fake_replica(engine) as replica, hop_to(replica) as stream:
+    async with fake_replica(engine) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
         (delta,) = await read_all(stream.submit(a_request()))
         assert delta.finish_reason is FinishReason.ERROR
@@ -244,7 +234,7 @@ async def test_engine_fault_ends_one_request_without_its_text():
                 raise ZeroDivisionError("secret detail")
             super().add_request(request)
 
-    async with fake_replica(Faulty()) as replica, hop_to(replica) as stream:
+    async with fake_replica(Faulty()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
         good = stream.submit(a_request(5))
         (bad,) = await read_all(stream.submit(a_request(prompt=(9,))))
@@ -254,7 +244,7 @@ async def test_engine_fault_ends_one_request_without_its_text():
 
 
 async def test_drain_refuses_new_requests_and_waits_for_the_old():
-    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
         channel = stream.submit(a_request(100))
         await channel.receive()
@@ -267,7 +257,7 @@ async def test_drain_refuses_new_requests_and_waits_for_the_old():
 
 
 async def test_drain_gives_up_at_its_timeout():
-    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
         stream.submit(a_request(100_000))
         await until(lambda: replica.server.num_requests == 1)
@@ -275,7 +265,7 @@ async def test_drain_gives_up_at_its_timeout():
 
 
 async def test_retired_stream_finishes_what_runs_then_ends():
-    async with fake_replica(FakeEngine()) as replica, hop_to(replica) as stream:
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
         channel = stream.submit(a_request(50))
         stream.retire()
@@ -286,45 +276,25 @@ async def test_retired_stream_finishes_what_runs_then_ends():
 
 
 async def test_a_replica_that_never_answers_counts_as_silent():
-    async def swallow(reader, writer):
-        while await reader.read(1 << 16):
-            pass
-
-    server = await asyncio.start_server(swallow, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
     settings = HopSettings(silence_timeout_s=0.2, backoff_initial_s=5.0)
-    stream = ReplicaStream(f"127.0.0.1:{port}", "e1", gateway_id="gw", settings=settings)
-    stream.start()
-    await until(lambda: "silent" in stream.last_error)
-    assert not stream.ready
-    await stream.close(UnavailableError("closing"))
-    server.close()
+    async with scripted_leader() as endpoint, hop_to(endpoint, settings=settings) as stream:
+        await until(lambda: "silent" in stream.last_error)
+        assert not stream.ready
 
 
 async def test_a_leader_that_talks_nonsense_ends_the_stream_with_an_internal_error():
-    async def nonsense(reader, writer):
-        await reader.read(1 << 16)
-        writer.write((5).to_bytes(4, "little") + b"hello")
-        await reader.read(1 << 16)
-
-    server = await asyncio.start_server(nonsense, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
+    said = (5).to_bytes(4, "little") + b"hello"
     settings = HopSettings(backoff_initial_s=5.0)
-    stream = ReplicaStream(f"127.0.0.1:{port}", "e1", gateway_id="gw", settings=settings)
-    stream.start()
-    await until(lambda: "malformed" in stream.last_error)
-    assert not stream.ready
-    await stream.close(UnavailableError("closing"))
-    server.close()
+    async with scripted_leader(said) as endpoint, hop_to(endpoint, settings=settings) as stream:
+        await until(lambda: "malformed" in stream.last_error)
+        assert not stream.ready
 
 
 async def test_a_port_where_nobody_listens_is_tried_again():
     probe = socket.create_server(("127.0.0.1", 0))
     endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
     probe.close()
-    stream = ReplicaStream(endpoint, "e1", gateway_id="gw", settings=FAST)
-    stream.start()
-    await until(lambda: "cannot be reached" in stream.last_error)
-    assert not stream.ready
-    assert not stream.ended
-    await stream.close(UnavailableError("closing"))
+    async with hop_to(endpoint) as stream:
+        await until(lambda: "cannot be reached" in stream.last_error)
+        assert not stream.ready
+        assert not stream.ended
