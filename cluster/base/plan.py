@@ -228,6 +228,10 @@ class ModelPlan:
     """Only with `engine` offload."""
     quantization: str = "none"
     """Number format of resident linear weights: none (`dtype`) or fp8."""
+    kernels: str = "auto"
+    """auto, native or torch; what `auto` becomes depends on the compiler of the rank's node."""
+    attention_backend: str = "auto"
+    """auto or a backend's name."""
     dp_size: int = 1
     """Data-parallel groups of each replica, each of `tp_size` ranks and with its own cache."""
     experts: ExpertPlan | None = None

@@ -414,6 +414,22 @@ class ModelSpec(Section):
         "models on cuda (architecture 8.9 or newer) only; streamed weights have "
         "`offload.precision`.",
     )
+    kernels: Annotated[Literal["auto", "native", "torch"], Choice(("auto", "native", "torch"))] = (
+        Field(
+            default="auto",
+            description="What computes. native: kernels compiled for the processor at first use, "
+            "or Triton's on cuda; torch: torch's own. auto: native where they can be, else torch.",
+        )
+    )
+    attention_backend: Annotated[
+        Literal["auto", "cpu_paged", "cpu", "triton_paged", "torch_ref"],
+        Choice(("auto", "cpu_paged", "cpu", "triton_paged", "torch_ref")),
+    ] = Field(
+        default="auto",
+        description="What attends. cpu_paged: the compiled kernels; cpu: torch's fused attention; "
+        "triton_paged: on cuda; torch_ref: written out in torch, slow. auto: the first of these "
+        "that the model and the device allow.",
+    )
     kv_cache: KvCacheSpec = Field(default=KvCacheSpec(), description="The key/value cache.")
     offload: OffloadSpec | None = Field(
         default=None,

@@ -13,6 +13,7 @@ from cluster.base.spec import ModelSpec
 from cluster.base.zero3_plan import Zero3Plan
 from cluster.planner.decisions import Decision, DeviceChoice
 from cluster.planner.foreign_memory import foreign_workspace, longest_step_s
+from cluster.planner.kernels import refuse_kernels
 from cluster.planner.kv_sizing import KvDemand
 from cluster.planner.layout import Layout
 from cluster.planner.memory import StepShape, Workspace, workspace
@@ -92,6 +93,7 @@ def draft_model(source: ModelSource, device: DeviceChoice, dtype: Decision[str])
     """The draft of a model as its entry asks for it."""
     spec = source.spec
     _refuse_idle_quantization(source, device)
+    refuse_kernels(source, device, dtype)
     return _draft(source, device, dtype, source.layout, step_tokens(spec))
 
 

@@ -164,5 +164,7 @@ def _limits(plan: ClusterPlan) -> Table:
             (model.name, "tokens per step", str(scheduler.max_step_tokens)),
             (model.name, "speculation", _value_text(scheduler.speculation or "none")),
             (model.name, "step timeout", duration_text(scheduler.step_timeout_s)),
+            (model.name, "kernels", model.kernels),
+            (model.name, "attention backend", model.attention_backend),
         ]
     return Table(title="Limits", columns=("WHERE", "LIMIT", "VALUE"), rows=tuple(rows))

@@ -11,6 +11,7 @@ from cluster.planner.caches import Cache
 from cluster.planner.cpus import Compute
 from cluster.planner.drafts import TIMEOUT_STEPS, Draft
 from cluster.planner.front import is_loopback
+from cluster.planner.kernels import kernel_reasons
 from cluster.planner.overflow import overflow_warnings
 from cluster.planner.packing import NodeLoad
 from cluster.planner.placement import Placed
@@ -28,6 +29,7 @@ def reasons_of(draft: Draft, compute: Compute, cache: Cache) -> dict[str, str]:
         "memory.weights_bytes": _decoding_reason(draft),
         "num_threads": compute.threads.reason,
         "cpus_per_rank": compute.cpus.reason,
+        **({} if draft.zero3 else kernel_reasons(draft.source, draft.device)),
         "kv.num_blocks": cache.size.num_blocks.reason,
         "scheduler.max_context": cache.size.max_context.reason,
     }

@@ -12,6 +12,7 @@ from cluster.base.zero3_plan import ForeignModel, Zero3Plan
 from cluster.planner.decisions import Decision
 from cluster.planner.drafts import Draft, redraft, step_tokens
 from cluster.planner.foreign_memory import LEAST_COLUMNS
+from cluster.planner.kernels import refuse_foreign_kernels
 from cluster.planner.memory import sum_text
 from cluster.planner.streaming import Room, device_budget, disk_path, least_draft
 from replicas.models.memory import DTYPE_BYTES
@@ -38,6 +39,7 @@ def hold_with_zero3(draft: Draft, room: Room, directory: Path) -> Draft:
     Raises:
         ConfigError: neither tier fits the budget.
     """
+    refuse_foreign_kernels(draft.source)
     asked = draft.source.spec.offload or OffloadSpec()
     draft = _computable_dtype(draft)
     budget = device_budget(draft, asked, room)

@@ -18,7 +18,7 @@ from replicas.kernels.ops import Kernels
 from replicas.kernels.torch_ops import TORCH_KERNELS
 from replicas.kernels.triton_ops import TritonKernels
 
-CHOICES = ("auto", "off", "triton", "fp8")
+CHOICES = ("auto", "native", "off", "triton", "fp8")
 _log = logging.getLogger(__name__)
 
 
@@ -26,7 +26,8 @@ def select_kernels(requested: str, dtype: torch.dtype, device: str, cache_dir: P
     """The fastest kernels that can serve the model, else torch's.
 
     Args:
-        requested: `auto`; `off` (torch's); `triton`; or `fp8` (Triton's, linear weights in fp8).
+        requested: `auto`; `native` (compiled or Triton's, never torch's); `off` (torch's);
+            `triton`; or `fp8` (Triton's, linear weights in fp8).
         cache_dir: where compiled libraries are kept; made when missing.
 
     Raises:
@@ -44,7 +45,9 @@ def select_kernels(requested: str, dtype: torch.dtype, device: str, cache_dir: P
     if requested in ("triton", "fp8"):
         return _triton(requested, dtype, device)
     if device.split(":")[0] == "cpu":
-        return _compiled(dtype, device, cache_dir)
+        return _compiled(dtype, device, cache_dir, or_torch=requested == "auto")
+    if requested == "native":
+        return _triton("triton", dtype, device)
     if reasons := TritonKernels.why_not(dtype, device):
         _log.warning("kernels: torch, because of Triton's: %s", "; ".join(reasons))
         return TORCH_KERNELS
@@ -77,17 +80,24 @@ def _triton(requested: str, dtype: torch.dtype, device: str) -> Kernels:
     return kernels
 
 
-def _compiled(dtype: torch.dtype, device: str, cache_dir: Path) -> Kernels:
-    if reasons := CpuKernels.why_not(dtype, device):
-        _log.info("kernels: torch, because of the compiled ones: %s", "; ".join(reasons))
-        return TORCH_KERNELS
-    try:
-        library = _library(cache_dir)
-    except KernelsUnavailableError as error:
-        _log.warning("kernels: torch, because %s", error)
-        return TORCH_KERNELS
-    _log.info("kernels: compiled, %s", library.isa)
-    return CpuKernels(library)
+def _compiled(dtype: torch.dtype, device: str, cache_dir: Path, *, or_torch: bool) -> Kernels:
+    why = "; ".join(CpuKernels.why_not(dtype, device))
+    if not why:
+        try:
+            library = _library(cache_dir)
+        except KernelsUnavailableError as error:
+            why = str(error)
+        else:
+            _log.info("kernels: compiled, %s", library.isa)
+            return CpuKernels(library)
+    if not or_torch:
+        raise ConfigError(
+            f"The compiled kernels cannot run here: {why}.",
+            "Put that right, or use kernels auto or torch.",
+            param="kernels",
+        )
+    _log.warning("kernels: torch, because %s", why)
+    return TORCH_KERNELS
 
 
 def _library(cache_dir: Path) -> CpuLibrary:

@@ -47,6 +47,8 @@ def worker_plan(
         dtype=plan.dtype,
         kv_dtype=plan.kv.dtype,
         quantization=plan.quantization,
+        kernels=plan.kernels,
+        attention_backend=plan.attention_backend,
         block_size=plan.kv.block_size,
         num_blocks=plan.kv.num_blocks,
         max_context=plan.scheduler.max_context,

@@ -59,6 +59,10 @@ class WorkerPlan:
     link_secret: str
     quantization: str = "none"
     """Number format of resident linear weights: none (`dtype`) or fp8."""
+    kernels: str = "auto"
+    """auto, native or torch."""
+    attention_backend: str = "auto"
+    """auto or a backend's name."""
     offload: OffloadPlan | None = None
     zero3: Zero3Plan | None = None
     experts: ExpertRankPlan | None = None

@@ -42,6 +42,8 @@ from replicas.worker.plan import WorkerPlan
 from replicas.worker.tensor_rank import TensorParallelRank, join_tensor_group
 from replicas.worker.worker_link import WorkerLink
 
+_KERNELS = {"auto": "auto", "native": "native", "torch": "off"}
+"""The plan's word -> that of `select_kernels`."""
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, float], None]
@@ -206,7 +208,8 @@ class Worker:
             block_size=plan.block_size,
             num_blocks=plan.num_blocks,
             max_context=plan.max_context,
-            kernels="fp8" if plan.quantization == "fp8" else "auto",
+            kernels="fp8" if plan.quantization == "fp8" else _KERNELS[plan.kernels],
+            attention_backend=plan.attention_backend,
         )
         experts: SpreadExperts | None = None
         costs: LinkCosts | None = None

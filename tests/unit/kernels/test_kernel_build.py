@@ -117,6 +117,15 @@ def test_no_compiler_means_torch(
     assert "kernels: torch, because there is no C++ compiler" in caplog.text
 
 
+def test_native_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="float16") as refusal:
+        select_kernels("native", torch.float16, "cpu", tmp_path)
+    assert refusal.value.param == "kernels"
+    monkeypatch.setattr(build.shutil, "which", lambda _: None)
+    with pytest.raises(ConfigError, match=r"no C\+\+ compiler"):
+        select_kernels("native", torch.float32, "cpu", tmp_path)
+
+
 def test_choices(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

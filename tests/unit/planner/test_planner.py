@@ -16,6 +16,17 @@ from cluster.planner.hub import Hub
 from cluster.planner.planner import make_plan
 
 
+def test_kernels_are_the_users_or_say_what_auto_means(tmp_path: Path):
+    wanted = {"kernels": "torch", "attention_backend": "torch_ref"}
+    (asked,) = plan_model(tmp_path, LAPTOP, **wanted).models
+    assert (asked.kernels, asked.attention_backend) == ("torch", "torch_ref")
+    assert "kernels" not in asked.reasons
+    (plain,) = plan_model(tmp_path, LAPTOP).models
+    assert (plain.kernels, plain.attention_backend) == ("auto", "auto")
+    assert "compiled on each rank's node" in plain.reasons["kernels"]
+    assert "cpu_paged" in plain.reasons["attention_backend"]
+
+
 def test_fp8_halves_the_weights_of_a_gpu_rank(tmp_path: Path):
     plain, fp8 = (
         plan_model(tmp_path, GPU_BOX, LLAMA_3_8B, device="cuda", quantization=name).models[0]
@@ -80,6 +91,8 @@ def test_what_the_user_wrote_has_no_reason(tmp_path: Path):
         engine="tensor_parallel",
         device="cpu",
         dtype="bfloat16",
+        kernels="native",
+        attention_backend="cpu_paged",
         kv_cache={"memory": "1MiB"},
         limits={"max_context": 100},
         resources={"threads_per_rank": 3, "cpus_per_rank": 2.5},

@@ -48,6 +48,31 @@ def test_refuses_fp8_where_it_changes_nothing(tmp_path: Path, entry: dict[str, A
     assert why in error.cause
 
 
+@pytest.mark.parametrize(
+    ("entry", "key", "why"),
+    [
+        ({"dtype": "float16", "kernels": "native"}, "kernels", "cannot compute in float16"),
+        (
+            {"device": "cuda", "kernels": "torch", "quantization": "fp8"},
+            *("kernels", "the products of quantization: fp8"),
+        ),
+        (
+            {"kernels": "torch", "attention_backend": "cpu_paged"},
+            *("attention_backend", "one of the compiled kernels"),
+        ),
+        ({"attention_backend": "triton_paged"}, "attention_backend", "the ranks on cpu"),
+        ({"device": "cuda", "attention_backend": "cpu"}, "attention_backend", "the ranks on cuda"),
+    ],
+)
+def test_refuses_kernels_that_cannot_be(
+    tmp_path: Path, entry: dict[str, Any], key: str, why: str
+) -> None:
+    machine = Topology(nodes=(node(8, 64, (24,)),))
+    error = refused(tmp_path, machine, **{"device": "cpu", **entry})
+    assert error.param == f"models[0].{key}"
+    assert why in error.cause
+
+
 def test_refuses_a_replica_across_nodes(tmp_path: Path):
     pair = Topology(nodes=(node(8, 64, (24,), "a"), node(8, 64, (24,), "b")))
     assert "on one node" in refused(tmp_path, pair, device="cuda", parallel={"tp": 2}).cause
