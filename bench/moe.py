@@ -11,6 +11,7 @@ turns with the others. Experts do nothing. Needs root.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -53,6 +54,7 @@ def main() -> None:
     rows: list[Row] = []
     for answer in answers:
         rows += case_rows(answer)
+    rows.append(worst_choice(rows))
     write_report(
         "moe",
         rows,
@@ -161,10 +163,34 @@ def time_target(answer: dict[str, Any], scheme: str) -> float | None:
     }.get(key)
 
 
+def worst_choice(rows: list[Row]) -> Row:
+    """The case in which the automatic choice is furthest from the best scheme."""
+    choices = [row for row in rows if row.metric.startswith("chosen")]
+    worst = min(choices, key=lambda row: row.ratio or 0.0)
+    case = f"all {len(choices)} sizes and links"
+    metric = f"{worst.metric}, furthest from the best: {worst.case}"
+    return dataclasses.replace(worst, case=case, metric=metric)
+
+
+def message_rows(case: str, answer: dict[str, Any]) -> list[Row]:
+    """Messages between nodes, where each is one packet: with few rows."""
+    if (answer["link"], answer["rows"]) != ("message-bound", 8):
+        return []
+    count = {
+        scheme: Samples(values=tuple(float(wire[0]) for wire in wires))
+        for scheme, wires in answer["wires"].items()
+    }
+    rows = []
+    for scheme in ("hierarchical", "preposted"):
+        row = measured(case, f"{scheme}: messages between nodes", "", count[scheme])
+        rows.append(compared(row, FLAT, count[FLAT], target=float(LOCAL), lower_is_better=True))
+    return rows
+
+
 def wire_rows(case: str, answer: dict[str, Any]) -> list[Row]:
     """What crossed between nodes: hierarchical beside flat, which have the same steps."""
     if (answer["link"], answer["rows"]) != ("thin", 64):
-        return []
+        return message_rows(case, answer)
     mega = {
         scheme: Samples(values=tuple(wire[1] / 1e6 for wire in wires))
         for scheme, wires in answer["wires"].items()
@@ -196,12 +222,8 @@ def model_rows(case: str, answer: dict[str, Any], times: dict[str, Samples]) -> 
         off = compared(row, "measured", times[scheme])
         # Too short is as wrong as too long: the ratio is the smaller over the larger.
         nearer = min(off.ratio or 0.0, 1 / off.ratio if off.ratio else 0.0)
-        rows.append(Row(**{**_fields(off), "ratio": nearer, "target": 1 / 1.2}))
+        rows.append(dataclasses.replace(off, ratio=nearer, target=1 / 1.2))
     return rows
-
-
-def _fields(row: Row) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in row.__slots__}
 
 
 if __name__ == "__main__":

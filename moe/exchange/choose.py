@@ -1,4 +1,5 @@
-"""Which scheme a step should use: the one that the simulator finds fastest. Pure.
+"""Which scheme a step should use: the one that should be fastest, by virtual time and what the
+probe found a layer to take besides. Pure.
 
 All ranks hold the same costs (`calibrate` sees to that) and the same numbers, so they come to the
 same answer; the step header then only has to carry the name.
@@ -25,6 +26,23 @@ class Choice:
     expected_s: dict[Scheme, float]
 
 
+def schemes_of(topology: RankTopology) -> list[Scheme]:
+    """Those that differ: with one level `hierarchical` is `flat` under another name."""
+    both = topology.has_two_levels
+    return [scheme for scheme in Scheme if both or scheme is not Scheme.HIERARCHICAL]
+
+
+def traffic_of(rows: int, format: WireFormat, max_nodes: int = 0) -> Traffic:
+    """A layer's traffic, for the simulator; arguments as for `choose`."""
+    return Traffic(
+        rows=rows,
+        top_k=format.top_k,
+        row_bytes=format.row_bytes,
+        answer_bytes=answers_for(format.dim, format.combine).num_bytes,
+        max_nodes=max_nodes,
+    )
+
+
 def choose(
     rows: int,
     topology: RankTopology,
@@ -44,18 +62,10 @@ def choose(
         slot_rows: rows of a slot of `preposted`.
         max_nodes: nodes a token may visit (group-limited routing); 0: any number.
     """
-    traffic = Traffic(
-        rows=rows,
-        top_k=format.top_k,
-        row_bytes=format.row_bytes,
-        answer_bytes=answers_for(format.dim, format.combine).num_bytes,
-        max_nodes=max_nodes,
-    )
+    traffic = traffic_of(rows, format, max_nodes)
     expected = {
-        scheme: simulate(scheme, topology, traffic, costs, slot_rows)
-        for scheme in Scheme
-        # With one level it is flat under another name.
-        if topology.has_two_levels or scheme is not Scheme.HIERARCHICAL
+        scheme: simulate(scheme, topology, traffic, costs, slot_rows) + costs.own_s(scheme, rows)
+        for scheme in schemes_of(topology)
     }
     best = min(expected, key=expected.__getitem__)
     figures = ", ".join(f"{scheme} {1e3 * time_s:.3g} ms" for scheme, time_s in expected.items())

@@ -7,6 +7,7 @@ switch at the same step; the step header is where they agree.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -14,13 +15,14 @@ from cluster.base.errors import ConfigError
 from cluster.dist.rank_topology import RankTopology
 from moe.exchange.answers import Leg, answers_for
 from moe.exchange.base import Arrivals, Exchange, Pending
-from moe.exchange.calibrate import calibrate
+from moe.exchange.calibrate import Probe, calibrate
 from moe.exchange.flat import OneHopExchange, SlotHomes
 from moe.exchange.hierarchical import Route, TwoHopExchange
 from moe.exchange.hops import CountedHop, Hop
 from moe.exchange.link_costs import LinkCosts
 from moe.exchange.peers import Peers
 from moe.exchange.preposted import SlotHop
+from moe.exchange.probe_layers import LayerProbe
 from moe.exchange.schemes import DEFAULT_SLOT_ROWS, Scheme
 from moe.exchange.wire import Combine, WireFormat
 from moe.expert_slots import ExpertSlots
@@ -86,7 +88,14 @@ class Exchanges:
 
     def calibrate(self) -> LinkCosts:
         """Measure the links, about a second; all ranks call it together and get the same."""
-        return calibrate(self.peers, self.topology, self._slots, self._sums)
+        costs = calibrate(self.peers, self.topology, self._slots, self._sums)
+        probe = Probe(self.peers)
+        layers = LayerProbe(probe, self.topology, self.format, self.slot_rows, self._rank)
+        scheme = self._scheme
+        layer = self.for_layer(0, layers.slots(self.topology, self.format))
+        own = layers.own_costs(layer, self.use, costs)
+        self._scheme = scheme
+        return probe.agree(replace(costs, own=own))
 
     def for_layer(self, layer: int, slots: ExpertSlots) -> LayerExchange:
         """The exchange of one layer, whose experts lie as given.

@@ -32,6 +32,13 @@ class LinkCosts:
     posted_call_s: float = 0.0
     """The same for a hop over slots."""
 
+    own: tuple[tuple[str, float, float], ...] = ()
+    """By scheme, what a layer takes besides all that: seconds, and seconds per row of a rank."""
+
+    def own_s(self, scheme: str, rows: int) -> float:
+        """The time of processors that no message waits for in the simulation."""
+        return sum(base_s + rows * row_s for name, base_s, row_s in self.own if name == scheme)
+
     def to_bytes(self) -> bytes:
         """For the agreement of all ranks; `from_bytes` is its inverse."""
         return json.dumps(asdict(self)).encode()
@@ -39,4 +46,5 @@ class LinkCosts:
     @classmethod
     def from_bytes(cls, data: bytes) -> LinkCosts:
         """What `to_bytes` made; trailing blanks are ignored."""
-        return cls(**json.loads(data))
+        fields = json.loads(data)
+        return cls(**{**fields, "own": tuple(map(tuple, fields["own"]))})

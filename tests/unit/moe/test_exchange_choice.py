@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cluster.dist.rank_topology import RankTopology
-from moe.exchange.choose import choose
+from moe.exchange.choose import choose, schemes_of
 from moe.exchange.exchanges import Exchanges
 from moe.exchange.link_costs import LinkCosts
 from moe.exchange.schemes import Scheme
@@ -106,3 +107,15 @@ def test_all_ranks_are_given_the_same_costs(nodes):
     assert LinkCosts.from_bytes(costs[0].to_bytes()) == costs[0]
     assert costs[0].row_bytes_per_s > 0
     assert (costs[0].node_delay_s > 0) == (topology.num_nodes > 1)
+    assert [name for name, _, _ in costs[0].own] == [str(s) for s in schemes_of(topology)]
+    assert all(base_s >= 0 and row_s >= 0 for _, base_s, row_s in costs[0].own)
+
+
+def test_what_layers_took_in_the_probe_counts():
+    costs = LinkCosts(node_delay_s=1e-3)
+    fast = choose(10, GRID, costs, WIRE)
+    slowed = replace(costs, own=((str(fast.scheme), 0.5, 0.01), ("nobody", 9.0, 9.0)))
+    other = choose(10, GRID, slowed, WIRE)
+    assert other.scheme is not fast.scheme
+    slower_s = other.expected_s[fast.scheme] - fast.expected_s[fast.scheme]
+    assert slower_s == pytest.approx(0.5 + 10 * 0.01)
