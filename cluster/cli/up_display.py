@@ -51,10 +51,11 @@ class UpDisplay:
             self._live.update(self._table(snapshot))
             return
         for record in snapshot.replicas:
-            line = f"{record.model} {record.replica_id[:_SHORT_ID]}: {record.state} {record.detail}"
+            line = f"{record.model} {record.replica_id[:_SHORT_ID]}: {record.state}"
+            line += f": {record.detail}" if record.detail else ""
             if self._shown.get(record.replica_id) != line:
                 self._shown[record.replica_id] = line
-                self._console.print("  " + line.rstrip(), highlight=False, markup=False)
+                self._console.print("  " + line, highlight=False, markup=False)
 
     def ready(self, state: RunState, phases_s: dict[str, float]) -> None:
         """Print where to send requests."""
