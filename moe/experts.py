@@ -59,7 +59,8 @@ class ExpertMath(Protocol):
         ...
 
     def gate(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
-        """The gated activation of fused gate and up halves, (T, F / 2)."""
+        """The gated activation of fused gate and up halves, (T, F / 2); of experts that are not
+        gated the plain one, (T, F)."""
         ...
 
     def route(
@@ -84,7 +85,8 @@ class ExpertWeights(Protocol):
     """The routed experts' weights of one layer, by logical expert."""
 
     def acquire(self, expert: int) -> Mapping[str, torch.Tensor]:
-        """`gate_up.weight` (2F, D), `down.weight` (D, F) and biases, valid until released."""
+        """`gate_up.weight` (2F, D), or (F, D) of experts that are not gated, `down.weight` (D, F)
+        and biases, valid until released."""
         ...
 
     def announce(self, experts: Sequence[int]) -> None:

@@ -69,8 +69,10 @@ class MoeSpec:
     gate: GateSpec
     ffn_dim: int
     """Inner width of one routed expert."""
+    gated: bool = True
+    """Experts and shared MLP are down(act(gate) * up); False: down(act(up)) (DeepSpeed-MoE)."""
     expert_bias: bool = False
-    """Experts' linears have biases (GPT-OSS)."""
+    """Linears of experts and shared MLP have biases (GPT-OSS, DeepSpeed-MoE)."""
     glu_limit: float = 0.0
     """Gate and up values are clamped to this size, and the product is (up + 1) * gate *
     sigmoid(alpha * gate) (GPT-OSS); 0: the model's own activation."""

@@ -12,8 +12,6 @@ GROUP = 64
 """Weights that share a scale and a minimum."""
 NEVER_QUANTISED = ("router.weight", "shared_gate.weight", "coefficient.weight")
 """Small weights that decide where a token goes: rounded, they would choose other experts."""
-NEVER_QUANTISED = ("router.weight", "shared_gate.weight", "coefficient.weight")
-"""Small weights that decide where a token goes: rounded, they would choose other experts."""
 GROUP_BYTES = 4
 """One scale and one minimum, 16 bits each."""
 

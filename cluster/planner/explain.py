@@ -69,7 +69,7 @@ def _experts(plan: ClusterPlan) -> Table:
         rows.append((model.name, ranks, held, model.experts.exchange, wire))
     return Table(
         title="Expert parallelism of each replica",
-        columns=("MODEL", "DP x TP = RANKS", "EXPERTS PER LAYER", "EXCHANGE", "ROWS TRAVEL"),
+        columns=("MODEL", "DP x TP = RANKS", "MOST EXPERTS PER LAYER", "EXCHANGE", "ROWS TRAVEL"),
         rows=tuple(rows),
     )
 

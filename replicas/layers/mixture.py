@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from moe.experts import GroupedExperts, Made, Make, Tensors
 from replicas.kernels.expert_ops import ExpertSet
-from replicas.layers.activations import activation
+from replicas.layers.activations import activation, kernel_activation
 from replicas.layers.weights import AnnouncedWeights, ResidentWeights
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ def gated(kernels: Kernels, name: str) -> Gate:
         return inner(gate_TF) * up_TF
 
     return product
+
+
+def between(kernels: Kernels, spec: MoeSpec, name: str) -> Gate:
+    """What stands between the two linears of an MLP of the mixture."""
+    return gated(kernels, name) if spec.gated else kernel_activation(name, kernels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +70,11 @@ class KernelMath:
     def __init__(self, kernels: Kernels, spec: MoeSpec, activation_name: str) -> None:
         self._kernels = kernels
         self._spec = spec
-        self._silu = bool(spec.glu_limit) or activation(activation_name) is functional.silu
+        silu = bool(spec.glu_limit) or activation(activation_name) is functional.silu
+        self._in_one_call = silu and spec.gated
         self.linear = kernels.linear
         self.route = kernels.route
-        self.gate: Gate = gated(kernels, activation_name)
+        self.gate: Gate = between(kernels, spec, activation_name)
         if spec.glu_limit:
             self.gate = ClampedGlu(kernels=kernels, limit=spec.glu_limit, alpha=spec.glu_alpha)
 
@@ -76,7 +82,7 @@ class KernelMath:
         self, experts: Sequence[Tensors], held: Sequence[int], *, down_bias: bool
     ) -> GroupedExperts | None:
         """The experts as one call, where the kernels have one for their activation and layout."""
-        if not self._silu or not experts:
+        if not self._in_one_call or not experts:
             return None
         return self._kernels.experts(
             ExpertSet(
@@ -90,18 +96,28 @@ class KernelMath:
 
 
 class SharedExperts:
-    """The MLP that every token visits: this rank's slice of it, not yet summed over ranks."""
+    """The MLP that every token visits: this rank's slice of it, not yet summed over ranks.
 
-    def __init__(self, kernels: Kernels, activation_name: str) -> None:
+    Args:
+        adds_bias: whether this rank adds the bias of `down`, if there is one: one of them does.
+    """
+
+    def __init__(
+        self, kernels: Kernels, spec: MoeSpec, activation_name: str, *, adds_bias: bool
+    ) -> None:
         self._kernels = kernels
-        self._gate = gated(kernels, activation_name)
+        self._inner = between(kernels, spec, activation_name)
+        self._adds_bias = adds_bias
 
     def __call__(
         self, hidden_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         """Partial output, (T, D) fp32."""
-        inner_TF = self._gate(self._kernels.linear(hidden_TD, tensors, "up.weight"))
-        return self._kernels.linear(inner_TF, tensors, "down.weight", wide=True)
+        up_bias_F = tensors.get("up.bias")
+        down_bias_D = tensors.get("down.bias") if self._adds_bias else None
+        up_TF = self._kernels.linear(hidden_TD, tensors, "up.weight", up_bias_F)
+        inner_TF = self._inner(up_TF)
+        return self._kernels.linear(inner_TF, tensors, "down.weight", down_bias_D, wide=True)
 
 
 class ExpertUnits:

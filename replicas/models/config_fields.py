@@ -6,7 +6,7 @@ string where a number belongs usually means the file is not what it claims to be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from cluster.base.errors import ConfigError
@@ -107,6 +107,27 @@ class ConfigFields:
         if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
             raise self.wrong(keys[0], value, "a token id or a list of token ids")
         return tuple(entries)
+
+    def of_layer(self, index: int, keys: Collection[str]) -> ConfigFields:
+        """The configuration of one layer: this one, and what `per_layer_config` says of it.
+
+        Args:
+            keys: what may differ between layers.
+
+        Raises:
+            ConfigError: the layer differs in something else.
+        """
+        own = self.section("per_layer_config").get(str(index)) or {}
+        if not isinstance(own, Mapping):
+            raise self.wrong("per_layer_config", own, "an object for each layer that differs")
+        for key, value in own.items():
+            if key not in keys and value != self._values.get(key):
+                raise ConfigError(
+                    f"per_layer_config in {self._where} gives layer {index} its own {key}.",
+                    f"Layers may differ in {', '.join(sorted(keys))}.",
+                    param="per_layer_config",
+                )
+        return ConfigFields({**self._values, **own}, self._where)
 
     def wrong(self, key: str, value: object, expected: str) -> ConfigError:
         """The error for a value that cannot be used (to be raised by the caller)."""

@@ -70,7 +70,10 @@ class ModelContext:
         spec = arch.layers[index].moe
         if spec is None:
             return None
-        shared = SharedExperts(self.kernels, arch.activation) if spec.shared_ffn_dim else None
+        shared = None
+        if spec.shared_ffn_dim:
+            first = self.communicator.rank == 0
+            shared = SharedExperts(self.kernels, spec, arch.activation, adds_bias=first)
         layout = self.expert_layout or AllHere({index: spec.gate.num_experts})
         return MixtureBlock(
             spec,

@@ -1,7 +1,7 @@
-"""GPT-2: layer norm before each block, learned positions, plain MLP, tied embeddings.
+"""GPT-2: layer norm before each block, learned positions, plain MLP or experts, tied embeddings.
 
 Score scales (with or without head_dim, by depth) are per-layer data in `ArchConfig`.
-Reference: `transformers.models.gpt2.modeling_gpt2`.
+References: `transformers.models.gpt2.modeling_gpt2`; for the mixtures `deepspeed.moe.layer.MoE`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from replicas.layers.attention import StepContext
 from replicas.layers.linear import PlainMlp
+from replicas.layers.mixture import ExpertUnits
 from replicas.layers.norms import LayerNorm
 from replicas.layers.vocab import VocabEmbedding, VocabHead
 from replicas.layers.weights import WeightProvider, acquired
@@ -30,19 +31,40 @@ class Gpt2Layer:
         self._attention = context.self_attention(arch, index)
         self._mlp_norm = LayerNorm("mlp_norm", arch.norm_eps)
         self._mlp = PlainMlp(arch.activation, context.communicator, context.kernels)
+        self._mixture = context.mixture(arch, index)
+        self._index = index
 
     def forward(
         self,
         hidden_TD: torch.Tensor,
         context: StepContext,
-        tensors: Mapping[str, torch.Tensor],
+        weights: WeightProvider,
         kv_2NBGP: torch.Tensor,
     ) -> torch.Tensor:
         """The layer's output, (T, D); writes this step's keys and values."""
+        with acquired(weights, f"layer.{self._index}") as tensors:
+            return self._forward(hidden_TD, context, weights, tensors, kv_2NBGP)
+
+    def forward_idle(self, no_rows_0D: torch.Tensor, weights: WeightProvider) -> None:
+        """A mixture's exchange without rows."""
+        if self._mixture is not None:
+            self._mixture.forward_idle(no_rows_0D, ExpertUnits(weights, self._index))
+
+    def _forward(
+        self,
+        hidden_TD: torch.Tensor,
+        context: StepContext,
+        weights: WeightProvider,
+        tensors: Mapping[str, torch.Tensor],
+        kv_2NBGP: torch.Tensor,
+    ) -> torch.Tensor:
         normed_TD = self._attention_norm.forward(hidden_TD, tensors)
         hidden_TD = hidden_TD + self._attention.forward(normed_TD, context, tensors, kv_2NBGP)
         normed_TD = self._mlp_norm.forward(hidden_TD, tensors)
-        return hidden_TD + self._mlp.forward(normed_TD, tensors)
+        if self._mixture is None:
+            return hidden_TD + self._mlp.forward(normed_TD, tensors)
+        experts = ExpertUnits(weights, self._index)
+        return hidden_TD + self._mixture.forward(normed_TD, tensors, experts)
 
 
 class Gpt2Model:
@@ -56,7 +78,9 @@ class Gpt2Model:
         communicator = context.communicator
         self.arch = arch
         self.kernels = context.kernels
-        self.units = weight_units(arch, communicator.rank, communicator.size)
+        self._dtype, self._device = context.dtype, context.device
+        held = context.held_experts(arch)
+        self.units = weight_units(arch, communicator.rank, communicator.size, held)
         self._embedding = VocabEmbedding(communicator, context.kernels)
         self._layers = [Gpt2Layer(arch, context, index) for index in range(arch.num_layers)]
         self._norm = LayerNorm("norm", arch.norm_eps)
@@ -71,13 +95,16 @@ class Gpt2Model:
             hidden_TD = self._embedding.forward(batch.token_ids_T, tensors)
             hidden_TD = hidden_TD + functional.embedding(batch.positions_T, tensors["positions"])
         for index, layer in enumerate(self._layers):
-            with acquired(weights, f"layer.{index}") as tensors:
-                hidden_TD = layer.forward(hidden_TD, context, tensors, kv_caches[index])
+            hidden_TD = layer.forward(hidden_TD, context, weights, kv_caches[index])
         with acquired(weights, "norm") as tensors:
             return self._norm.forward(hidden_TD, tensors)
 
     def forward_idle(self, weights: WeightProvider) -> None:
-        """There are no experts."""
+        """The exchanges of all mixture layers, without rows; nothing in a dense model."""
+        shape = (0, self.arch.model_dim)
+        no_rows_0D = torch.empty(shape, dtype=self._dtype, device=self._device)
+        for layer in self._layers:
+            layer.forward_idle(no_rows_0D, weights)
 
     def logits(self, hidden_RD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
         """Logits over the true vocabulary, (R, V) fp32, on every rank."""

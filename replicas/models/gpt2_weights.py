@@ -1,4 +1,4 @@
-"""Weight units of GPT-2 from Hugging Face names.
+"""Weight units of GPT-2, and of mixtures of its shape, from Hugging Face names.
 
 GPT-2 stores its linears as (in, out), with q, k and v side by side in `c_attn`. Torch-free;
 `replicas/models/gpt2.py` computes with the local names given here.
@@ -17,6 +17,7 @@ from replicas.layers.shards import (
 )
 from replicas.layers.weights import TensorSpec, WeightUnit
 from replicas.models.arch import ArchConfig
+from replicas.models.mixture_weights import mixture_tensors
 
 _TOKENS = "transformer.wte.weight"
 _HEAD = "lm_head.weight"
@@ -48,7 +49,7 @@ def gpt2_units(arch: ArchConfig, shard: Shard) -> tuple[WeightUnit, ...]:
 
 def _layer(arch: ArchConfig, index: int, shard: Shard) -> tuple[TensorSpec, ...]:
     prefix = f"transformer.h.{index}"
-    dim, ffn_dim = arch.model_dim, arch.layers[index].ffn_dim
+    dim = arch.model_dim
     qkv = tuple(
         Piece(
             name=f"{prefix}.attn.c_attn",
@@ -59,8 +60,7 @@ def _layer(arch: ArchConfig, index: int, shard: Shard) -> tuple[TensorSpec, ...]
         )
         for part in range(3)
     )
-    up = (Piece(name=f"{prefix}.mlp.c_fc", out_features=ffn_dim),)
-    out, down = f"{prefix}.attn.c_proj", f"{prefix}.mlp.c_proj"
+    out = f"{prefix}.attn.c_proj"
     return (
         *_norm("attention_norm", f"{prefix}.ln_1", arch),
         column_weight("qkv", qkv, dim, shard, transposed=True),
@@ -68,11 +68,22 @@ def _layer(arch: ArchConfig, index: int, shard: Shard) -> tuple[TensorSpec, ...]
         row_weight("attention_out", out, (dim, dim), shard, transposed=True),
         replicated("attention_out.bias", f"{out}.bias", (dim,)),
         *_norm("mlp_norm", f"{prefix}.ln_2", arch),
+        *_feed_forward(arch, index, shard),
+    )
+
+
+def _feed_forward(arch: ArchConfig, index: int, shard: Shard) -> list[TensorSpec]:
+    if arch.layers[index].moe is not None:
+        return mixture_tensors(arch, index, shard)
+    prefix = f"transformer.h.{index}.mlp"
+    dim, ffn_dim = arch.model_dim, arch.layers[index].ffn_dim
+    up = (Piece(name=f"{prefix}.c_fc", out_features=ffn_dim),)
+    return [
         column_weight("up", up, dim, shard, transposed=True),
         column_bias("up", up, shard),
-        row_weight("down", down, (dim, ffn_dim), shard, transposed=True),
-        replicated("down.bias", f"{down}.bias", (dim,)),
-    )
+        row_weight("down", f"{prefix}.c_proj", (dim, ffn_dim), shard, transposed=True),
+        replicated("down.bias", f"{prefix}.c_proj.bias", (dim,)),
+    ]
 
 
 def _norm(name: str, source: str, arch: ArchConfig) -> tuple[TensorSpec, ...]:

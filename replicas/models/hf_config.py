@@ -15,6 +15,7 @@ from cluster.base.errors import ConfigError
 from replicas.models.arch import ArchConfig
 from replicas.models.config_fields import ConfigFields
 from replicas.models.hf_deepseek import deepseek_v2_from_hf, deepseek_v3_from_hf
+from replicas.models.hf_deepspeed import deepspeed_moe_from_hf
 from replicas.models.hf_encoding import encoding_from_hf
 from replicas.models.hf_learned import gpt2_from_hf, opt_from_hf
 from replicas.models.hf_llama import (
@@ -32,6 +33,14 @@ from replicas.models.hf_mixture import (
 from replicas.models.weight_encoding import Codes
 
 _MXFP4_FAMILY = "GptOssForCausalLM"
+_LAYERS_DIFFER = (
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "GptOssForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+)
 
 
 def arch_from_hf(config: Mapping[str, Any]) -> ArchConfig:
@@ -50,6 +59,12 @@ def arch_from_hf(config: Mapping[str, Any]) -> ArchConfig:
             f"a {name}.",
             "Use the model's float32, bfloat16, float16 or FP8 checkpoint.",
             param="quantization_config",
+        )
+    if fields.raw("per_layer_config") and name not in _LAYERS_DIFFER:
+        raise ConfigError(
+            f"per_layer_config is not read of {name}: its layers cannot differ.",
+            f"It is read of {', '.join(_LAYERS_DIFFER)}.",
+            param="per_layer_config",
         )
     arch = _FAMILIES[name](fields)
     if encoding is not None and fields.raw("dtype", "torch_dtype") is None:
@@ -85,6 +100,7 @@ _FAMILIES: Mapping[str, Callable[[ConfigFields], ArchConfig]] = {
     "DeepseekV2ForCausalLM": deepseek_v2_from_hf,
     "DeepseekV3ForCausalLM": deepseek_v3_from_hf,
     "GPT2LMHeadModel": gpt2_from_hf,
+    "DeepSpeedMoEForCausalLM": deepspeed_moe_from_hf,
     "OPTForCausalLM": opt_from_hf,
 }
 _BY_MODEL_TYPE: Mapping[str, str] = {
@@ -99,6 +115,7 @@ _BY_MODEL_TYPE: Mapping[str, str] = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
+    "deepspeed_moe": "DeepSpeedMoEForCausalLM",
     "opt": "OPTForCausalLM",
 }
 SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)

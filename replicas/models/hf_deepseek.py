@@ -6,6 +6,7 @@ Defaults are those of transformers' configuration classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from moe.spec import GateSpec, GroupScore, MoeSpec, Score
 from replicas.models.arch import (
@@ -18,7 +19,7 @@ from replicas.models.arch import (
 )
 from replicas.models.config_fields import ConfigFields
 from replicas.models.hf_fields import activation_name, shared_fields
-from replicas.models.hf_mixture import checked_gate
+from replicas.models.hf_mixture import checked_gate, layer_mixtures, with_mixtures
 from replicas.models.hf_rope import rope_from_hf, scaled_max_position
 
 _GREEDY, _GROUPS = "greedy", "group_limited_greedy"
@@ -28,6 +29,10 @@ def deepseek_v2_from_hf(fields: ConfigFields) -> ArchConfig:
     """DeepseekV2ForCausalLM; softmax scores, groups ranked by their best expert."""
     _require(fields, "scoring_func", "softmax")
     _require(fields, "norm_topk_prob", expected=False)
+    return _deepseek(fields, "deepseek_v2", _v2_mixture, first_dense=0, bos=1, eos=2)
+
+
+def _v2_mixture(fields: ConfigFields) -> MoeSpec:
     method = fields.text("topk_method", default=_GREEDY)
     if method not in (_GREEDY, _GROUPS):
         raise fields.wrong("topk_method", method, f"{_GREEDY} or {_GROUPS}")
@@ -39,14 +44,17 @@ def deepseek_v2_from_hf(fields: ConfigFields) -> ArchConfig:
         top_groups=fields.integer("topk_group") if grouped else 1,
         scale=fields.number("routed_scaling_factor", default=1.0),
     )
-    moe = _mixture(fields, gate, ffn_dim=1407, shared=2)
-    return _deepseek(fields, "deepseek_v2", moe, first_dense=0, bos=1, eos=2)
+    return _mixture(fields, gate, ffn_dim=1407, shared=2)
 
 
 def deepseek_v3_from_hf(fields: ConfigFields) -> ArchConfig:
     """DeepseekV3ForCausalLM; sigmoid scores with a correction bias, groups by their two best."""
     _require(fields, "scoring_func", "sigmoid")
     _require(fields, "topk_method", "noaux_tc")
+    return _deepseek(fields, "deepseek_v3", _v3_mixture, first_dense=3, bos=0, eos=1)
+
+
+def _v3_mixture(fields: ConfigFields) -> MoeSpec:
     gate = GateSpec(
         num_experts=fields.integer("n_routed_experts", default=256),
         top_k=fields.integer("num_experts_per_tok", default=8),
@@ -58,8 +66,7 @@ def deepseek_v3_from_hf(fields: ConfigFields) -> ArchConfig:
         normalise=fields.flag("norm_topk_prob", default=True),
         scale=fields.number("routed_scaling_factor", default=2.5),
     )
-    moe = _mixture(fields, gate, ffn_dim=2048, shared=1)
-    return _deepseek(fields, "deepseek_v3", moe, first_dense=3, bos=0, eos=1)
+    return _mixture(fields, gate, ffn_dim=2048, shared=1)
 
 
 def _mixture(fields: ConfigFields, gate: GateSpec, *, ffn_dim: int, shared: int) -> MoeSpec:
@@ -69,7 +76,13 @@ def _mixture(fields: ConfigFields, gate: GateSpec, *, ffn_dim: int, shared: int)
 
 
 def _deepseek(
-    fields: ConfigFields, family: str, moe: MoeSpec, *, first_dense: int, bos: int, eos: int
+    fields: ConfigFields,
+    family: str,
+    mixture: Callable[[ConfigFields], MoeSpec],
+    *,
+    first_dense: int,
+    bos: int,
+    eos: int,
 ) -> ArchConfig:
     _require(fields, "moe_layer_freq", 1)
     _require(fields, "mlp_bias", expected=False)
@@ -79,15 +92,13 @@ def _deepseek(
     max_position = fields.integer("max_position_embeddings")
     rope = rope_from_hf(fields, fields.integer("qk_rope_head_dim", default=64), max_position)
     latent = _latent(fields, rope)
-    return ArchConfig(
+    arch = ArchConfig(
         family=family,
         model_dim=fields.integer("hidden_size"),
         num_heads=fields.integer("num_attention_heads"),
         num_kv_heads=1,
         head_dim=latent.rank + latent.rope_dim,
-        layers=tuple(
-            dense if index < num_dense else LayerSpec(moe=moe) for index in range(num_layers)
-        ),
+        layers=(dense,) * num_layers,
         max_position=scaled_max_position(rope, max_position),
         norm=NormKind.RMS,
         norm_eps=fields.number("rms_norm_eps", default=1e-6),
@@ -100,6 +111,7 @@ def _deepseek(
         tie_embeddings=fields.flag("tie_word_embeddings", default=False),
         **shared_fields(fields, bos=bos, eos=(eos,)),
     )
+    return with_mixtures(arch, layer_mixtures(fields, range(num_dense, num_layers), mixture))
 
 
 def _latent(fields: ConfigFields, rope: RopeSpec) -> LatentSpec:

@@ -6,11 +6,38 @@ Defaults are those of transformers' configuration classes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 
 from moe.spec import GateSpec, MoeSpec, Score
 from replicas.models.arch import ArchConfig
 from replicas.models.config_fields import ConfigFields
 from replicas.models.hf_llama import qwen_windows, rope_family
+
+_PER_LAYER_KEYS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "experts_per_token",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "n_group",
+    "topk_group",
+)
+"""What transformers' `per_layer_config` may say of a mixture layer."""
+
+
+def layer_mixtures(
+    fields: ConfigFields, layers: Iterable[int], build: Callable[[ConfigFields], MoeSpec]
+) -> dict[int, MoeSpec]:
+    """The mixture of each of these layers; they may differ in experts (`per_layer_config`).
+
+    Raises:
+        ConfigError: a layer differs in something that may not, or cannot be routed.
+    """
+    named = range(fields.integer("num_hidden_layers"))
+    own = {index: fields.of_layer(index, _PER_LAYER_KEYS) for index in named}
+    return {index: build(own[index]) for index in layers}
 
 
 def checked_gate(
@@ -33,27 +60,33 @@ def mixtral_from_hf(fields: ConfigFields) -> ArchConfig:
     """MixtralForCausalLM; every layer a mixture, one sliding window for all or none."""
     window = fields.optional_integer("sliding_window")
     arch = rope_family(fields, "mixtral", [window] * fields.integer("num_hidden_layers"))
+    return with_mixtures(arch, layer_mixtures(fields, range(arch.num_layers), _mixtral))
+
+
+def _mixtral(fields: ConfigFields) -> MoeSpec:
     gate = GateSpec(
         num_experts=fields.integer("num_local_experts", "num_experts", default=8),
         top_k=fields.integer("num_experts_per_tok", default=2),
         normalise=True,
     )
-    moe = MoeSpec(gate=checked_gate(fields, gate), ffn_dim=fields.integer("intermediate_size"))
-    return with_mixtures(arch, dict.fromkeys(range(arch.num_layers), moe))
+    return MoeSpec(gate=checked_gate(fields, gate), ffn_dim=fields.integer("intermediate_size"))
 
 
 def qwen2_moe_from_hf(fields: ConfigFields) -> ArchConfig:
     """Qwen2MoeForCausalLM; a gated shared expert beside the routed ones."""
     arch = rope_family(fields, "qwen2_moe", _qwen2_moe_windows(fields))
     arch = dataclasses.replace(arch, attention_bias=fields.flag("qkv_bias", default=True))
+    return with_mixtures(arch, layer_mixtures(fields, _qwen_mixture_layers(fields), _qwen2_moe))
+
+
+def _qwen2_moe(fields: ConfigFields) -> MoeSpec:
     shared = fields.integer("shared_expert_intermediate_size", default=5632, minimum=0)
-    moe = MoeSpec(
+    return MoeSpec(
         gate=_qwen_gate(fields, num_experts=60, top_k=4),
         ffn_dim=fields.integer("moe_intermediate_size", default=1408),
         shared_ffn_dim=shared,
         shared_gate=shared > 0,
     )
-    return with_mixtures(arch, dict.fromkeys(_qwen_mixture_layers(fields), moe))
 
 
 def qwen3_moe_from_hf(fields: ConfigFields) -> ArchConfig:
@@ -65,11 +98,14 @@ def qwen3_moe_from_hf(fields: ConfigFields) -> ArchConfig:
     arch = rope_family(fields, "qwen3_moe", [window] * fields.integer("num_hidden_layers"))
     bias = fields.flag("attention_bias", default=False)
     arch = dataclasses.replace(arch, attention_bias=bias, attention_out_bias=bias, qk_norm=True)
-    moe = MoeSpec(
+    return with_mixtures(arch, layer_mixtures(fields, _qwen_mixture_layers(fields), _qwen3_moe))
+
+
+def _qwen3_moe(fields: ConfigFields) -> MoeSpec:
+    return MoeSpec(
         gate=_qwen_gate(fields, num_experts=128, top_k=8),
         ffn_dim=fields.integer("moe_intermediate_size", default=768),
     )
-    return with_mixtures(arch, dict.fromkeys(_qwen_mixture_layers(fields), moe))
 
 
 def gpt_oss_from_hf(fields: ConfigFields) -> ArchConfig:
@@ -81,20 +117,23 @@ def gpt_oss_from_hf(fields: ConfigFields) -> ArchConfig:
     arch = dataclasses.replace(
         arch, attention_bias=bias, attention_out_bias=bias, attention_sinks=True
     )
+    return with_mixtures(arch, layer_mixtures(fields, range(arch.num_layers), _gpt_oss))
+
+
+def _gpt_oss(fields: ConfigFields) -> MoeSpec:
     gate = GateSpec(
         num_experts=fields.integer("num_local_experts", "num_experts", default=128),
         top_k=fields.integer("num_experts_per_tok", "experts_per_token", default=4),
         score=Score.RAW,
         logit_bias=True,
     )
-    moe = MoeSpec(
+    return MoeSpec(
         gate=checked_gate(fields, gate),
         ffn_dim=fields.integer("intermediate_size"),
         expert_bias=True,
         glu_limit=fields.number("swiglu_limit", default=7.0),
         glu_alpha=fields.number("swiglu_alpha", default=1.702),
     )
-    return with_mixtures(arch, dict.fromkeys(range(arch.num_layers), moe))
 
 
 def with_mixtures(arch: ArchConfig, mixtures: dict[int, MoeSpec]) -> ArchConfig:

@@ -13,7 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from moe.spec import MoeSpec
-from replicas.layers.shards import Piece, Shard, column_weight, replicated, row_weight
+from replicas.layers.shards import (
+    Piece,
+    Shard,
+    column_bias,
+    column_weight,
+    replicated,
+    row_weight,
+)
 from replicas.layers.weights import Source, TensorSpec, WeightUnit
 from replicas.models.arch import ArchConfig
 
@@ -22,8 +29,9 @@ _WHOLE = Shard(rank=0, size=1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertNames:
-    """What a family calls the parts of a mixture layer, below `model.layers.{i}.`"""
+    """What a family calls the parts of a mixture layer, below its `layer`."""
 
+    layer: str = "model.layers.{layer}."
     router: str = "mlp.gate"
     expert: str = "mlp.experts.{expert}"
     """Without a place for the number: the experts are stacked."""
@@ -32,6 +40,7 @@ class ExpertNames:
     down: str = "down_proj"
     shared: str = "mlp.shared_experts"
     shared_gate: str = "mlp.shared_expert_gate"
+    coefficient: str = "mlp.coefficient"
 
 
 _NAMES: Mapping[str, ExpertNames] = {
@@ -47,12 +56,22 @@ _NAMES: Mapping[str, ExpertNames] = {
     "gpt_oss": ExpertNames(router="mlp.router", expert="mlp.experts"),
     "deepseek_v2": ExpertNames(),
     "deepseek_v3": ExpertNames(),
+    # The names of the parameters of deepspeed.moe.layer.MoE, and of Megatron's MLP in it.
+    "deepspeed_moe": ExpertNames(
+        layer="transformer.h.{layer}.",
+        router="mlp.deepspeed_moe.gate.wg",
+        expert="mlp.deepspeed_moe.experts.deepspeed_experts.{expert}",
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+        shared="mlp.mlp",
+    ),
 }
 
 
 def mixture_tensors(arch: ArchConfig, index: int, shard: Shard) -> list[TensorSpec]:
     """What a mixture layer's own unit holds besides attention: router and shared experts."""
-    names, moe, prefix = _NAMES[arch.family], _moe(arch, index), f"model.layers.{index}."
+    names, moe = _NAMES[arch.family], _moe(arch, index)
+    prefix = names.layer.format(layer=index)
     router = f"{prefix}{names.router}"
     specs = [
         replicated("router.weight", f"{router}.weight", (moe.gate.num_experts, arch.model_dim))
@@ -65,15 +84,12 @@ def mixture_tensors(arch: ArchConfig, index: int, shard: Shard) -> list[TensorSp
         # Rounded to the model's dtype it would choose other experts.
         specs.append(dataclasses.replace(bias, dtype="float32"))
     if moe.shared_ffn_dim:
-        shared = f"{prefix}{names.shared}"
-        up = tuple(
-            Piece(name=f"{shared}.{part}", out_features=moe.shared_ffn_dim)
-            for part in ("gate_proj", "up_proj")
-        )
-        out = (arch.model_dim, moe.shared_ffn_dim)
+        specs += _mlp(arch, index, f"{prefix}{names.shared}", ("up", moe.shared_ffn_dim), shard)
+    if moe.residual:
+        source = f"{prefix}{names.coefficient}"
         specs += [
-            column_weight("up", up, arch.model_dim, shard, transposed=False),
-            row_weight("down", f"{shared}.down_proj", out, shard, transposed=False),
+            replicated("coefficient.weight", f"{source}.weight", (2, arch.model_dim)),
+            replicated("coefficient.bias", f"{source}.bias", (2,)),
         ]
     if moe.shared_gate:
         source = f"{prefix}{names.shared_gate}.weight"
@@ -127,26 +143,40 @@ def expert_unit(arch: ArchConfig, index: int, expert: int) -> WeightUnit:
 
 def _expert(arch: ArchConfig, index: int, expert: int, shard: Shard) -> WeightUnit:
     names, moe = _NAMES[arch.family], _moe(arch, index)
-    prefix = f"model.layers.{index}.{names.expert.format(expert=expert)}"
     if "{expert}" not in names.expert:
         return _stacked_expert(arch, index, expert, shard)
-    pieces = tuple(
-        Piece(name=f"{prefix}.{part}", out_features=moe.ffn_dim) for part in (names.gate, names.up)
-    )
-    out = (arch.model_dim, moe.ffn_dim)
+    prefix = names.layer.format(layer=index) + names.expert.format(expert=expert)
     return WeightUnit(
         name=f"layer.{index}.expert.{expert}",
-        tensors=(
-            column_weight("gate_up", pieces, arch.model_dim, shard, transposed=False),
-            row_weight("down", f"{prefix}.{names.down}", out, shard, transposed=False),
-        ),
+        tensors=tuple(_mlp(arch, index, prefix, ("gate_up", moe.ffn_dim), shard)),
     )
+
+
+def _mlp(
+    arch: ArchConfig, index: int, prefix: str, up: tuple[str, int], shard: Shard
+) -> list[TensorSpec]:
+    """An expert or the shared MLP; `up` is the local name of its first linear and the width."""
+    names, moe, (local, ffn_dim) = _NAMES[arch.family], _moe(arch, index), up
+    parts = (names.gate, names.up) if moe.gated else (names.up,)
+    pieces = tuple(Piece(name=f"{prefix}.{part}", out_features=ffn_dim) for part in parts)
+    down = f"{prefix}.{names.down}"
+    out = (arch.model_dim, ffn_dim)
+    specs = [
+        column_weight(local, pieces, arch.model_dim, shard, transposed=False),
+        row_weight("down", down, out, shard, transposed=False),
+    ]
+    if moe.expert_bias:
+        specs += [
+            column_bias(local, pieces, shard),
+            replicated("down.bias", f"{down}.bias", (arch.model_dim,)),
+        ]
+    return specs
 
 
 def _stacked_expert(arch: ArchConfig, index: int, expert: int, shard: Shard) -> WeightUnit:
     """One of a stack: (E, D, 2F) with gate and up values in turns, (E, F, D), and biases."""
     names, moe, dim = _NAMES[arch.family], _moe(arch, index), arch.model_dim
-    prefix, number = f"model.layers.{index}.{names.expert}", moe.gate.num_experts
+    prefix, number = names.layer.format(layer=index) + names.expert, moe.gate.num_experts
     start, stop = shard.span(moe.ffn_dim)
 
     def turns(name: str, axis: int, *, transpose: bool) -> tuple[Source, ...]:

@@ -31,6 +31,7 @@ _MODELS: Mapping[str, Callable[[ArchConfig, ModelContext], DecoderModel]] = {
     "deepseek_v2": LlamaModel,
     "deepseek_v3": LlamaModel,
     "gpt2": Gpt2Model,
+    "deepspeed_moe": Gpt2Model,
     "opt": OptModel,
 }
 

@@ -29,6 +29,7 @@ _UNITS: Mapping[str, Callable[[ArchConfig, Shard], tuple[WeightUnit, ...]]] = {
     "deepseek_v2": llama_units,
     "deepseek_v3": llama_units,
     "gpt2": gpt2_units,
+    "deepspeed_moe": gpt2_units,
     "opt": opt_units,
 }
 

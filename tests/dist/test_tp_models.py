@@ -26,6 +26,8 @@ VARIANTS = (
     "gpt_oss",
     "deepseek_v2",
     "deepseek_v3",
+    "mixtral_uneven",
+    "pr_moe",
     "gpt2",
     "gpt2_scaled",
     "opt",

@@ -238,7 +238,7 @@ def test_deepseek_scales_and_windows_of_gpt_oss() -> None:
         (_mixture("DeepseekV2", num_experts_per_tok=2, norm_topk_prob=True), "norm_topk_prob"),
         (_mixture("DeepseekV3", scoring_func="softmax"), "scoring_func"),
         (_mixture("DeepseekV3", moe_layer_freq=2), "moe_layer_freq"),
-        (_mixture("DeepseekV3", n_group=7), "num_experts_per_tok"),
+        (_mixture("DeepseekV3", n_group=7, first_k_dense_replace=1), "num_experts_per_tok"),
         (_mixture("Qwen3Moe", mlp_only_layers=["0"]), "mlp_only_layers"),
         (_mixture("GptOss"), "rope_scaling"),
         (_mixture("Mixtral", quantization_config={"quant_method": "mxfp4"}), "quantization_config"),

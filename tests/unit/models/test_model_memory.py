@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.base.errors import ConfigError
+from cluster.planner.layout import Layout
 from replicas.kernels.triton_ops import TritonKernels
 from replicas.models.checkpoint import load_weights
 from replicas.models.hf_config import arch_from_hf
@@ -39,6 +40,23 @@ def test_planned_bytes_are_loaded_bytes(
         assert sum(tensor.nbytes for tensor in tensors.values()) == planned
         assert progress[-1] == (planned, planned)
         assert progress == sorted(progress)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "mixtral_uneven", "qwen3_moe_uneven", "pr_moe"])
+def test_the_first_expert_parallel_rank_is_planned_and_none_holds_more(
+    checkpoint: Callable[[str], Path], name: str
+) -> None:
+    path = checkpoint(name)
+    arch = arch_from_hf(json.loads((path / "config.json").read_text()))
+    layout = Layout(tp_size=2, dp_size=2, spreads_experts=True, num_redundant=1)
+    loaded = []
+    for rank in range(layout.num_ranks):
+        units = weight_units(arch, rank % 2, 2, layout.held_by(arch, rank))
+        weights = load_weights(path, units, dtype="float32", device="cpu")
+        tensors = {t.data_ptr(): t for unit in units for t in weights.acquire(unit.name).values()}
+        loaded.append(sum(tensor.nbytes for tensor in tensors.values()))
+    assert loaded[0] == weight_bytes_per_rank(arch, 2, "float32", layout.held_by(arch, 0))
+    assert max(loaded) == loaded[0]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -30,7 +30,17 @@ from tests.support.thread_peers import Hub, ThreadPeers, on_threads
 from tests.support.tiny_models import prompt_tokens, reference_greedy, tiny_model
 
 Checkpoint = Callable[[str], Path]
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
+FAMILIES = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v3",
+    "mixtral_uneven",
+    "qwen3_moe_uneven",
+    "pr_moe",
+)
 LAYOUTS = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (2, 4)}
 """Nodes and ranks on each, by ranks."""
 SCHEMES = {1: "flat", 2: "preposted", 4: "hierarchical", 8: "preposted"}
