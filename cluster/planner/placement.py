@@ -20,7 +20,7 @@ from cluster.planner.memory import (
     RANK_PROCESS_BYTES,
     gpu_budget_bytes,
 )
-from cluster.planner.packing import NodeLoad, fewest_nodes, least_loaded
+from cluster.planner.packing import NodeLoad, RankNeed, fewest_nodes, least_loaded
 from cluster.planner.refusal import device_full, node_full, nodes_full
 from cluster.planner.sources import ModelSource
 from cluster.planner.streaming import Room, Streamer, least_draft
@@ -181,12 +181,12 @@ def _place_on_cpus(draft: Draft, loads: Sequence[NodeLoad]) -> tuple[int, ...]:
         if draft.layout.spreads_experts:
             nodes += _place_groups(draft, loads, replica)
             continue
-        taken = [_taken_bytes(draft, load) for load in loads]
-        node = least_loaded(loads, draft.tp_size, taken)
+        needs = [_need(draft, _taken_bytes(draft, load)) for load in loads]
+        node = least_loaded(loads, draft.tp_size, needs)
         if node is None:
             room = max(load.free_bytes for load in loads) - FRONT_PROCESS_BYTES
             raise node_full(draft, len(nodes), room)
-        loads[node].add_replica(draft.source.index, draft.tp_size, taken[node])
+        loads[node].add_replica(draft.source.index, draft.tp_size, needs[node])
         nodes.append(node)
     return tuple(nodes)
 
@@ -200,11 +200,17 @@ def _taken_bytes(draft: Draft, load: NodeLoad) -> int:
 def _place_groups(draft: Draft, loads: Sequence[NodeLoad], replica: int) -> list[int]:
     """A node for each tensor-parallel group of an expert-parallel replica, node by node."""
     tp_size, dp_size = draft.layout.tp_size, draft.layout.dp_size
-    nodes = fewest_nodes(loads, dp_size, tp_size, draft.fixed_bytes)
+    need = _need(draft, draft.fixed_bytes)
+    nodes = fewest_nodes(loads, dp_size, tp_size, need)
     if nodes is None:
         raise nodes_full(draft, replica, [max(0, load.free_bytes) for load in loads])
     for index, node in enumerate(nodes):
-        loads[node].add_ranks(draft.source.index, tp_size, draft.fixed_bytes)
+        loads[node].add_ranks(draft.source.index, tp_size, need)
         if index == 0:
             loads[node].add_leader()
     return nodes
+
+
+def _need(draft: Draft, num_bytes: int) -> RankNeed:
+    wanted = draft.source.spec.resources.cpus_per_rank
+    return RankNeed(num_bytes=num_bytes, cpus=0.0 if isinstance(wanted, str) else float(wanted))

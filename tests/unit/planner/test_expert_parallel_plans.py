@@ -166,6 +166,27 @@ def test_groups_fill_few_nodes_up_to_a_rank_per_core(tmp_path: Path):
     assert crowded.nodes == ("n0",) * 4
 
 
+def test_groups_go_where_the_cpus_are_that_the_file_asks_for(tmp_path: Path):
+    nodes = Topology(nodes=tuple(node(4, 32, name=f"n{index}") for index in range(3)))
+    plan = planned(tmp_path, nodes, parallel={"dp": 3}, resources={"cpus_per_rank": 1.5})
+    assert plan.nodes == ("n0", "n0", "n1")
+    apart = planned(tmp_path, nodes, parallel={"dp": 3}, resources={"cpus_per_rank": 3})
+    assert apart.nodes == ("n0", "n1", "n2")
+    # Half a CPU each: more ranks than cores where the file says so.
+    close = planned(tmp_path, nodes, parallel={"dp": 6}, resources={"cpus_per_rank": 0.5})
+    assert close.nodes == ("n0",) * 6
+    error = refused(
+        tmp_path,
+        nodes,
+        MIXTURE,
+        engine="auto",
+        limits=LIMITS,
+        parallel={"dp": 4},
+        resources={"cpus_per_rank": 3},
+    )
+    assert error.param == "models[0].resources.cpus_per_rank"
+
+
 def test_a_replica_that_no_nodes_hold_together_is_refused(tmp_path: Path):
     nodes = tuple(node(4, 2.3, name=f"n{index}") for index in range(2))
     error = refused(

@@ -13,6 +13,7 @@ from cluster.base.plan import ClusterPlan, from_json, to_json
 from cluster.base.spec import ClusterSpec
 from cluster.dist.topology import Topology
 from cluster.planner.hub import Hub
+from cluster.planner.packing import RankNeed, empty_loads, least_loaded
 from cluster.planner.planner import make_plan
 
 
@@ -223,3 +224,14 @@ def test_decoded_weights_are_counted_and_explained(tmp_path: Path):
     assert model.reasons["memory.weights_bytes"] == (
         "38B stored in all; fp8 weights are decoded while loading and held in bfloat16"
     )
+
+
+def test_a_rank_goes_where_the_cpus_are_that_its_file_asks_for():
+    topology = Topology(nodes=(node(8, 64, name="taken"), node(4, 64, name="free")))
+    loads = empty_loads(topology, num_gateways=1)
+    loads[0].add_replica(0, 1, RankNeed(num_bytes=GIB, cpus=7.5))
+    # Both nodes would have a rank for four cores; the first one has no three CPUs left.
+    assert least_loaded(loads, 1, [RankNeed(num_bytes=GIB)] * 2) == 0
+    assert least_loaded(loads, 1, [RankNeed(num_bytes=GIB, cpus=3)] * 2) == 1
+    # Where nobody has them, memory decides and the reservation is refused with its arithmetic.
+    assert least_loaded(loads, 1, [RankNeed(num_bytes=GIB, cpus=5)] * 2) == 0
