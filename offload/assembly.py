@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 import torch
@@ -13,6 +13,7 @@ from cluster.base.errors import ConfigError, InternalError
 from cluster.base.plan import OffloadPlan
 from cluster.base.quantities import size_text
 from offload.budget import Budget
+from offload.checkpoint_store import READER, CheckpointStore
 from offload.expert_cache import ExpertCache
 from offload.layout import Store
 from offload.opening import Opening, Runtime
@@ -21,7 +22,7 @@ from offload.placement import Placement, place_units, reserve, reserve_host
 from offload.precision import Precision
 from offload.provider import StreamedWeights
 from offload.quant_kernels import QuantKernels, QuantPacker
-from offload.readers.choose import choose_reader, openers
+from offload.readers.choose import OpenEngine, choose_reader, openers
 from offload.record_check import VERIFY
 from offload.ring import Ring
 from offload.schedule import build_schedule
@@ -47,23 +48,26 @@ def streamed_weights(plan: OffloadPlan, runtime: Runtime | None = None) -> Weigh
 
     def make(request: WeightsRequest) -> WeightProvider:
         _check(plan, request)
-        store = ensure_store(
-            StoreRequest(
-                model_path=request.spec.model_path,
-                units=request.model.units,
-                dtype=request.spec.dtype,
-                packer=make_packer(request.model.kernels, torch_dtype(request.spec.dtype)),
-                disk_path=plan.disk_path,
-                rank=request.rank,
-                size=request.size,
-            ),
-            request.on_progress,
+        wanted = StoreRequest(
+            model_path=request.spec.model_path,
+            units=request.model.units,
+            dtype=request.spec.dtype,
+            packer=make_packer(request.model.kernels, torch_dtype(request.spec.dtype)),
+            disk_path=plan.disk_path,
+            rank=request.rank,
+            size=request.size,
         )
+        if plan.is_packed:
+            store = ensure_store(wanted, request.on_progress)
+            engines = openers(store.path, runtime.cache_dir)
+        else:
+            source = CheckpointStore(wanted)
+            store, engines = source.store, {READER: source.opener}
         placement = place_units(store, plan)
         reserve(Budget("device_memory", plan.device_bytes), placement, plan, request.kv_bytes)
         if request.device.type != "cpu":
             reserve_host(Budget("host_memory", plan.host_bytes), placement)
-        return open_weights(store, placement, plan, runtime, request.device)
+        return open_weights(store, placement, plan, runtime, request.device, engines)
 
     return make
 
@@ -98,16 +102,22 @@ def open_weights(
     plan: OffloadPlan,
     runtime: Runtime,
     device: torch.device,
+    engines: Mapping[str, OpenEngine],
 ) -> StreamedWeights:
     """Resident units in memory, ring and expert cache running.
+
+    Args:
+        engines: the readers that there are for the store.
 
     Raises:
         ConfigError: no reader works.
         CorruptWeightsError, WeightStreamError: the store cannot be read.
     """
-    reader = choose_reader(plan.reader, store.path, openers(store.path, runtime.cache_dir))
+    reader = READER if READER in engines else choose_reader(plan.reader, store.path, engines)
     with ExitStack() as opened:
-        opening = Opening(store, plan, runtime, device, reader=reader, opened=opened)
+        opening = Opening(
+            store, plan, runtime, device, reader=reader, engines=engines, opened=opened
+        )
         pinned = opening.pinned(placement.host)
         ring = experts = None
         if placement.ring:
@@ -130,6 +140,12 @@ def _check(plan: OffloadPlan, request: WeightsRequest) -> None:
     if plan.verify not in VERIFY:
         raise ConfigError(
             f"verify {plan.verify!r} is not known.", f"Use {' or '.join(VERIFY)}.", param="verify"
+        )
+    if not plan.is_packed and (plan.share_resident or plan.precision != Precision.NATIVE):
+        raise ConfigError(
+            "Weights straight from a checkpoint are neither shared nor quantised.",
+            "Pack them.",
+            param="pack",
         )
     adapted = isinstance(request.model.kernels, QuantKernels)
     if adapted != (kernel_adapter(plan) is not None):

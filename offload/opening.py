@@ -12,12 +12,13 @@ import torch
 from cluster.base.errors import ConfigError
 from cluster.base.plan import OffloadPlan
 from cluster.base.quantities import size_text
+from offload.checkpoint_store import READER
 from offload.device_copier import DeviceCopier
 from offload.device_link import Copier, DeviceLink
 from offload.host_link import HostLink
 from offload.layout import Store
 from offload.link import Link
-from offload.readers.choose import openers
+from offload.readers.choose import OpenEngine
 from offload.readers.engine import ReadEngine, ReaderUnavailableError
 from offload.record_check import RecordCheck
 from offload.residents import (
@@ -53,10 +54,11 @@ class Opening:
 
     Args:
         reader: the one chosen for streaming.
+        engines: all readers that there are for the store.
         opened: closes everything again, in reverse.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - where tiers come together
         self,
         store: Store,
         plan: OffloadPlan,
@@ -64,6 +66,7 @@ class Opening:
         device: torch.device,
         *,
         reader: str,
+        engines: Mapping[str, OpenEngine],
         opened: ExitStack,
     ) -> None:
         self._store = store
@@ -72,7 +75,7 @@ class Opening:
         self._device = device
         self._reader = reader
         self._opened = opened
-        self._engines = openers(store.path, runtime.cache_dir)
+        self._engines = engines
 
     def resident(self, units: tuple[str, ...]) -> Mapping[str, Tensors]:
         """Tensors of units that stay on the device; on the host's they may still be arriving.
@@ -178,6 +181,8 @@ class Opening:
 
     def _plain_engine(self, num_slots: int) -> ReadEngine:
         """A reader whose memory outlives it, as that of `aio` does not."""
+        if self._reader == READER:
+            return self._runtime.wrap_engine(self._engines[READER](num_slots))
         engine = None
         if self._reader != "buffered":
             try:

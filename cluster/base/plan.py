@@ -101,6 +101,8 @@ class OffloadPlan:
     """Resident units are pages that all replicas of the node have in common (CPU ranks)."""
     host_units: tuple[str, ...] = ()
     """Weight units that stay in host memory and are copied from there; none on a CPU rank."""
+    is_packed: bool = True
+    """False: records are made from the checkpoint's files each time; there is no store."""
     ring_slots: int = 3
     """Places for streamed units, each as large as the largest of them."""
     prefetch_depth: int = 3

@@ -281,6 +281,12 @@ class OffloadSpec(Section):
         description="Directory for the packed weights, relative to this file (`~` is your home), "
         "on a fast local disk. auto: `weights` in the cache directory.",
     )
+    pack: Annotated[bool, Flag()] = Field(
+        default=True,
+        description="Whether weights are packed once, at the first start or by `penstock pack`. "
+        "false: they come straight from the checkpoint's files, laid out anew in each step: no "
+        "disk space and no wait for packing, but slower steps. Only with native `precision`.",
+    )
     precision: Annotated[
         Literal["native", "int8", "int4", "auto"], Choice(("native", "int8", "int4", "auto"))
     ] = Field(

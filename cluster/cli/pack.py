@@ -90,10 +90,10 @@ def _jobs_of(file: Path) -> Iterator[Job]:
     )
     for warning in plan.warnings:
         print_warning(warning)
-    streamed = [model for model in plan.models if model.offload is not None]
+    streamed = [model for model in plan.models if model.offload and model.offload.is_packed]
     if not streamed:
         raise ConfigError(
-            f"No model of {file} is streamed; there is nothing to pack.",
+            f"No model of {file} is streamed from a packed store; there is nothing to pack.",
             "See `penstock plan` for what would run.",
         )
     for model in streamed:

@@ -67,7 +67,7 @@ def refuse_settings(spec: ModelSpec, param: str) -> None:
     if spec.dtype == "float16":
         raise _refusal("dtype", "float16", "it computes in float32 or bfloat16", param)
     asked, usual = spec.offload or OffloadSpec(), OffloadSpec()
-    for key in ("precision", "ring_slots", "resident", "share_resident", "objective"):
+    for key in ("precision", "pack", "ring_slots", "resident", "share_resident", "objective"):
         value = getattr(asked, key)
         if value != getattr(usual, key):
             raise _refusal(f"offload.{key}", value, "DeepSpeed decides that", param)

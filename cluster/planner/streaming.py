@@ -88,6 +88,7 @@ class Streamer:
                 "Set device: cpu.",
                 param=draft.source.param("engine"),
             )
+        _refuse_unpacked(draft, asked)
         draft = _own_dtype(draft)
         disk = disk_path(asked, self.directory)
         device = device_budget(draft, asked, room)
@@ -122,6 +123,7 @@ class Streamer:
             budgets=budgets,
             demand=demand,
             found=found,
+            is_packed=asked.pack,
             shares=shares,
         )
         return _streamed(redraft(draft, max_step_tokens=tokens), streaming, spec.kv_cache.memory)
@@ -134,10 +136,28 @@ def disk_path(asked: OffloadSpec, directory: Path) -> str:
     return str((directory / Path(asked.disk_path).expanduser()).absolute())
 
 
+def _refuse_unpacked(draft: Draft, asked: OffloadSpec) -> None:
+    """What only packed weights can do.
+
+    Raises:
+        ConfigError: it is asked for without packing.
+    """
+    if asked.pack:
+        return
+    for key, usual in (("precision", "native"), ("share_resident", "auto")):
+        value = getattr(asked, key)
+        if value not in (usual, "never"):
+            raise ConfigError(
+                f"{key} is {value} and pack is false: only packed weights can be so.",
+                f"Leave {key} out, or pack.",
+                param=draft.source.param(f"offload.{key}"),
+            )
+
+
 def shares_resident(asked: OffloadSpec, room: Room) -> bool:
     """Whether replicas of a node have the layers that stay in common."""
     if asked.share_resident == "auto":
-        return room.replicas > 1
+        return room.replicas > 1 and asked.pack
     return asked.share_resident == "always"
 
 

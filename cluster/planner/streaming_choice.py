@@ -34,6 +34,7 @@ class Streaming:
     budgets: Budgets
     demand: Demand
     found: Found
+    is_packed: bool = True
     shares: bool = False
     """Whether replicas of a node have resident units in common."""
 
@@ -63,6 +64,7 @@ class Streaming:
             host_bytes=self.budgets.host_bytes,
             workspace_bytes=self.budgets.workspace_bytes,
             resident_units=tuple(resident),
+            is_packed=self.is_packed,
             share_resident=self.shares and bool(resident),
             host_units=tuple(_unit_names(model, placement.resident_layers, first_disk)),
             ring_slots=placement.ring_slots,
@@ -125,6 +127,8 @@ class Streaming:
         )
         if self.shared_bytes:
             where += f", {size_text(self.shared_bytes)} of it once for all replicas of a node"
+        if not self.is_packed:
+            speed += " if it were packed; straight from the checkpoint's files it is slower"
         start = f"{self.why}; " if self.why else ""
         return f"{start}of {layers} layers {where}; {speed}"
 

@@ -87,3 +87,17 @@ def test_replicas_on_nodes_of_their_own_share_nothing(tmp_path: Path) -> None:
     two = Topology(nodes=(node(8, 24), node(8, 24, name="n1")))
     plan = planned(tmp_path, two)
     assert not plan.offload.share_resident
+
+
+def test_without_packing_nothing_is_shared_and_the_plan_says_that_it_is_slower(
+    tmp_path: Path,
+) -> None:
+    plan = planned(tmp_path, pack=False)
+    assert not plan.offload.is_packed
+    assert not plan.offload.share_resident
+    assert "straight from the checkpoint's files it is slower" in plan.reasons["engine"]
+    for key, value in (("share_resident", "always"), ("precision", "int8")):
+        error = refused(
+            tmp_path, BOX, LLAMA_3_8B, engine="offload", offload={"pack": False, key: value}
+        )
+        assert error.param == f"models[0].offload.{key}"
