@@ -180,7 +180,10 @@ def model_from_proto(message: pb.Model) -> ModelInfo:
 
 
 def status_from_proto(message: pb.StatusResponse) -> dict[str, Any]:
-    """The status as plain data with the proto's field names; every field is present."""
+    """The status as plain data with the proto's field names; every field is present.
+
+    What is a message of its own and unset is None.
+    """
     return _plain(message)
 
 
@@ -191,8 +194,11 @@ def _plain(message: Message) -> dict[str, Any]:
         value = getattr(message, descriptor.name)
         if isinstance(value, MutableMapping):
             fields[descriptor.name] = dict(value)
-        elif descriptor.message_type is not None:
+        elif descriptor.message_type is not None and descriptor.is_repeated:
             fields[descriptor.name] = [_plain(entry) for entry in value]
+        elif descriptor.message_type is not None:
+            is_set = message.HasField(descriptor.name)
+            fields[descriptor.name] = _plain(value) if is_set else None
         elif descriptor.is_repeated:
             fields[descriptor.name] = list(value)
         else:

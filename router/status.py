@@ -62,6 +62,7 @@ def _replica(member: Member) -> dict[str, Any]:
         "expert_rows_dropped": experts.num_dropped,
         "expert_table": experts.table,
         "expert_moves": experts.num_moves,
+        **({"loss": dataclasses.asdict(record.loss)} if record.loss is not None else {}),
         **{
             name: value
             for name, value in dataclasses.asdict(load).items()

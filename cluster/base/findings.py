@@ -17,11 +17,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cluster.base.problems import shown
+from cluster.base.section import Section
 from cluster.base.spec import (
     ClusterSpec,
     DashboardSpec,
     GatewaySpec,
-    Section,
     SpeculationSpec,
 )
 

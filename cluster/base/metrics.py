@@ -151,6 +151,13 @@ ACCEPTED_DRAFT_TOKENS = _counter(
     "accepted_draft_tokens_total", _LEADER, "Guessed tokens that were right."
 )
 
+LOST_RANKS = Metric(
+    name="penstock_lost_ranks",
+    kind=MetricKind.GAUGE,
+    source=MetricSource.EXPERTS,
+    help="Ranks that an expert-parallel replica serves without.",
+    labels=("model",),
+)
 EXPERT_ROWS = _counter(
     "expert_rows_total",
     MetricSource.EXPERTS,
@@ -198,6 +205,7 @@ METRICS: tuple[Metric, ...] = (
     STEP_SECONDS,
     STEP_TOKENS,
     ENGINE_TOKENS,
+    LOST_RANKS,
     EXPERT_ROWS,
     EXPERT_DROPPED,
     EXPERT_MOVES,

@@ -179,6 +179,8 @@ class ExpertPlan:
     """Data-parallel groups whose loss memory is planned for: room for their experts elsewhere."""
     spare_slots: int = 0
     """Experts that each rank can take in for that, in the layer that needs most."""
+    spare_bytes: int = 0
+    """What is kept free on each rank for it, in all layers; part of its workspace."""
     rejoins: bool = True
     """Lost ranks are replaced while the others serve."""
 

@@ -9,26 +9,18 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from cluster.base.moe_spec import MoeSectionSpec
 from cluster.base.quantities import Duration, Real, Size, Whole
 from cluster.base.rules import Choice, Flag, Host, Text
+from cluster.base.section import Auto, Section
 
 KIB, MIB, TIB = 2**10, 2**20, 2**40
 
-Auto = Literal["auto"]
 _PORT = Whole(1, 65535)
 _REPO = r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*"
 _REVISION = r"[A-Za-z0-9][A-Za-z0-9._/-]*"
-
-
-class Section(BaseModel):
-    """Base of every mapping in the file: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    later_keys: ClassVar[dict[str, str]] = {}
-    """Keys that are planned: refused with this reason, not as unknown."""
 
 
 class IdentitySpec(Section):
@@ -132,61 +124,6 @@ class ParallelSpec(Section):
         description="Ranks that share the experts, each whole: all dp x tp of them, or 1, which "
         "slices every expert over the tp ranks (only with dp 1). auto: dp x tp when dp is more "
         "than 1 or `engine` is expert_parallel, else 1.",
-    )
-
-
-class ExpertBalanceSpec(Section):
-    """Moving experts between ranks while a replica serves, as the load drifts."""
-
-    enabled: Annotated[bool, Flag()] = Field(
-        default=False, description="Whether experts follow the load."
-    )
-    interval: Annotated[float, Duration(1, 24 * 3600)] = Field(
-        default=60.0, description="Time between two looks at the load."
-    )
-    max_moves: Annotated[int, Whole(1, 1024)] = Field(
-        default=8,
-        description="Experts that ranks fetch at a time, over all layers. A rank's memory is "
-        "planned for all of them at once.",
-    )
-
-
-class MoeSectionSpec(Section):
-    """How the ranks of an expert-parallel replica exchange tokens."""
-
-    exchange: Annotated[
-        Literal["auto", "flat", "hierarchical", "preposted"],
-        Choice(("auto", "flat", "hierarchical", "preposted")),
-    ] = Field(
-        default="auto",
-        description="How tokens travel to their experts. flat: straight to each rank; "
-        "hierarchical: once to each node, then on to its ranks; preposted: into receives posted "
-        "one exchange ahead, which saves a delay for small steps. auto: the fastest for the size "
-        "of each step, from the cost of the links as measured at start.",
-    )
-    dispatch: Annotated[Literal["exact", "int8", "fp8"], Choice(("exact", "int8", "fp8"))] = Field(
-        default="exact",
-        description="Number format of hidden states on their way to experts of other ranks; "
-        "int8 and fp8 (one scale a row) change answers slightly.",
-    )
-    combine: Annotated[Literal["fp32", "bf16"], Choice(("fp32", "bf16"))] = Field(
-        default="fp32",
-        description="Number format of experts' sums on their way back; bf16 changes answers "
-        "slightly.",
-    )
-    redundant_experts: Annotated[int | Auto, Whole(0, 1024, auto=True)] = Field(
-        default="auto",
-        description="Copies of other ranks' experts that each rank holds, in every layer. "
-        "auto: 1 with `balance`, which needs room to move, else 0.",
-    )
-    balance: ExpertBalanceSpec = Field(
-        default=ExpertBalanceSpec(), description="Moving experts as the load drifts."
-    )
-    capacity_factor: Annotated[float | None, Real(0.01, 1024)] = Field(
-        default=None,
-        description="Most rows a rank sends to one expert in a step, as a multiple of the mean. "
-        "Rows beyond it, those with the least gate weight first, skip that expert and are counted: "
-        "answers then depend on what else runs. Default: no limit, nothing is dropped.",
     )
 
 

@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 from cluster.base.findings import section_of
 from cluster.base.quantities import Duration, Size, duration_text, size_text
 from cluster.base.rules import Rule
-from cluster.base.spec import ClusterSpec, Section
+from cluster.base.section import Section
+from cluster.base.spec import ClusterSpec
 
 _HEAD = """# The cluster file
 

@@ -32,6 +32,9 @@ def status(cluster: str | None, address: str | None, as_json: bool, timeout: flo
         return
     console.print(_models(answer))
     console.print(_replicas(answer))
+    for replica in answer["replicas"]:
+        if loss := replica.get("loss"):
+            console.print(_loss(replica["replica_id"], loss), style="yellow", highlight=False)
     console.print(
         f"gateway pid {answer['gateway_pid']}, {answer['active_requests']} active request(s), "
         f"dashboard {answer['dashboard_url'] or 'none'}",
@@ -71,12 +74,14 @@ def _replicas(answer: dict[str, Any]) -> Table:
     ):
         table.add_column(heading)
     for replica in answer["replicas"]:
-        state = replica["state"]
+        state, loss = replica["state"], replica.get("loss")
         ranks = _rank_pids(replica["workers"])
         table.add_row(
             replica["replica_id"][:_SHORT_ID],
             replica["model"],
-            f"[{_COLOURS.get(state, 'white')}]{state}[/]",
+            "[yellow]degraded[/]"
+            if loss and state == "ready"
+            else f"[{_COLOURS.get(state, 'white')}]{state}[/]",
             str(replica["num_running"]),
             str(replica["num_waiting"]),
             f"{replica['kv_blocks_free']}/{replica['kv_blocks_total']}",
@@ -84,6 +89,18 @@ def _replicas(answer: dict[str, Any]) -> Table:
             ranks or replica["detail"],
         )
     return table
+
+
+def _loss(replica_id: str, loss: dict[str, Any]) -> str:
+    """What a replica serves without, and what it has left."""
+    lost = ", ".join(
+        f"{rank} (node {node})" for rank, node in zip(loss["ranks"], loss["nodes"], strict=True)
+    )
+    share = loss["num_groups"] / loss["num_groups_whole"]
+    return (
+        f"{replica_id[:_SHORT_ID]} serves without rank {lost}: {loss['num_groups']} of "
+        f"{loss['num_groups_whole']} groups, {share:.0%} of its cache. {loss['cause']}"
+    )
 
 
 def _rank_pids(workers: list[dict[str, Any]]) -> str:

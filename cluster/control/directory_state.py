@@ -2,7 +2,7 @@
 
 Pure and synchronous with an injected clock; `directory_actor.py` is its Ray shell. A record that
 was not renewed for `expiry_s` is dropped: its leader is gone without a word. Load reports do not
-change the version, membership does.
+change the version; membership does, also that of ranks in a replica.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class DirectoryState:
         return [entry.record for entry in self._entries.values()]
 
 
-def _identity(record: ReplicaRecord) -> tuple[str, str, ReplicaState]:
-    return record.epoch, record.endpoint, record.state
+def _identity(record: ReplicaRecord) -> tuple[object, ...]:
+    return record.epoch, record.endpoint, record.state, record.workers, record.loss
 
 
 def _is_late(entry: _Entry, record: ReplicaRecord) -> bool:

@@ -86,6 +86,9 @@ class Draft:
             "workspace": self.space.total_bytes - self.space.process_bytes,
             "process": self.space.process_bytes,
         }
+        if self.space.spare_bytes:
+            parts["workspace"] -= self.space.spare_bytes
+            parts["moe.failover"] = self.space.spare_bytes
         return {**parts, "kv_cache.memory": self.kv.fixed_bytes} if self.kv.fixed_bytes else parts
 
 
@@ -137,6 +140,7 @@ def redraft(
     dtype: str | None = None,
     tp_size: int | None = None,
     max_step_tokens: int | None = None,
+    lost_groups: int | None = None,
     kv_memory: int | None = None,
 ) -> Draft:
     """The same model with other settings."""
@@ -144,7 +148,11 @@ def redraft(
         draft.source,
         draft.device,
         Decision(value=dtype) if dtype else draft.dtype,
-        replace(draft.layout, tp_size=tp_size or draft.tp_size),
+        replace(
+            draft.layout,
+            tp_size=tp_size or draft.tp_size,
+            lost_groups=draft.layout.lost_groups if lost_groups is None else lost_groups,
+        ),
         max_step_tokens or draft.max_step_tokens,
     )
     if kv_memory is None:
@@ -183,6 +191,7 @@ def _draft(
         max_position=arch.max_position,
         max_running_requests=max_running_requests,
     )
+    space = foreign_workspace(foreign, step) if foreign else workspace(arch, step)
     return Draft(
         source=source,
         device=device,
@@ -190,6 +199,6 @@ def _draft(
         layout=layout,
         max_step_tokens=max_step_tokens,
         weights_bytes=weight_bytes(source, layout, dtype.value),
-        space=foreign_workspace(foreign, step) if foreign else workspace(arch, step),
+        space=replace(space, spare_bytes=layout.spare_bytes(arch, dtype.value)),
         kv=kv,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from cluster.base.plan import ClusterPlan, ModelPlan, SpeculationPlan
+from cluster.base.plan import ClusterPlan, ExpertPlan, ModelPlan, SpeculationPlan
 from cluster.base.quantities import duration_text, size_text
 from cluster.planner.explain_streaming import frontier_tables, streaming_tables, zero3_tables
 from cluster.planner.table import Table
@@ -66,12 +66,30 @@ def _experts(plan: ClusterPlan) -> Table:
         )
         ranks = f"{model.dp_size} x {model.tp_size} = {model.num_ranks}"
         wire = f"{model.experts.dispatch}, {model.experts.combine} back"
-        rows.append((model.name, ranks, held, model.experts.exchange, wire))
+        survives = _survives(model.experts)
+        rows.append((model.name, ranks, held, model.experts.exchange, wire, survives))
     return Table(
         title="Expert parallelism of each replica",
-        columns=("MODEL", "DP x TP = RANKS", "MOST EXPERTS PER LAYER", "EXCHANGE", "ROWS TRAVEL"),
+        columns=(
+            "MODEL",
+            "DP x TP = RANKS",
+            "MOST EXPERTS PER LAYER",
+            "EXCHANGE",
+            "ROWS TRAVEL",
+            "SURVIVES",
+        ),
         rows=tuple(rows),
     )
+
+
+def _survives(experts: ExpertPlan) -> str:
+    """Of how many groups the loss, and the room that is kept for it."""
+    if not experts.survives:
+        return "no loss"
+    if not experts.lost_groups:
+        return "what copies cover"
+    groups = f"{experts.lost_groups} group" + ("s" if experts.lost_groups > 1 else "")
+    return f"{groups}: {size_text(experts.spare_bytes)} for {experts.spare_slots} more"
 
 
 def _memory(plan: ClusterPlan) -> Table:

@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.base.errors import ConfigError
-from cluster.base.spec import ModelSpec, MoeSectionSpec
+from cluster.base.moe_spec import MoeSectionSpec
+from cluster.base.spec import ModelSpec
+from cluster.planner.memory import expert_bytes
 from moe.expert_table import ExpertTable, starting_tables
+from moe.reassign import spare_slots
 from replicas.models.arch import ArchConfig
 
 
@@ -27,6 +30,12 @@ class Layout:
     """Copies of other ranks' experts on each rank, in every layer."""
     max_moves: int = 0
     """Experts that a rank may be fetching beside those it holds."""
+    survives: bool = False
+    """Groups that are left go on when others are lost."""
+    lost_groups: int = 0
+    """Groups whose experts the others have room for."""
+    is_failover_open: bool = False
+    """The file leaves `lost_groups` to the memory there is."""
     reason: str = ""
     """Why this kind of engine, when the file left it open."""
 
@@ -48,6 +57,27 @@ class Layout:
         """Routed experts of each rank, in the layer that has most."""
         counts = [table.slots.counts for table in self._tables(arch)]
         return max(counts, key=sum)
+
+    def spare_slots(self, arch: ArchConfig) -> dict[int, int]:
+        """Experts that each rank can take in when groups are lost, by mixture layer."""
+        if not self.lost_groups:
+            return {}
+        return {
+            table.layer: spare_slots(table, self.tp_size, self.lost_groups)
+            for table in self._tables(arch)
+        }
+
+    def spare_bytes(self, arch: ArchConfig, dtype: str) -> int:
+        """What a rank keeps free to take experts in; the one that is being read is there twice."""
+        if not self.survives:
+            return 0
+        each = {
+            index: expert_bytes(arch, index, dtype)
+            for index, layer in enumerate(arch.layers)
+            if layer.moe
+        }
+        taken = sum(count * each[layer] for layer, count in self.spare_slots(arch).items())
+        return taken + max(each.values())
 
     def _tables(self, arch: ArchConfig) -> tuple[ExpertTable, ...]:
         sizes = [
@@ -86,6 +116,9 @@ def choose_layout(spec: ModelSpec, arch: ArchConfig, param: str) -> Layout:
         spreads_experts=True,
         num_redundant=_redundant(moe, ep, arch, f"{param}.moe"),
         max_moves=moe.balance.max_moves if moe.balance.enabled else 0,
+        survives=moe.failover.enabled and dp > 1,
+        lost_groups=_lost_groups(moe, dp, f"{param}.moe.failover"),
+        is_failover_open=moe.failover.enabled and dp > 1 and moe.failover.lost_groups == "auto",
         reason=reason if wanted == "auto" else "",
     )
 
@@ -109,6 +142,27 @@ def _redundant(moe: MoeSectionSpec, ep: int, arch: ArchConfig, param: str) -> in
             "to.",
             "Set redundant_experts to 1 or more, or leave it out.",
             param=f"{param}.redundant_experts",
+        )
+    return wanted
+
+
+def _lost_groups(moe: MoeSectionSpec, dp: int, param: str) -> int:
+    """Groups that the file asks room for."""
+    wanted = moe.failover.lost_groups
+    if isinstance(wanted, str):
+        return 0
+    if wanted and not moe.failover.enabled:
+        raise ConfigError(
+            f"lost_groups is {wanted}, but failover is not enabled.",
+            "Leave lost_groups out, or set enabled: true.",
+            param=f"{param}.lost_groups",
+        )
+    if wanted >= dp:
+        raise ConfigError(
+            f"lost_groups is {wanted}, but there are {dp} data-parallel group(s): none would be "
+            "left.",
+            f"Use at most {dp - 1}." if dp > 1 else "Leave it out, or raise parallel.dp.",
+            param=f"{param}.lost_groups",
         )
     return wanted
 

@@ -42,11 +42,14 @@ class Workspace:
     logits_bytes: int
     context_bytes: int
     process_bytes: int
+    spare_bytes: int = 0
+    """Kept free for experts of ranks that are lost."""
 
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.activations_bytes + self.logits_bytes + self.context_bytes + self.process_bytes
+        step_bytes = self.activations_bytes + self.logits_bytes + self.context_bytes
+        return step_bytes + self.process_bytes + self.spare_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,9 +123,21 @@ def _exchange_bytes(arch: ArchConfig, step: StepShape) -> int:
 def _fetched_bytes(arch: ArchConfig, step: StepShape) -> int:
     """Experts of the widest layer that a rank holds beside its own while they move; the one that is
     being read is there twice."""
-    ffn_dim = max(layer.moe.ffn_dim for layer in arch.layers if layer.moe)
-    values = 3 * ffn_dim * arch.model_dim + 2 * ffn_dim + arch.model_dim
-    return (step.max_moves + 1) * values * DTYPE_BYTES[step.dtype]
+    widest = max(
+        expert_bytes(arch, index, step.dtype)
+        for index, layer in enumerate(arch.layers)
+        if layer.moe
+    )
+    return (step.max_moves + 1) * widest
+
+
+def expert_bytes(arch: ArchConfig, layer: int, dtype: str) -> int:
+    """One routed expert of a mixture layer, biases included whether there are any or not."""
+    moe = arch.layers[layer].moe
+    if moe is None:
+        return 0
+    values = 3 * moe.ffn_dim * arch.model_dim + 2 * moe.ffn_dim + arch.model_dim
+    return values * DTYPE_BYTES[dtype]
 
 
 def cpu_budget_bytes(node: Node, num_front_processes: int) -> int:

@@ -12,7 +12,7 @@ from cluster.base.errors import ConfigError
 from cluster.base.quantities import size_text
 from cluster.dist.topology import Topology
 from cluster.planner.decisions import DeviceChoice, choose_dtype
-from cluster.planner.drafts import Draft, draft_model, weight_bytes
+from cluster.planner.drafts import Draft, draft_model, redraft, weight_bytes
 from cluster.planner.memory import (
     CPU_KV_SHARE,
     CUDA_CONTEXT_BYTES,
@@ -81,12 +81,33 @@ def place_all(
         if engine == "offload" or is_foreign or refusal is not None:
             streamed[index] = refusal
         else:
-            placed[index] = place(draft, loads, topology)
+            placed[index] = place(_with_spare_room(draft, loads, topology), loads, topology)
     for num_done, (index, refusal) in enumerate(streamed.items()):
         room = _room(drafts[index], loads, topology, len(streamed) - num_done)
         draft = _stream(drafts[index], room, streamer, refusal)
         placed[index] = place(draft, loads, topology)
     return [placed[index] for index in range(len(drafts))]
+
+
+def _with_spare_room(draft: Draft, loads: Sequence[NodeLoad], topology: Topology) -> Draft:
+    """The draft, with room for the experts of a lost group where that is left to what there is.
+
+    Where the memory holds twice as much: the cache is to have as large a part of what is left.
+    """
+    if not draft.layout.is_failover_open:
+        return draft
+    roomy = redraft(draft, lost_groups=1)
+    twice = replace(roomy.space, spare_bytes=2 * roomy.space.spare_bytes)
+    try:
+        place(replace(roomy, space=twice), _copied(loads), topology)
+    except ConfigError:
+        return draft
+    return roomy
+
+
+def _copied(loads: Sequence[NodeLoad]) -> list[NodeLoad]:
+    """To place something on for the sake of the question."""
+    return [replace(load, cpu_models=[*load.cpu_models]) for load in loads]
 
 
 def _why_not_whole(
@@ -101,7 +122,7 @@ def _why_not_whole(
             have = size_text(asked.device_memory)
             return ConfigError(f"each rank needs {size_text(need)} and device_memory is {have}")
     try:
-        place(least, [replace(load, cpu_models=[*load.cpu_models]) for load in loads], topology)
+        place(least, _copied(loads), topology)
     except ConfigError as error:
         return error
     return None

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.base.errors import ConfigError
+from cluster.base.moe_spec import MoeSectionSpec
 from cluster.base.plan import (
     ClusterPlan,
     EngineKind,
@@ -20,7 +21,7 @@ from cluster.base.plan import (
     SchedulerPlan,
     SpeculationPlan,
 )
-from cluster.base.spec import ClusterSpec, MoeSectionSpec, SpeculationSpec
+from cluster.base.spec import ClusterSpec, SpeculationSpec
 from cluster.dist.topology import Topology
 from cluster.planner.caches import Cache, size_caches
 from cluster.planner.cpus import Compute, CpuDemand, front_share, share_cpus
@@ -220,4 +221,9 @@ def _experts(draft: Draft) -> ExpertPlan | None:
         num_redundant=draft.layout.num_redundant,
         balance_interval_s=moe.balance.interval if moe.balance.enabled else None,
         max_moves=draft.layout.max_moves,
+        survives=draft.layout.survives,
+        lost_groups=draft.layout.lost_groups,
+        spare_slots=max(draft.layout.spare_slots(draft.source.arch).values(), default=0),
+        spare_bytes=draft.space.spare_bytes,
+        rejoins=moe.failover.rejoin,
     )

@@ -24,6 +24,7 @@ def reasons_of(draft: Draft, compute: Compute, cache: Cache) -> dict[str, str]:
     reasons = {
         "engine": _engine_reason(draft),
         **_step_reasons(draft),
+        "experts.lost_groups": _failover_reason(draft),
         "device": draft.device.reason,
         "dtype": draft.dtype.reason,
         "memory.weights_bytes": _decoding_reason(draft),
@@ -40,6 +41,15 @@ def _engine_reason(draft: Draft) -> str:
     if draft.zero3 is not None:
         return zero3_reason(draft)
     return draft.layout.reason if draft.streaming is None else draft.streaming.reason()
+
+
+def _failover_reason(draft: Draft) -> str:
+    """Why there is room, or none, for experts of a lost group where the file left it open."""
+    if not draft.layout.is_failover_open:
+        return ""
+    if draft.layout.lost_groups:
+        return f"{size_text(draft.space.spare_bytes)} per rank fit twice beside the weights"
+    return "the memory does not hold twice the experts that each rank would take in"
 
 
 def _decoding_reason(draft: Draft) -> str:

@@ -107,6 +107,8 @@ def _lighter(draft: Draft, rank_bytes: int) -> Iterator[str]:
         blocks = blocks_for(context, draft.kv.block_size)
         if room >= max(64 * 1024, blocks * draft.kv.block_bytes):
             yield f"lower kv_cache.memory to {_floor_size(room)}"
+    if draft.layout.lost_groups and redraft(draft, lost_groups=0).fixed_bytes <= rank_bytes:
+        yield "set moe.failover.lost_groups to 0"
     if draft.dtype.value == "float32":
         half = "bfloat16" if draft.source.arch.dtype != "float16" else "float16"
         if redraft(draft, dtype=half).fixed_bytes <= rank_bytes:

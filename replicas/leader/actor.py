@@ -1,9 +1,10 @@
 """The leader replica: a Ray Serve deployment that owns one engine and its worker ranks.
 
 It ties scheduler, engine loop, ranks and replica stream together and stays free of torch. It is
-ready when its constructor returns. On the loss or hang of any rank all ranks are killed. If the
-plan allows, others take their place while requests wait; else every request ends with the root
-cause and the process exits; Serve starts a new one. It never waits for a collective to notice.
+ready when its constructor returns. On the loss or hang of a rank those that are left go on, or all
+are replaced, while requests wait, as the plan allows (`rank_side.py`); else all ranks are killed,
+every request ends with the root cause and the process exits; Serve starts a new one. It never waits
+for a collective to notice.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from cluster.base.interpreter import settle_for_serving
 from cluster.base.plan import ModelPlan, from_json
 from replicas.api import GenerationDelta, ReplicaStats
 from replicas.engine.engine_loop import Recovery
-from replicas.leader.engine_parts import make_engine
+from replicas.leader.engine_parts import AnyExecutor, make_engine
 from replicas.leader.expert_metrics import ExpertMetrics
 from replicas.leader.load_metrics import LoadMetrics
 from replicas.leader.rank_side import RankEvents, RankSide
-from replicas.leader.record import ExpertRecord, LoadRecord, ReplicaRecord, ReplicaState
+from replicas.leader.record import ExpertRecord, LoadRecord, LossRecord, ReplicaRecord, ReplicaState
 from replicas.leader.reporter import DirectoryReporter
 from replicas.leader.stream_server import ReplicaStreamServer
 from replicas.leader.worker_group import WorkerGroup
@@ -92,6 +93,8 @@ class LeaderReplica:
                 on_progress=self._show_progress,
                 on_lost=self._on_lost,
                 on_experts=self._on_experts,
+                on_loss=self._on_loss,
+                on_newcomers=self._on_newcomers,
                 newest_step=lambda: self._stats.step,
             ),
         )
@@ -185,24 +188,33 @@ class LeaderReplica:
 
     def _on_lost(self, error: PenstockError) -> None:
         """A rank has left its parked call. An engine that may go on hears it, asleep or not."""
-        if self._plan.scheduler.max_rank_restarts:
+        if self._ranks.can_lose_ranks:
             self._engine.lose_workers(error)
         else:
             self._die(error)
 
     def _recover(self, error: PenstockError) -> Recovery | None:
-        """Engine thread: the loop waits for other ranks."""
-        if not self._plan.scheduler.max_rank_restarts or self._dying:
+        """Engine thread: the loop waits for ranks to go on with."""
+        if not self._ranks.can_lose_ranks or self._dying:
             return None
-        replacing = asyncio.run_coroutine_threadsafe(self._replace(error), self._asyncio_loop)
-        return replacing.result()
+        recovering = asyncio.run_coroutine_threadsafe(
+            self._ranks.recover(error), self._asyncio_loop
+        )
+        recovery = recovering.result()
+        if recovery is not None:
+            self._asyncio_loop.call_soon_threadsafe(self._say_ready)
+        return recovery
 
-    async def _replace(self, error: PenstockError) -> Recovery | None:
-        executor = await self._ranks.replace(error)
-        if executor is None:
-            return None
-        self._say_ready()
-        return Recovery(executor=executor)
+    def _on_newcomers(self) -> None:
+        """Ranks wait to join: between two steps they do."""
+        self._engine.widen(self._take_in)
+
+    def _take_in(self) -> AnyExecutor:
+        """Engine thread, with no step in flight."""
+        joining = asyncio.run_coroutine_threadsafe(self._ranks.take_in(), self._asyncio_loop)
+        executor = joining.result()
+        self._asyncio_loop.call_soon_threadsafe(self._say_ready)
+        return executor
 
     async def _export_metrics(self) -> None:
         while True:
@@ -212,6 +224,10 @@ class LeaderReplica:
     def _on_experts(self, record: ExpertRecord) -> None:
         self._expert_metrics.flush(record)
         self._reporter.update(experts=record)
+
+    def _on_loss(self, loss: LossRecord | None) -> None:
+        self._expert_metrics.flush_lost(len(loss.ranks) if loss is not None else 0)
+        self._reporter.update(loss=loss)
 
     def _die(self, error: PenstockError) -> None:
         """Leave so that Serve starts a new replica; the clients hear the cause first."""

@@ -39,6 +39,10 @@ class Ranks(Protocol):
         """What the next step says of experts; of expert-parallel ranks."""
         ...
 
+    def groups(self) -> Sequence[int]:
+        """Data-parallel groups that have ranks; of expert-parallel ranks."""
+        ...
+
 
 def make_engine(
     plan: ModelPlan,
@@ -65,6 +69,7 @@ def make_engine(
             choose_scheme=ranks.choose_scheme,
             eos_token_ids=plan.eos_token_ids,
             expert_orders=ranks.expert_orders,
+            serving=ranks.groups,
         )
     executor: Any = ranks.executor
     return EngineLoop(

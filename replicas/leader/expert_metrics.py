@@ -20,11 +20,8 @@ class ExpertMetrics:
         self._rows = _counter(table.EXPERT_ROWS)
         self._dropped = _counter(table.EXPERT_DROPPED)
         self._moves = _counter(table.EXPERT_MOVES)
-        self._imbalance = ray_metrics.Gauge(
-            table.EXPERT_IMBALANCE.name,
-            table.EXPERT_IMBALANCE.help,
-            tag_keys=(*table.EXPERT_IMBALANCE.labels, "replica"),
-        )
+        self._imbalance = _gauge(table.EXPERT_IMBALANCE)
+        self._lost = _gauge(table.LOST_RANKS)
         self._last = ExpertRecord()
         self._last_rows: dict[tuple[int, int], int] = {}
 
@@ -49,6 +46,10 @@ class ExpertMetrics:
             self._moves.inc(moved, tags=self._tags)
         self._last = record
 
+    def flush_lost(self, number: int) -> None:
+        """Export how many ranks the replica serves without."""
+        self._lost.set(number, tags=self._tags)
+
 
 def _rows(layer: ExpertLayerRecord) -> int:
     return sum(layer.rows)
@@ -56,3 +57,7 @@ def _rows(layer: ExpertLayerRecord) -> int:
 
 def _counter(metric: Metric) -> ray_metrics.Counter:
     return ray_metrics.Counter(metric.name, metric.help, tag_keys=(*metric.labels, "replica"))
+
+
+def _gauge(metric: Metric) -> ray_metrics.Gauge:
+    return ray_metrics.Gauge(metric.name, metric.help, tag_keys=(*metric.labels, "replica"))

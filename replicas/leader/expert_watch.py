@@ -36,16 +36,20 @@ class ExpertWatch:
         shape = (len(tables), max(self._num_experts.values()))
         self._stats = LoadStats(*shape, half_life_rows=half_life_rows)
         self._totals: Counts = np.zeros(shape)
+        self._counted: Counts = np.zeros(shape)
         self._num_dropped = 0
 
     def add(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Take in the newest `ExpertState` fields of all ranks."""
-        totals: Counts = np.zeros_like(self._totals)
+        totals: Counts = np.zeros_like(self._counted)
         for state in states:
             for index, rows in enumerate(state["rows"]):
                 totals[index, : len(rows)] += rows
-        self._stats.add(np.maximum(totals - self._totals, 0.0))
-        self._totals = totals
+        # The counts of a rank that is lost, or replaced, are lost with it: sums never fall.
+        added = np.maximum(totals - self._counted, 0.0)
+        self._stats.add(added)
+        self._totals += added
+        self._counted = totals
         self._num_dropped = sum(int(state["num_dropped"]) for state in states)
 
     def loads(self) -> dict[int, Counts]:

@@ -76,6 +76,22 @@ class ExpertRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LossRecord:
+    """The ranks that an expert-parallel replica serves without."""
+
+    ranks: tuple[int, ...]
+    """Lost ones, and tensor-parallel peers that are of no use without them."""
+    nodes: tuple[str, ...]
+    """Node of each."""
+    cause: str
+    """What was noticed of the loss."""
+    num_groups: int
+    """Data-parallel groups that serve, each with a cache of its own."""
+    num_groups_whole: int
+    """Groups of the whole replica."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaRecord:
     """One replica as its leader last described it."""
 
@@ -98,5 +114,7 @@ class ReplicaRecord:
     load: LoadRecord = field(default_factory=LoadRecord)
     experts: ExpertRecord | None = None
     """Only of an expert-parallel replica; a few seconds old."""
+    loss: LossRecord | None = None
+    """What is missing while it serves."""
     error: dict[str, str | None] | None = None
     """`PenstockError.to_dict()` of what ended it."""

@@ -349,8 +349,22 @@ class ExpertLayerStatus(_message.Message):
     imbalance: float
     def __init__(self, layer: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., imbalance: _Optional[float] = ...) -> None: ...
 
+class ReplicaLoss(_message.Message):
+    __slots__ = ("ranks", "nodes", "cause", "num_groups", "num_groups_whole")
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    NUM_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_GROUPS_WHOLE_FIELD_NUMBER: _ClassVar[int]
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    nodes: _containers.RepeatedScalarFieldContainer[str]
+    cause: str
+    num_groups: int
+    num_groups_whole: int
+    def __init__(self, ranks: _Optional[_Iterable[int]] = ..., nodes: _Optional[_Iterable[str]] = ..., cause: _Optional[str] = ..., num_groups: _Optional[int] = ..., num_groups_whole: _Optional[int] = ...) -> None: ...
+
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica_id", "model", "state", "detail", "endpoint", "pid", "node", "epoch", "workers", "step", "num_running", "num_waiting", "kv_blocks_total", "kv_blocks_free", "startup_s", "generated_tokens", "num_preemptions", "prefix_hit_tokens", "prefix_query_tokens", "expert_layers", "expert_rows_dropped", "draft_tokens", "accepted_draft_tokens", "expert_table", "expert_moves")
+    __slots__ = ("replica_id", "model", "state", "detail", "endpoint", "pid", "node", "epoch", "workers", "step", "num_running", "num_waiting", "kv_blocks_total", "kv_blocks_free", "startup_s", "generated_tokens", "num_preemptions", "prefix_hit_tokens", "prefix_query_tokens", "expert_layers", "expert_rows_dropped", "draft_tokens", "accepted_draft_tokens", "expert_table", "expert_moves", "loss")
     class StartupSEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -383,6 +397,7 @@ class ReplicaStatus(_message.Message):
     ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_TABLE_FIELD_NUMBER: _ClassVar[int]
     EXPERT_MOVES_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     model: str
     state: str
@@ -408,7 +423,8 @@ class ReplicaStatus(_message.Message):
     accepted_draft_tokens: int
     expert_table: int
     expert_moves: int
-    def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., endpoint: _Optional[str] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., epoch: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., step: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., startup_s: _Optional[_Mapping[str, float]] = ..., generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., expert_layers: _Optional[_Iterable[_Union[ExpertLayerStatus, _Mapping]]] = ..., expert_rows_dropped: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[int] = ..., expert_table: _Optional[int] = ..., expert_moves: _Optional[int] = ...) -> None: ...
+    loss: ReplicaLoss
+    def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., endpoint: _Optional[str] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., epoch: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., step: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., startup_s: _Optional[_Mapping[str, float]] = ..., generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., expert_layers: _Optional[_Iterable[_Union[ExpertLayerStatus, _Mapping]]] = ..., expert_rows_dropped: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[int] = ..., expert_table: _Optional[int] = ..., expert_moves: _Optional[int] = ..., loss: _Optional[_Union[ReplicaLoss, _Mapping]] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
     __slots__ = ("cluster", "version", "replicas", "models", "active_requests", "gateway_pid", "dashboard_url")

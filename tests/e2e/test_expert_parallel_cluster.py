@@ -29,7 +29,10 @@ models:
     dtype: float32
     parallel: {{dp: 2, tp: 1}}
     kv_cache: {{memory: 8MiB}}
-    moe: {{redundant_experts: 1, balance: {{enabled: true, interval: 1s, max_moves: 4}}}}
+    moe:
+      redundant_experts: 1
+      balance: {{enabled: true, interval: 1s, max_moves: 4}}
+      failover: {{enabled: false}}
     limits: {{max_step_tokens: 128}}
 """
 
@@ -170,5 +173,42 @@ def test_no_request_is_lost_with_a_rank_when_the_file_allows_to_replace_it(tmp_p
                 assert answers == [(tokens, None) for tokens in expected]
                 running.wait_for(lambda old=workers: running.replicas()[0]["workers"] != old, 20.0)
             assert [replica["epoch"] for replica in running.replicas()] == [victim["epoch"]]
+    finally:
+        stop_cluster(running)
+
+
+SURVIVING = CLUSTER.replace("failover: {{enabled: false}}", "failover: {{lost_groups: 1}}")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_ranks_that_are_left_serve_all_requests_and_the_lost_one_comes_back(tmp_path, signum):
+    running = start_cluster(tmp_path, "e2e-survive", MODEL, SURVIVING)
+    try:
+        with grpc.insecure_channel(running.grpc) as channel:
+            stub = pb_grpc.PenstockStub(channel)
+            prompts = [f"# {index}\n" for index in range(4)]
+            expected = [stream(stub, prompt, 300)[0] for prompt in prompts]
+            (before,) = running.replicas()
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                streams = [pool.submit(stream, stub, prompt, 300) for prompt in prompts]
+                running.wait_for(lambda: running.replicas()[0]["num_running"] == 4, 20.0)
+                os.kill(int(before["workers"][1]["pid"]), signum)
+                running.wait_for(lambda: running.replicas()[0]["loss"] is not None, 20.0)
+                table = penstock("status", env={**running.env, "COLUMNS": "200"}).stdout
+                answers = [each.result(timeout=90) for each in streams]
+            assert answers == [(tokens, None) for tokens in expected]
+            assert "degraded" in table
+            assert "serves without rank 1" in table
+            assert "1 of 2 groups, 50% of its cache" in table
+            running.wait_for(lambda: running.replicas()[0]["loss"] is None, 60.0)
+            (after,) = running.replicas()
+            assert after["epoch"] == before["epoch"]
+            assert after["workers"][0]["pid"] == before["workers"][0]["pid"]
+            assert after["workers"][1]["pid"] != before["workers"][1]["pid"]
+            # A stopped one too: its memory is counted for its successor.
+            assert not os.path.exists(f"/proc/{before['workers'][1]['pid']}/exe")
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                again = list(pool.map(lambda prompt: stream(stub, prompt, 300), prompts))
+            assert again == [(tokens, None) for tokens in expected]
     finally:
         stop_cluster(running)

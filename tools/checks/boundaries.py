@@ -44,6 +44,8 @@ BOUNDARIES = (
             "replicas/leader/expert_metrics.py",
             "replicas/leader/load_metrics.py",
             "replicas/leader/reporter.py",
+            "replicas/leader/rank_seats.py",
+            "replicas/leader/worker_calls.py",
             "replicas/leader/worker_group.py",
             "router/app.py",
         ),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from cluster.base.findings import section_of
 from cluster.base.rules import Rule
-from cluster.base.spec import ClusterSpec, Section
+from cluster.base.section import Section
+from cluster.base.spec import ClusterSpec
 from cluster.base.spec_doc import render
 
 PAGE = Path(__file__).parents[3] / "docs" / "cluster-yaml.md"

@@ -43,7 +43,15 @@ def test_groups_share_the_experts_and_each_has_its_own_cache(tmp_path: Path):
     # Every running request of every group at full context.
     assert plan.kv.num_blocks == 64 * 128 // 16
     (table,) = [table for table in explain(_cluster(tmp_path)) if "Expert" in table.title]
-    assert table.rows[0] == ("m", "2 x 2 = 4", "2 x 3 + 2 x 2", "auto", "exact, fp32 back")
+    row = (
+        "m",
+        "2 x 2 = 4",
+        "2 x 3 + 2 x 2",
+        "auto",
+        "exact, fp32 back",
+        "1 group: 511KiB for 3 more",
+    )
+    assert table.rows[0] == row
 
 
 def _cluster(tmp_path: Path):
@@ -59,16 +67,84 @@ def test_weights_of_a_rank_are_its_experts_and_its_share_of_the_rest(tmp_path: P
     assert sliced - spread == 2 * (10 - 3) * expert_bytes
 
 
+def test_room_for_a_lost_groups_experts_is_memory_and_where_there_is_little_is_not_kept(
+    tmp_path: Path,
+):
+    expert_bytes = (3 * 64 * 96 + 2 * 96 + 64) * 4
+    off = planned(tmp_path, parallel={"dp": 2}, moe={"failover": {"enabled": False}})
+    assert off.experts is not None
+    assert (off.experts.survives, off.experts.spare_bytes) == (False, 0)
+    open_ = planned(tmp_path, parallel={"dp": 2})
+    assert open_.experts is not None
+    assert (open_.experts.survives, open_.experts.lost_groups, open_.experts.spare_slots) == (
+        True,
+        1,
+        5,
+    )
+    # The other half of both layers' ten experts, and the one that is being read.
+    assert open_.experts.spare_bytes == (2 * 5 + 1) * expert_bytes
+    grown = open_.memory.workspace_bytes - off.memory.workspace_bytes
+    assert grown == open_.experts.spare_bytes
+    assert "fit twice" in open_.reasons["experts.lost_groups"]
+    copies = planned(tmp_path, parallel={"dp": 2}, moe={"redundant_experts": 5})
+    assert copies.experts is not None
+    assert copies.experts.spare_slots == 0
+
+
+def test_where_memory_is_short_only_copies_save_a_replica(tmp_path: Path):
+    need = planned(tmp_path, parallel={"dp": 2}, kv_cache={"memory": "1MiB"}).memory
+    # Nine tenths of the node, less Ray's gibibyte and two front processes, for two ranks.
+    usable = 2 * need.total_bytes + (1 << 30) + (512 << 20)
+    small = Topology(nodes=(node(2, usable / 0.9 / GIB + 1e-6),))
+    plan = planned(tmp_path, small, parallel={"dp": 2}, kv_cache={"memory": "1MiB"})
+    assert plan.experts is not None
+    assert (plan.experts.survives, plan.experts.lost_groups) == (True, 0)
+    assert "does not hold twice" in plan.reasons["experts.lost_groups"]
+    asked = planned(
+        tmp_path,
+        small,
+        parallel={"dp": 2},
+        kv_cache={"memory": "1MiB"},
+        moe={"failover": {"lost_groups": 1}},
+    )
+    assert asked.experts is not None
+    assert asked.experts.lost_groups == 1
+
+
+@pytest.mark.parametrize(
+    ("dp", "failover", "says"),
+    [
+        (2, {"lost_groups": 2}, "none would be left"),
+        (1, {"lost_groups": 1}, "none would be left"),
+        (2, {"enabled": False, "lost_groups": 1}, "failover is not enabled"),
+    ],
+)
+def test_room_that_can_be_of_no_use_is_refused(tmp_path: Path, dp: int, failover, says: str):
+    error = refused(
+        tmp_path,
+        LAPTOP,
+        MIXTURE,
+        engine="expert_parallel",
+        parallel={"dp": dp, "tp": 2},
+        moe={"failover": failover},
+        limits=LIMITS,
+    )
+    assert says in error.cause
+    assert error.param == "models[0].moe.failover.lost_groups"
+    assert error.remedy
+
+
 def test_copies_and_experts_on_their_way_are_memory(tmp_path: Path):
     expert_bytes = 3 * 64 * 96 * 4
-    plain = planned(tmp_path, parallel={"dp": 4})
+    alone = {"failover": {"enabled": False}}
+    plain = planned(tmp_path, parallel={"dp": 4}, moe=alone)
     copies = planned(tmp_path, parallel={"dp": 4}, moe={"redundant_experts": 2})
     assert copies.experts is not None
     assert copies.experts.experts_per_rank == (5, 5, 4, 4)
     assert copies.experts.balance_interval_s is None
     assert copies.memory.weights_bytes - plain.memory.weights_bytes == 2 * 2 * expert_bytes
     balance = {"enabled": True, "interval": "5s", "max_moves": 3}
-    moving = planned(tmp_path, parallel={"dp": 4}, moe={"balance": balance})
+    moving = planned(tmp_path, parallel={"dp": 4}, moe={"balance": balance, **alone})
     assert moving.experts is not None
     assert (moving.experts.num_redundant, moving.experts.max_moves) == (1, 3)
     assert moving.experts.balance_interval_s == 5.0
