@@ -189,7 +189,7 @@ class CheckpointEngine:
         self._source = source
         self._files = ExitStack()
         self._load = self._files.enter_context(
-            open_checkpoint(request.model_path, request.units, dtype=request.dtype)
+            open_checkpoint(request.model_path, request.units, dtype=request.dtype, is_mapped=False)
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._making: dict[int, Future[None]] = {}

@@ -57,9 +57,12 @@ def load_weights(
 
 @contextmanager
 def open_checkpoint(
-    path: str | Path, units: Iterable[WeightUnit], *, dtype: str
+    path: str | Path, units: Iterable[WeightUnit], *, dtype: str, is_mapped: bool = True
 ) -> Iterator[Callable[[TensorSpec], torch.Tensor]]:
     """Reads one spec's tensor after another on the CPU; for who keeps weights in another way.
+
+    Who keeps it open while serving leaves the files unmapped: a mapped file that is cut short
+    would end the process.
 
     Raises:
         ConfigError, CorruptWeightsError: as `load_weights`, here and at each read.
@@ -68,7 +71,7 @@ def open_checkpoint(
     stored = _stored(units, path)
     check_names(Path(path), units, stored)
     with ExitStack() as files:
-        yield TensorReader(stored, torch_dtype(dtype), "cpu", files).load
+        yield TensorReader(stored, torch_dtype(dtype), "cpu", files, is_mapped=is_mapped).load
 
 
 def load_unit(
@@ -85,7 +88,7 @@ def load_unit(
         raise CorruptWeightsError(f"{path}: {naming('missing', missing)}.")
     tensors: dict[str, torch.Tensor] = {}
     with ExitStack() as files:
-        loader = TensorReader(stored, torch_dtype(dtype), "cpu", files)
+        loader = TensorReader(stored, torch_dtype(dtype), "cpu", files, is_mapped=False)
         for spec in unit.tensors:
             local = loader.load(spec)
             parts = kernels.pack("", local) if spec.is_linear else {"": local}

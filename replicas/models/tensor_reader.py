@@ -19,6 +19,7 @@ from replicas.layers.weights import Source, TensorSpec
 from replicas.models.checkpoint_files import StoredTensor
 from replicas.models.context import torch_dtype
 from replicas.models.decoding import all_finite, decoded, spanned
+from replicas.models.positional_file import PositionalFile
 from replicas.models.weight_encoding import EncodedTensor
 
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -36,11 +37,15 @@ class TensorReader:
         dtype: torch.dtype,
         device: str,
         files: ExitStack,
+        *,
+        is_mapped: bool = True,
     ) -> None:
+        """Unmapped files (slower) may change while they are open: that ends in an error."""
         self._dtype = dtype
         self._stored = stored
         self._device = device
         self._files = files
+        self._is_mapped = is_mapped
         self._open: dict[Path, Any] = {}
 
     def dtype_of(self, spec: TensorSpec) -> torch.dtype:
@@ -87,7 +92,7 @@ class TensorReader:
         cuts = _cuts(source, full_shape)
         try:
             piece = self._piece(tensor, cuts)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CorruptWeightsError(f"{where} cannot be read ({error}).") from error
         return piece if source.index is None else piece.squeeze(0)
 
@@ -109,8 +114,8 @@ class TensorReader:
 
     def _file(self, file: Path) -> Any:
         if file not in self._open:
-            opened = safe_open(str(file), framework="pt", device="cpu")
-            self._open[file] = self._files.enter_context(opened)
+            mapped = safe_open(str(file), framework="pt", device="cpu") if self._is_mapped else None
+            self._open[file] = self._files.enter_context(mapped or PositionalFile(file))
         return self._open[file]
 
 

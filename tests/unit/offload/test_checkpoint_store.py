@@ -94,6 +94,17 @@ def test_every_residency_and_a_damaged_file(tmp_path: Path, resident: object) ->
         offload_engine(path, plan).generate(requests_of())
 
 
+def test_a_file_cut_short_while_it_is_served_from_is_an_error(tmp_path: Path) -> None:
+    path = write_checkpoint("llama", tmp_path / "llama")
+    engine = offload_engine(path, offload_plan(tmp_path, is_packed=False, ring_slots=2))
+    engine.generate(requests_of())
+    (file,) = path.glob("*.safetensors")
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size // 3)
+    with pytest.raises(PenstockError, match="cannot be read"):
+        engine.generate(requests_of())
+
+
 @pytest.mark.parametrize("changes", [{"precision": "int8"}, {"share_resident": True}])
 def test_what_needs_packing_is_refused(tmp_path: Path, changes: dict) -> None:
     path = write_checkpoint("llama", tmp_path / "llama")
