@@ -17,9 +17,14 @@ from replicas.models.memory import kv_bytes_per_token, weight_bytes_per_rank
 from replicas.models.weight_units import weight_units
 from tests.support.tiny_models import TINY_NAMES
 
+# The odd one has a feed-forward width that no group of ranks can share.
+SPLIT = [name for name in TINY_NAMES if name != "gpt2_odd"]
 
-@pytest.mark.parametrize("name", TINY_NAMES)
-@pytest.mark.parametrize(("tp_size", "dtype"), [(1, "float32"), (4, "bfloat16")])
+
+@pytest.mark.parametrize(
+    ("name", "tp_size", "dtype"),
+    [(name, 1, "float32") for name in TINY_NAMES] + [(name, 4, "bfloat16") for name in SPLIT],
+)
 def test_planned_bytes_are_loaded_bytes(
     checkpoint: Callable[[str], Path], name: str, tp_size: int, dtype: str
 ) -> None:
