@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from cluster.base.errors import ConfigError
+from cluster.dist.lone_group import ensure_lone_group
 from replicas.models.hf_config import arch_from_hf
 from tests.support.stepping import Stepper
 from tests.support.tiny_models import (
@@ -29,24 +30,17 @@ Checkpoint = Callable[[str], Path]
 
 
 @pytest.fixture
-def deepspeed_moe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """DeepSpeed's layer class, in a group of one process."""
-    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+def deepspeed_moe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """DeepSpeed's layer class, in the group of one that ZeRO-3 has in a process too."""
     layer = pytest.importorskip("deepspeed.moe.layer", reason="DeepSpeed is the oracle")
     comm, groups = sys.modules["deepspeed.comm.comm"], sys.modules["deepspeed.utils.groups"]
     # Its shared-memory collectives would be compiled first, for minutes.
     monkeypatch.setattr(sys.modules["deepspeed.comm.torch"], "build_shm_op", lambda: None)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
+    ensure_lone_group()
     comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     yield layer.MoE
     groups._EXPERT_PARALLEL_GROUP.clear()
     groups._EXPERT_DATA_PARALLEL_GROUP.clear()
-    comm.cdb = None
-    torch.distributed.destroy_process_group()
 
 
 class _Mlp(nn.Module):
