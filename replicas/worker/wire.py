@@ -7,6 +7,7 @@ contract, so malformed bytes raise here and nowhere deeper.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
@@ -45,6 +46,7 @@ _gathering_decoder = msgspec.msgpack.Decoder(Gathering)
 _gathered_decoder = msgspec.msgpack.Decoder(Gathered)
 
 Message = SchedulerOutput | RankStep | StepOutput | Hello | Fault | Gathering | Gathered
+_Message = TypeVar("_Message")
 
 
 def encode(value: Message) -> bytes:
@@ -58,55 +60,43 @@ def decode_plan(payload: bytes | bytearray | memoryview) -> SchedulerOutput:
     Raises:
         InternalError: the bytes are not a plan.
     """
-    try:
-        return _plan_decoder.decode(payload)
-    except msgspec.MsgspecError as error:
-        raise InternalError(f"A step plan could not be read: {error}.") from error
+    return _decoded(_plan_decoder, payload, "A step plan")
 
 
 def decode_rank_step(payload: bytes | bytearray | memoryview) -> RankStep:
     """Inverse of `encode` for a rank's part of a lock-step; raises InternalError on bad bytes."""
-    try:
-        return _rank_step_decoder.decode(payload)
-    except msgspec.MsgspecError as error:
-        raise InternalError(f"A lock-step could not be read: {error}.") from error
+    return _decoded(_rank_step_decoder, payload, "A lock-step")
 
 
 def decode_result(payload: bytes | bytearray | memoryview) -> StepOutput:
     """Inverse of `encode` for a result; raises InternalError on bad bytes."""
-    try:
-        return _result_decoder.decode(payload)
-    except msgspec.MsgspecError as error:
-        raise InternalError(f"A step result could not be read: {error}.") from error
+    return _decoded(_result_decoder, payload, "A step result")
 
 
 def decode_hello(payload: bytes | bytearray | memoryview) -> Hello:
     """Inverse of `encode` for a hello; raises InternalError on bad bytes."""
-    try:
-        return _hello_decoder.decode(payload)
-    except msgspec.MsgspecError as error:
-        raise InternalError(f"A worker's hello could not be read: {error}.") from error
+    return _decoded(_hello_decoder, payload, "A worker's hello")
 
 
 def decode_fault(payload: bytes | bytearray | memoryview) -> Fault:
     """Inverse of `encode` for a fault; raises InternalError on bad bytes."""
-    try:
-        return _fault_decoder.decode(payload)
-    except msgspec.MsgspecError as error:
-        raise InternalError(f"A worker's fault report could not be read: {error}.") from error
+    return _decoded(_fault_decoder, payload, "A worker's fault report")
 
 
 def decode_gathering(payload: bytes | bytearray | memoryview) -> Gathering:
     """Inverse of `encode` for a gathering; raises InternalError on bad bytes."""
-    try:
-        return _gathering_decoder.decode(payload)
-    except msgspec.MsgspecError as error:
-        raise InternalError(f"A call to gather could not be read: {error}.") from error
+    return _decoded(_gathering_decoder, payload, "A call to gather")
 
 
 def decode_gathered(payload: bytes | bytearray | memoryview) -> Gathered:
     """Inverse of `encode` for the answer to a gathering; raises InternalError on bad bytes."""
+    return _decoded(_gathered_decoder, payload, "An answer of a gathering")
+
+
+def _decoded(
+    decoder: msgspec.msgpack.Decoder[_Message], payload: bytes | bytearray | memoryview, what: str
+) -> _Message:
     try:
-        return _gathered_decoder.decode(payload)
+        return decoder.decode(payload)
     except msgspec.MsgspecError as error:
-        raise InternalError(f"An answer of a gathering could not be read: {error}.") from error
+        raise InternalError(f"{what} could not be read: {error}.") from error
