@@ -3,13 +3,19 @@
 import grpc
 import openai
 import pytest
-import torch
 import transformers
 
 from router.proto import penstock_pb2 as pb
 from router.proto import penstock_pb2_grpc as pb_grpc
 from tests.e2e.conftest import MODEL, penstock, start_cluster, stop_cluster
 from tests.support.foreign_models import write_foreign
+from tests.support.greedy_answers import (
+    NUM_TOKENS,
+    PROMPTS,
+    check_texts_over_http,
+    check_tokens_over_grpc,
+    transformers_answers,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -39,8 +45,6 @@ models:
     kv_cache: {{memory: 1MiB}}
     limits: {{max_context: 128, max_step_tokens: 64, max_running_requests: 4}}
 """
-PROMPTS = ("def ", "import os\n\n\nclass Reader:\n", "for name in names:\n    ")
-NUM_TOKENS = 16
 
 
 @pytest.fixture(scope="module")
@@ -61,60 +65,15 @@ def write_foreign_demo(folder) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def expected(path=MODEL) -> dict:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    answers = {}
-    for prompt in PROMPTS:
-        inputs = tokenizer(prompt, return_tensors="pt")
-        output = model.generate(
-            **inputs, do_sample=False, max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS
-        )
-        tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
-        answers[prompt] = tokens, tokenizer.decode(tokens, skip_special_tokens=True)
-    return answers
-
-
 def test_answers_of_a_streamed_model_equal_transformers(cluster):
-    answers = expected()
-    sampling = pb.SamplingOptions(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    with grpc.insecure_channel(cluster.grpc) as channel:
-        stub = pb_grpc.PenstockStub(channel)
-        calls = {
-            prompt: stub.Generate(
-                pb.GenerateRequest(model="demo-dense", text=prompt, sampling=sampling), timeout=60
-            )
-            for prompt in PROMPTS
-        }
-        for prompt, call in calls.items():
-            tokens = [token for piece in call for token in piece.token_ids]
-            assert tokens == answers[prompt][0]
-    with openai.OpenAI(base_url=f"{cluster.http}/v1", api_key="none", max_retries=0) as client:
-        for prompt in PROMPTS:
-            answer = client.completions.create(
-                model="demo-dense",
-                prompt=prompt,
-                temperature=0,
-                max_tokens=NUM_TOKENS,
-                extra_body={"ignore_eos": True},
-            )
-            assert answer.choices[0].text == answers[prompt][1]
+    answers = transformers_answers(MODEL)
+    check_tokens_over_grpc(cluster.grpc, "demo-dense", answers)
+    check_texts_over_http(cluster.http, "demo-dense", answers)
 
 
 def test_a_model_that_transformers_computes_answers_as_transformers_does(cluster):
-    answers = expected(cluster.log.parent / "foreign")
-    sampling = pb.SamplingOptions(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    with grpc.insecure_channel(cluster.grpc) as channel:
-        stub = pb_grpc.PenstockStub(channel)
-        calls = {
-            prompt: stub.Generate(
-                pb.GenerateRequest(model="foreign", text=prompt, sampling=sampling), timeout=60
-            )
-            for prompt in PROMPTS
-        }
-        for prompt, call in calls.items():
-            tokens = [token for piece in call for token in piece.token_ids]
-            assert tokens == answers[prompt][0]
+    answers = transformers_answers(cluster.log.parent / "foreign")
+    check_tokens_over_grpc(cluster.grpc, "foreign", answers)
     with openai.OpenAI(base_url=f"{cluster.http}/v1", api_key="none", max_retries=0) as client:
         answer = client.completions.create(
             model="foreign", prompt=PROMPTS[0], max_tokens=8, seed=3, logprobs=2
