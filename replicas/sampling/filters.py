@@ -4,6 +4,9 @@ Order: temperature, top-k, top-p, min-p (transformers' order). Rows are independ
 keeps depends on that row alone, whatever else is in the batch. Probabilities stay unnormalised
 after filtering, because the draw scales its target by their sum. Ties at the top-p boundary go to
 the lower token id, ties at the top-k boundary are all kept (as in transformers and vLLM).
+
+On an accelerator nothing here waits for a result: what the CPU computes only where a look at the
+numbers says it is needed is computed there for every row.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from replicas.kernels.uploads import on_device
 from replicas.sampling.params_batch import ParamsBatch
 from replicas.sampling.ragged import IntArray
 from replicas.sampling.random import Float64Array
@@ -79,9 +83,11 @@ def draw(probs_RV: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
     local_R1 = hits_RB.byte().argmax(dim=-1, keepdim=True)
     missed_R = ~hits_RB.gather(1, local_R1).squeeze(1)
     tokens_R = token_ids_RB.gather(1, local_R1).squeeze(1)
+    # Missed: block sum and running sum round differently, and the target fell behind the block's
+    # last positive token (or into a block of zeros at the very end). Then that token is it.
+    if not _on_cpu(probs_RV):
+        return torch.where(missed_R, _last_positive(probs_RV, block_R1), tokens_R)
     if bool(missed_R.any()):
-        # Block sum and running sum round differently: the target fell behind the block's last
-        # positive token (or into a block of zeros at the very end), so that token is it.
         tokens_R[missed_R] = _last_positive(probs_RV[missed_R], block_R1[missed_R])
     return tokens_R
 
@@ -94,13 +100,13 @@ def divisors(temperature: Float64Array) -> npt.NDArray[np.float32]:
 def _scale(logits_RV: torch.Tensor, peak_R: torch.Tensor, temperature: np.ndarray) -> torch.Tensor:
     # Peak first: then a tiny temperature drives losers to -inf instead of winners to +inf.
     scaled_RV = logits_RV - peak_R.unsqueeze(1)
-    return scaled_RV.div_(torch.from_numpy(divisors(temperature)).to(logits_RV.device).unsqueeze(1))
+    return scaled_RV.div_(on_device(divisors(temperature), logits_RV.device).unsqueeze(1))
 
 
 def _mask_top_k(scaled_RV: torch.Tensor, rows: IntArray, top_k: IntArray) -> None:
     part_KV = _take(scaled_RV, rows)
     largest_KK = part_KV.topk(int(top_k.max()), dim=-1).values
-    last = torch.from_numpy(top_k - 1).to(scaled_RV.device).unsqueeze(1)
+    last = on_device(top_k - 1, scaled_RV.device).unsqueeze(1)
     part_KV.masked_fill_(part_KV < largest_KK.gather(1, last), -torch.inf)
     _put(scaled_RV, rows, part_KV)
 
@@ -108,7 +114,31 @@ def _mask_top_k(scaled_RV: torch.Tensor, rows: IntArray, top_k: IntArray) -> Non
 def _zero_top_p(probs_RV: torch.Tensor, rows: IntArray, top_p: np.ndarray) -> None:
     """Keep the smallest set of most likely tokens whose mass reaches top_p (Holtzman 2020)."""
     part_KV = _take(probs_RV, rows)
-    top_p_K1 = torch.from_numpy(top_p).to(probs_RV.device).unsqueeze(1)
+    top_p_K1 = on_device(top_p, probs_RV.device).unsqueeze(1)
+    edge = _edge_by_candidates if _on_cpu(probs_RV) else _edge_by_sorting
+    cutoff_K1, num_kept_K = edge(part_KV, top_p_K1)
+    dropped_KV = part_KV < cutoff_K1
+    if not _on_cpu(probs_RV):
+        dropped_KV |= _excess_ties(part_KV, cutoff_K1, num_kept_K)
+    else:
+        tied_K = part_KV.shape[1] - dropped_KV.count_nonzero(dim=-1) > num_kept_K
+        if bool(tied_K.any()):
+            ties_SV = _excess_ties(part_KV[tied_K], cutoff_K1[tied_K], num_kept_K[tied_K])
+            dropped_KV[tied_K] |= ties_SV
+    part_KV.masked_fill_(dropped_KV, 0.0)
+    _put(probs_RV, rows, part_KV)
+
+
+def _edge_by_sorting(
+    part_KV: torch.Tensor, top_p_K1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _nucleus_edge(_sorted(part_KV), top_p_K1)
+
+
+def _edge_by_candidates(
+    part_KV: torch.Tensor, top_p_K1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As by sorting, which is done only for rows where the candidates fall short."""
     vocab_size = part_KV.shape[1]
     candidates_KC = part_KV.topk(min(_TOP_P_CANDIDATES, vocab_size), dim=-1).values
     cutoff_K1, num_kept_K = _nucleus_edge(candidates_KC, top_p_K1)
@@ -118,12 +148,7 @@ def _zero_top_p(probs_RV: torch.Tensor, rows: IntArray, top_p: np.ndarray) -> No
         if bool(short_K.any()):
             whole_SV = _sorted(part_KV[short_K])
             cutoff_K1[short_K], num_kept_K[short_K] = _nucleus_edge(whole_SV, top_p_K1[short_K])
-    dropped_KV = part_KV < cutoff_K1
-    tied_K = vocab_size - dropped_KV.count_nonzero(dim=-1) > num_kept_K
-    if bool(tied_K.any()):
-        dropped_KV[tied_K] |= _excess_ties(part_KV[tied_K], cutoff_K1[tied_K], num_kept_K[tied_K])
-    part_KV.masked_fill_(dropped_KV, 0.0)
-    _put(probs_RV, rows, part_KV)
+    return cutoff_K1, num_kept_K
 
 
 def _nucleus_edge(
@@ -150,7 +175,7 @@ def _excess_ties(
 
 def _sorted(values_SV: torch.Tensor) -> torch.Tensor:
     """Each row in descending order."""
-    if values_SV.device.type == "cpu":
+    if _on_cpu(values_SV):
         # numpy sorts floats with vector instructions: a third of torch's time.
         ascending = np.sort(values_SV.numpy(), axis=-1)
         return torch.from_numpy(ascending[:, ::-1].copy())
@@ -160,7 +185,7 @@ def _sorted(values_SV: torch.Tensor) -> torch.Tensor:
 def _zero_min_p(probs_RV: torch.Tensor, rows: IntArray, min_p: np.ndarray) -> None:
     """Drop tokens less likely than min_p times the most likely (Nguyen 2024, arXiv 2407.01082)."""
     part_KV = _take(probs_RV, rows)
-    factor = torch.from_numpy(min_p.astype(np.float32)).to(probs_RV.device).unsqueeze(1)
+    factor = on_device(min_p.astype(np.float32), probs_RV.device).unsqueeze(1)
     part_KV.masked_fill_(part_KV < part_KV.amax(dim=-1, keepdim=True) * factor, 0.0)
     _put(probs_RV, rows, part_KV)
 
@@ -179,17 +204,21 @@ def _block_sums(probs_RV: torch.Tensor) -> torch.Tensor:
 
 def _last_positive(probs_RV: torch.Tensor, block_R1: torch.Tensor) -> torch.Tensor:
     """The last token of positive probability not behind each row's block."""
-    ids_V = torch.arange(probs_RV.shape[1], device=probs_RV.device)
+    ids_V = torch.arange(probs_RV.shape[1], dtype=torch.int32, device=probs_RV.device)
     allowed_RV = (probs_RV > 0) & (ids_V < (block_R1 + 1) * _CDF_BLOCK)
-    return (allowed_RV * ids_V).amax(dim=-1)
+    return (allowed_RV * ids_V).amax(dim=-1).long()
+
+
+def _on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _take(tensor_RV: torch.Tensor, rows: IntArray) -> torch.Tensor:
     if len(rows) == tensor_RV.shape[0]:
         return tensor_RV
-    return tensor_RV[torch.from_numpy(rows).to(tensor_RV.device)]
+    return tensor_RV.index_select(0, on_device(rows, tensor_RV.device))
 
 
 def _put(tensor_RV: torch.Tensor, rows: IntArray, part_KV: torch.Tensor) -> None:
     if part_KV is not tensor_RV:
-        tensor_RV[torch.from_numpy(rows).to(tensor_RV.device)] = part_KV
+        tensor_RV.index_copy_(0, on_device(rows, tensor_RV.device), part_KV)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from replicas.api import TokenLogprob
+from replicas.kernels.uploads import on_device
 from replicas.sampling.ragged import IntArray
 from replicas.sampling.row_groups import row_groups
 
@@ -71,7 +72,7 @@ def _top_ids(logits_RV: torch.Tensor, num_top: int) -> torch.Tensor:
         return torch.empty((len(logits_RV), 0), dtype=torch.int64, device=logits_RV.device)
     values_RK, ids_RK = logits_RV.topk(num_top, dim=-1)
     order = np.lexsort((ids_RK.cpu().numpy(), -values_RK.cpu().numpy()), axis=-1)
-    ids_RK = ids_RK.gather(1, torch.from_numpy(order).to(ids_RK.device))
+    ids_RK = ids_RK.gather(1, on_device(order, ids_RK.device))
     num_reaching_R = (logits_RV >= values_RK[:, -1:]).count_nonzero(dim=-1)
     tied_R = num_reaching_R > num_top
     if bool(tied_R.any()):

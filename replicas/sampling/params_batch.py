@@ -36,6 +36,7 @@ _COLUMNS = np.dtype(
         ("logprobs", np.int64),
         ("prompt_logprobs", np.int64),
         ("is_plain_greedy", np.bool_),
+        ("defers", np.bool_),
     ]
 )
 
@@ -81,6 +82,7 @@ class ParamsTable:
             _OFF if params.logprobs is None else params.logprobs,
             _OFF if params.prompt_logprobs is None else params.prompt_logprobs,
             _is_plain_greedy(params),
+            _defers(params),
         )
         if params.logit_bias:
             ids, values = zip(*params.logit_bias, strict=True)
@@ -92,6 +94,11 @@ class ParamsTable:
         """Forget what `slot` held."""
         self._logit_bias.pop(slot, None)
         self._min_token_ids.pop(slot, None)
+
+    def defers(self, slots_R: IntArray) -> bool:
+        """Whether all of these rows can be sampled without the tokens before and without a look at
+        the result: no penalties on the history, no logprobs."""
+        return bool(self._columns["defers"][slots_R].all())
 
     def prompt_logprobs(self, slots_R: IntArray) -> IntArray:
         """Alternatives wanted per prompt position; -1 where prompt logprobs are off."""
@@ -197,6 +204,16 @@ class ParamsBatch:
             self.columns_R["choice_index"][rows],
             self.num_tokens_R[rows],
         )
+
+
+def _defers(params: SamplingParams) -> bool:
+    return (
+        params.repetition_penalty == 1.0
+        and params.presence_penalty == params.frequency_penalty == 0.0
+        and not params.no_repeat_ngram_size
+        and params.logprobs is None
+        and params.prompt_logprobs is None
+    )
 
 
 def _is_plain_greedy(params: SamplingParams) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from replicas.kernels.uploads import on_device
 from replicas.sampling.params_batch import ParamsBatch
 from replicas.sampling.ragged import IntArray
 
@@ -105,4 +106,4 @@ def _mask(out_RV: torch.Tensor, rows: IntArray, token_ids: list[IntArray]) -> No
 
 
 def _on(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(array).to(like.device)
+    return on_device(array, like.device)

@@ -16,6 +16,7 @@ import torch
 
 from replicas.api import TokenLogprob
 from replicas.kernels.cpu_draws import WISHES
+from replicas.kernels.uploads import on_device
 from replicas.sampling.filters import divisors, draw, filtered_probs
 from replicas.sampling.logprobs import token_logprobs
 from replicas.sampling.params_batch import ParamsBatch
@@ -25,6 +26,8 @@ from replicas.sampling.row_groups import row_groups
 
 NOT_FINITE = "The model produced logits that are not finite (NaN or infinity)."
 NOTHING_LEFT = "Bias, penalties and minimum length of the request exclude every token."
+_REASONS = {-1: NOT_FINITE, -2: NOTHING_LEFT}
+"""What stands in the place of a token that could not be sampled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +83,31 @@ class Sampler:
         rows = range(len(batch))
         return [self.sample(logits_RV[row : row + 1], batch.row(row))[0] for row in rows]
 
+    def launch(self, logits_RV: torch.Tensor, batch: ParamsBatch) -> torch.Tensor:
+        """The same tokens without waiting for them, on the logits' device; see `told`.
+
+        Args:
+            logits_RV: raw logits, fp32; not changed.
+            batch: one that `defers` is true of.
+
+        Returns:
+            (R,) int64; below 0 for a row that cannot be sampled.
+        """
+        changed_RV = apply_penalties(logits_RV, batch)
+        tokens_R, peak_R = self._tokens_and_peaks(changed_RV, batch)
+        reason_R = torch.full_like(tokens_R, -1)
+        if changed_RV is not logits_RV:
+            reason_R = torch.where(logits_RV.amax(dim=-1).isfinite(), -2, reason_R)
+        return torch.where(peak_R.isfinite(), tokens_R, reason_R)
+
+    @staticmethod
+    def told(tokens_R: IntArray) -> list[SampledRow]:
+        """What `launch` gave, when it is on the host."""
+        return [
+            SampledRow(error=_REASONS[token_id]) if token_id < 0 else SampledRow(token_id=token_id)
+            for token_id in tokens_R.tolist()
+        ]
+
     def _sample_batch(self, logits_RV: torch.Tensor, batch: ParamsBatch) -> list[SampledRow]:
         if batch.is_plain_greedy and logits_RV.device.type == "cpu":
             logits = logits_RV.numpy()
@@ -87,13 +115,7 @@ class Sampler:
             if np.isfinite(logits[np.arange(len(tokens)), tokens]).all():
                 return [SampledRow(token_id=token_id) for token_id in tokens.tolist()]
         changed_RV = apply_penalties(logits_RV, batch)
-        # The maximum shows a NaN, a +inf or a row of nothing but -inf, all in one pass.
-        if (batch.column("temperature") > 0.0).any():
-            peak_R = changed_RV.amax(dim=-1)
-            tokens_R = self._pick(changed_RV, peak_R, batch)
-        else:  # the same pass finds the tokens; a row's first NaN counts as its largest entry
-            tokens_R = _argmax(changed_RV)
-            peak_R = changed_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
+        tokens_R, peak_R = self._tokens_and_peaks(changed_RV, batch)
         errors = self._errors(logits_RV, changed_RV, peak_R)
         logprobs = self._logprobs(logits_RV, tokens_R, batch, errors)
         return [
@@ -102,6 +124,18 @@ class Sampler:
             else SampledRow(token_id=token_id, logprob=logprobs.get(row))
             for row, token_id in enumerate(tokens_R.tolist())
         ]
+
+    def _tokens_and_peaks(
+        self, changed_RV: torch.Tensor, batch: ParamsBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's token and largest logit; the token is only good when that is finite."""
+        # The maximum shows a NaN, a +inf or a row of nothing but -inf, all in one pass.
+        if (batch.column("temperature") > 0.0).any():
+            peak_R = changed_RV.amax(dim=-1)
+            return self._pick(changed_RV, peak_R, batch), peak_R
+        # The same pass finds the tokens; a row's first NaN counts as its largest entry.
+        tokens_R = _argmax(changed_RV)
+        return tokens_R, changed_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
 
     def _pick(
         self, changed_RV: torch.Tensor, peak_R: torch.Tensor, batch: ParamsBatch
@@ -115,10 +149,11 @@ class Sampler:
             random_rows = self._draw_compiled(self._draws, changed_RV, peak_R, batch, tokens_R)
         for part in row_groups(changed_RV, len(random_rows)):
             rows = random_rows[part]
-            index = torch.from_numpy(rows).to(changed_RV.device)
-            uniform = torch.from_numpy(batch.uniforms(rows)).to(changed_RV.device)
-            probs_KV = filtered_probs(changed_RV[index], peak_R[index], batch, rows)
-            tokens_R[index] = draw(probs_KV, uniform)
+            index = on_device(rows, changed_RV.device)
+            uniform = on_device(batch.uniforms(rows), changed_RV.device)
+            logits_KV = changed_RV.index_select(0, index)
+            probs_KV = filtered_probs(logits_KV, peak_R.index_select(0, index), batch, rows)
+            tokens_R.index_copy_(0, index, draw(probs_KV, uniform))
         return tokens_R
 
     def _draw_compiled(
@@ -167,7 +202,7 @@ class Sampler:
         rows = batch.where(asked)
         if not rows.size:
             return {}
-        index = torch.from_numpy(rows).to(logits_RV.device)
+        index = on_device(rows, logits_RV.device)
         scored = token_logprobs(logits_RV[index], tokens_R[index], batch.ints("logprobs", rows))
         return dict(zip(rows.tolist(), scored, strict=True))
 

@@ -21,7 +21,7 @@ from replicas.models.decoder import DecoderModel
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.registry import build_model
 from replicas.worker.decode_graphs import GraphedModel, GraphLimits
-from replicas.worker.device import GraphRecorder
+from replicas.worker.device import GraphRecorder, async_device
 from replicas.worker.kv_tensors import KvCacheSpec, allocate_kv_caches
 from replicas.worker.model_runner import ModelRunner
 
@@ -138,6 +138,7 @@ def build_runner(  # noqa: PLR0913 - where a rank is put together
         max_context=spec.max_context,
         is_output_rank=communicator.rank == 0,
         clock=time.perf_counter,
+        device=async_device(device),
     )
 
 

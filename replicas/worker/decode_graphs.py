@@ -139,6 +139,11 @@ class GraphedModel:
         """Buckets that can be replayed."""
         return len(self._captured)
 
+    @property
+    def wants_to_settle(self) -> bool:
+        """Whether a step has missed a bucket that `settle` will capture."""
+        return bool(self._wanted)
+
     def forward(
         self,
         batch: ForwardBatch,

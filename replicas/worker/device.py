@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from cluster.base.errors import ConfigError, DeviceOutOfMemoryError
+from cluster.base.errors import ConfigError, DeviceOutOfMemoryError, InternalError
+from replicas.worker.pending_step import Mark
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
@@ -92,6 +93,47 @@ def synchronize(device: torch.device) -> None:
     """Wait until `device` has done everything it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def async_device(device: torch.device) -> CudaDevice | None:
+    """How to run ahead of `device`; None where it computes when it is asked to."""
+    return CudaDevice() if device.type == "cuda" else None
+
+
+class CudaMark:
+    """Implements `pending_step.Mark` by an event on the current stream."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    @property
+    def is_done(self) -> bool:
+        """Asks, never waits."""
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        """See `Mark.wait`."""
+        self._event.synchronize()
+
+    def seconds_since(self, earlier: Mark) -> float:
+        """See `Mark.seconds_since`."""
+        if not isinstance(earlier, CudaMark):
+            raise InternalError("Marks of two kinds of devices have no time between them.")
+        return float(earlier._event.elapsed_time(self._event)) / 1e3
+
+
+class CudaDevice:
+    """Implements `pending_step.AsyncDevice` for the current stream of the current CUDA device."""
+
+    def mark(self) -> Mark:
+        """See `AsyncDevice.mark`."""
+        return CudaMark()
+
+    def read_back(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `AsyncDevice.read_back`; pinned, for else the copy would be waited for."""
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
 
 
 class GraphRecorder:

@@ -101,6 +101,12 @@ class FrameSocket:
             raise ConnectionError(f"not a frame: kind {kind}, {length} bytes")
         return FrameKind(kind), self._read(length, deadline_s)
 
+    def is_readable(self) -> bool:
+        """Whether bytes, or the peer's end, are there; never waits."""
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLIN)
+        return bool(self._unread) or bool(poll.poll(0))
+
     def skip(self, kind: FrameKind) -> bool:
         """Take an empty frame of this kind off the socket if it comes next; never waits."""
         header = _HEADER.pack(0, kind)

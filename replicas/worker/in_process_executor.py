@@ -1,7 +1,8 @@
 """The executor of a single rank in the caller's own process: tests, benchmarks, offline use.
 
-The step runs inside `collect`, on the caller's thread, so its timeout cannot be kept; everything
-else is as `replicas.engine.executor.Executor` says.
+A step is launched by `submit` where the runner runs ahead, else it runs inside `collect`; on the
+caller's thread, so that a timeout cannot be kept. Everything else is as
+`replicas.engine.executor.Executor` says.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import deque
 from cluster.base.errors import InternalError, WorkerDiedError
 from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
 from replicas.worker.model_runner import ModelRunner
+from replicas.worker.pending_step import LaunchedStep
 
 
 class InProcessExecutor:
@@ -18,21 +20,22 @@ class InProcessExecutor:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
-        self._submitted: deque[SchedulerOutput] = deque()
+        self._submitted: deque[SchedulerOutput | LaunchedStep] = deque()
         self._closed = False
 
     def submit(self, plan: SchedulerOutput) -> None:
-        """Queue a step.
+        """Queue a step, or launch it.
 
         Raises:
             WorkerDiedError: the executor is closed.
+            PenstockError: see `ModelRunner.launch`.
         """
         if self._closed:
             raise WorkerDiedError("The executor is closed.")
-        self._submitted.append(plan)
+        self._submitted.append(self._runner.launch(plan) if self._runner.runs_ahead else plan)
 
     def poll(self, timeout_s: float) -> bool:
-        """Whether a step was submitted: it runs when it is collected, so waiting gains nothing.
+        """Whether a step was submitted: `collect` is where it is waited for.
 
         Raises:
             WorkerDiedError: the executor is closed.
@@ -42,7 +45,7 @@ class InProcessExecutor:
         return bool(self._submitted)
 
     def collect(self, timeout_s: float) -> StepOutput:
-        """Run the oldest queued step; `timeout_s` is not kept.
+        """See the oldest step to its end; `timeout_s` is not kept.
 
         Raises:
             WorkerDiedError: the executor is closed.
@@ -52,7 +55,10 @@ class InProcessExecutor:
             raise WorkerDiedError("The executor is closed.")
         if not self._submitted:
             raise InternalError("There is no submitted step to collect.")
-        return self._runner.execute(self._submitted.popleft())
+        step = self._submitted.popleft()
+        if isinstance(step, LaunchedStep):
+            return self._runner.finish(step)
+        return self._runner.execute(step)
 
     def close(self) -> None:
         """Drop what was not run; safe to call twice."""

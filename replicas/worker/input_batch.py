@@ -14,8 +14,10 @@ import torch
 from cluster.base.errors import InternalError
 from replicas.attention.backend import AttentionMetadata
 from replicas.engine.scheduler_output import SchedulerOutput
+from replicas.kernels.uploads import on_device
 from replicas.models.decoder import ForwardBatch
 from replicas.sampling.ragged import IntArray, ragged_ranges
+from replicas.worker.pending_step import DeviceTokens
 from replicas.worker.request_rows import RequestRows
 
 
@@ -64,9 +66,16 @@ _NO_SCORING = PromptScoring(request=_NONE, hidden_row=_NONE, token_id=_NONE, num
 
 
 def build_step_input(
-    plan: SchedulerOutput, rows: RequestRows, block_size: int, device: torch.device
+    plan: SchedulerOutput,
+    rows: RequestRows,
+    block_size: int,
+    device: torch.device,
+    newest: DeviceTokens | None = None,
 ) -> StepInput:
     """Tensors of a step with at least one request; `rows` must have the plan applied.
+
+    Args:
+        newest: where tokens are that the rows do not know yet; None: they know all.
 
     Raises:
         InternalError: the plan reaches beyond a row's known tokens or blocks, or samples in the
@@ -90,16 +99,20 @@ def build_step_input(
     attention = AttentionMetadata(
         query_start=tuple(query_start.tolist()),
         seq_lens=tuple(seq_lens.tolist()),
-        query_start_R1=torch.from_numpy(query_start).to(device),
-        seq_lens_R=torch.from_numpy(seq_lens).to(device),
-        block_tables_RN=torch.from_numpy(rows.block_tables_SN[slots, :num_columns]).to(device),
-        slot_mapping_T=torch.from_numpy(block_T * block_size + positions_T % block_size).to(device),
+        query_start_R1=on_device(query_start, device),
+        seq_lens_R=on_device(seq_lens, device),
+        block_tables_RN=on_device(rows.block_tables_SN[slots, :num_columns], device),
+        slot_mapping_T=on_device(block_T * block_size + positions_T % block_size, device),
     )
     token_ids_T = rows.token_ids_SC[slot_T, positions_T].astype(np.int64)
     return StepInput(
         forward=ForwardBatch(
-            token_ids_T=torch.from_numpy(token_ids_T).to(device),
-            positions_T=torch.from_numpy(positions_T).to(device),
+            token_ids_T=(
+                on_device(token_ids_T, device)
+                if newest is None
+                else newest.filled_in(token_ids_T, slot_T)
+            ),
+            positions_T=on_device(positions_T, device),
             attention=attention,
         ),
         slots=slots,

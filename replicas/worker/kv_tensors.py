@@ -11,9 +11,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from replicas.kernels.memory import HugePages
+from replicas.kernels.uploads import on_device
 from replicas.worker.device import out_of_memory_as_error
 
 
@@ -66,10 +68,9 @@ def copy_blocks(kv_caches: Sequence[torch.Tensor], block_copies: Sequence[tuple[
     """
     for run in _independent_runs(block_copies):
         device = kv_caches[0].device
-        sources = torch.tensor([source for source, _ in run], device=device)
-        targets = torch.tensor([target for _, target in run], device=device)
+        sources, targets = on_device(np.array(run, np.int64), device).unbind(1)
         for cache_2NBGP in kv_caches:
-            cache_2NBGP[:, targets] = cache_2NBGP[:, sources]
+            cache_2NBGP.index_copy_(1, targets, cache_2NBGP.index_select(1, sources))
 
 
 def _independent_runs(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from moe.exchange.link_costs import LinkCosts
 from moe.exchange.wire import Combine, Dispatch, WireFormat
 from moe.expert_table import starting_tables
 from moe.spread_experts import SpreadExperts
+from replicas.engine.scheduler_output import StepOutput
 from replicas.layers.weights import ResidentWeights
 from replicas.models.checkpoint import load_unit
 from replicas.models.context import torch_dtype
@@ -96,10 +98,26 @@ class LockstepRank:
         self._read_expert = _expert_reader(plan, runner)
         self._mover = ExpertMover(experts, self._weights, self._read_expert)
         self._scheme = ""
+        self._outputs: deque[StepOutput] = deque()
         self.facts: dict[str, object] = {
             "schemes": [] if groups.place.joins_later else self._schemes(),
             "experts": [dataclasses.asdict(table) for table in experts.tables],
         }
+
+    @property
+    def may_run_ahead(self) -> bool:
+        """A lock-step ends when all ranks have ended it."""
+        return False
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps run and not answered."""
+        return len(self._outputs)
+
+    @property
+    def answer_is_ready(self) -> bool:
+        """Always: `begin` has seen the step to its end."""
+        return True
 
     def leave(self) -> None:
         """Leave all groups; what peers wait for from this rank fails at once. May be repeated."""
@@ -147,8 +165,8 @@ class LockstepRank:
             move_failure=self._mover.failure,
         )
 
-    def execute(self, payload: bytearray, say_nearly_done: Callable[[], None]) -> bytes | None:
-        """Run an encoded lock-step; the encoded answer on a group's first rank, None elsewhere.
+    def begin(self, payload: bytearray, say_nearly_done: Callable[[], None]) -> None:
+        """Run an encoded lock-step, to its end.
 
         `say_nearly_done` goes unused: a step is done when the slowest group is, and no rank knows
         which that will be.
@@ -160,6 +178,11 @@ class LockstepRank:
             output = self._runner.stand_by(step.plan)
         else:
             output = self._runner.execute(step.plan)
+        self._outputs.append(output)
+
+    def answer(self) -> bytes | None:
+        """The encoded answer to the oldest step on a group's first rank, None elsewhere."""
+        output = self._outputs.popleft()
         return wire.encode(output) if self._answers else None
 
     def settle(self) -> None:

@@ -1,41 +1,44 @@
-"""Runs one step of one rank: rows, inputs, forward pass, logits, tokens. Nothing else.
+"""Runs the steps of one rank: rows, inputs, forward pass, logits, tokens. Nothing else.
 
-Charter. The runner owns the rank's rows, KV tensors and pooling sums and calls the model. It
-decides nothing about scheduling, holds no text, opens no sockets, knows no Ray and no family of
-models; features go into the part that owns them (`sampling/`, `input_batch`, `pooling`, ...), not
-in here. Keep this file under 300 lines.
+Charter. The runner owns the rank's rows and KV tensors and calls the model. It decides nothing
+about scheduling, holds no text, opens no sockets, knows no Ray and no family of models; features
+go into the part that owns them (`sampling/`, `input_batch`, ...), not in here. 300 lines at most.
 
 Invariants: every rank makes the same collective calls in the same order for the same plan, so
 what a step computes may depend on plan and rows only. Every rank samples, from equal logits, and
 appends the tokens to its rows: the next plan may be made before they are known. Only the output
 rank answers. A fault of one request ends that request; a fault of the step leaves by exception.
+
+A step has two halves: `launch` gives the device all of its work, `finish` waits for it. On a device
+that computes beside the host, the next step may be launched in between (see `pending_step`);
+elsewhere `launch` does everything.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
+from cluster.base.errors import InternalError
 from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
-from replicas.kernels.select import compiled_draws
 from replicas.layers.weights import WeightProvider
 from replicas.models.decoder import DecoderModel
-from replicas.sampling.acceptance import verdicts
-from replicas.sampling.logprobs import token_logprobs
-from replicas.sampling.sampler import NOT_FINITE, Sampler
 from replicas.worker.decode_graphs import GraphedModel
 from replicas.worker.device import out_of_memory_as_error
-from replicas.worker.input_batch import StepInput, build_step_input
+from replicas.worker.input_batch import build_step_input
 from replicas.worker.kv_tensors import copy_blocks
-from replicas.worker.pooling import PoolingStates
+from replicas.worker.pending_step import (
+    AsyncDevice,
+    DeviceTokens,
+    LaunchedStep,
+    Mark,
+    PendingStep,
+)
+from replicas.worker.prompt_outputs import PromptOutputs
 from replicas.worker.request_rows import RequestRows
+from replicas.worker.row_sampling import RowSampling
 from replicas.worker.step_answers import StepAnswers
-
-# Logits of a long prompt would not fit (4k tokens of a 150k vocabulary are 2.4 GB in fp32).
-_SCORED_ROWS_AT_ONCE = 256
 
 
 class ModelRunner:
@@ -49,6 +52,7 @@ class ModelRunner:
         max_context: most tokens a request may hold.
         is_output_rank: whether this rank answers.
         clock: seconds, monotonic.
+        device: of the caches, where it computes while the host goes on; None: it does not.
     """
 
     def __init__(  # noqa: PLR0913 - where a rank is put together
@@ -61,27 +65,36 @@ class ModelRunner:
         max_context: int,
         is_output_rank: bool,
         clock: Callable[[], float],
+        device: AsyncDevice | None = None,
     ) -> None:
         self._model = model
         self._weights = weights
         self._kv_caches = kv_caches
         self._device = kv_caches[0].device
+        self._async = device
         self._block_size = block_size
         self._is_output_rank = is_output_rank
         self._clock = clock
         self._ended_s: float | None = None
-        self._sampler = Sampler(compiled_draws(model.kernels))
+        self._ended: Mark | None = None
         self._max_context = max_context
         self.forget_rows()
 
     def forget_rows(self) -> None:
-        """Drop all live requests; what is in the cache stays."""
-        self._pooling = PoolingStates()
+        """Drop all live requests, steps in flight too; what is in the cache stays."""
+        self._in_flight: list[LaunchedStep] = []
+        self._newest = DeviceTokens(self._device) if self._async else None
+        self._prompts = PromptOutputs(
+            self._model, self._weights, is_output_rank=self._is_output_rank
+        )
         self._rows = RequestRows(
             vocab_size=self._model.arch.vocab_size,
             max_context=self._max_context,
             block_size=self._block_size,
             wants_logprobs=self._is_output_rank,
+        )
+        self._sampling = RowSampling(
+            self._model, self._weights, self._rows, is_output_rank=self._is_output_rank
         )
 
     @property
@@ -100,9 +113,19 @@ class ModelRunner:
         return len(self._rows)
 
     @property
+    def runs_ahead(self) -> bool:
+        """Whether it is of use to launch a step before the one ahead of it is finished."""
+        return self._async is not None
+
+    @property
     def replays_decodes(self) -> bool:
         """Whether decode steps of some size are replayed from a captured graph."""
         return isinstance(self._model, GraphedModel) and self._model.num_captured > 0
+
+    @property
+    def wants_to_settle(self) -> bool:
+        """Whether `settle` has something to do; the same on every rank after the same step."""
+        return isinstance(self._model, GraphedModel) and self._model.wants_to_settle
 
     @torch.inference_mode()
     def settle(self) -> None:
@@ -110,53 +133,56 @@ class ModelRunner:
         if isinstance(self._model, GraphedModel):
             self._model.settle()
 
-    @torch.inference_mode()
     def execute(
         self, plan: SchedulerOutput, on_nearly_done: Callable[[], None] | None = None
     ) -> StepOutput:
-        """Run one step; plans come in the order the scheduler made them.
+        """Run one step, both halves; see `launch` and `finish`."""
+        return self.finish(self.launch(plan, on_nearly_done))
+
+    @torch.inference_mode()
+    def launch(
+        self, plan: SchedulerOutput, on_nearly_done: Callable[[], None] | None = None
+    ) -> LaunchedStep:
+        """Begin one step; plans come in the order the scheduler made them.
+
+        At most one step may be unfinished. Waits for nothing where the device computes beside the
+        host and the step needs no look at its numbers; else it sees the step ahead to its end and
+        then does all of this one.
 
         Args:
-            on_nearly_done: called when the layers are computed and sampling begins.
-
-        On a device the time of the forward pass shows up where the host first waits for it,
-        which is under `sample`.
-
-        Returns:
-            Results on the output rank; on other ranks an output without results.
+            on_nearly_done: called when the layers are computed, if the host is not ahead of them.
 
         Raises:
             InternalError: the plan contradicts what this rank knows.
             DeviceOutOfMemoryError: the device ran out of memory.
             CollectiveTimeoutError, WorkerDiedError: a peer is late or gone.
         """
+        if len(self._in_flight) > 1:
+            raise InternalError("Two steps are in flight and a third one is launched.")
         started_s = self._clock()
-        idle_s = started_s - (self._ended_s or started_s)
         self._apply(plan)
-        if not plan.keys:
-            self._ended_s = self._clock()
-            return StepOutput(step=plan.step, duration_s=self._ended_s - started_s, idle_s=idle_s)
-        inputs = build_step_input(plan, self._rows, self._block_size, self._device)
-        built_s = self._clock()
-        with out_of_memory_as_error("running a step"):
-            hidden_TD = self._model.forward(inputs.forward, self._weights, self._kv_caches)
-            computed_s = self._clock()
-            if on_nearly_done is not None:
-                on_nearly_done()
-            answers = self._answer(plan, inputs, hidden_TD)
-        self._ended_s = ended_s = self._clock()
-        return StepOutput(
-            step=plan.step,
-            results=answers.results(),
-            duration_s=ended_s - started_s,
-            sign_s=ended_s - computed_s if on_nearly_done is not None else 0.0,
-            idle_s=idle_s,
-            timings_s={
-                "input_build": built_s - started_s,
-                "forward": computed_s - built_s,
-                "sample": ended_s - computed_s,
-            },
-        )
+        if self._async and self._newest and plan.keys and self._needs_no_look(plan):
+            step = LaunchedStep(pending=self._give(plan, self._async, self._newest, started_s))
+        else:
+            for ahead in self._in_flight:
+                self._complete(ahead)
+            step = LaunchedStep(output=self._run(plan, started_s, on_nearly_done))
+        self._in_flight.append(step)
+        return step
+
+    @torch.inference_mode()
+    def finish(self, step: LaunchedStep) -> StepOutput:
+        """Wait for the oldest step launched and not finished.
+
+        Returns:
+            Results on the output rank; on other ranks an output without results.
+
+        Raises:
+            InternalError: it is not the oldest.
+        """
+        if not self._in_flight or self._in_flight.pop(0) is not step:
+            raise InternalError("Steps are finished in the order of their launch.")
+        return self._complete(step)
 
     @torch.inference_mode()
     def stand_by(self, plan: SchedulerOutput) -> StepOutput:
@@ -172,99 +198,102 @@ class ModelRunner:
 
     def _apply(self, plan: SchedulerOutput) -> None:
         for key in plan.finished_keys:
-            self._pooling.forget(key)
+            self._prompts.forget(key)
         self._rows.apply(plan)
         if plan.block_copies:
             copy_blocks(self._kv_caches, plan.block_copies)
 
-    def _answer(
-        self, plan: SchedulerOutput, inputs: StepInput, hidden_TD: torch.Tensor
-    ) -> StepAnswers:
-        answers = StepAnswers()
-        if self._is_output_rank and self._rows.has_errors:
-            for key in plan.keys:
-                if error := self._rows.error_of(key):
-                    answers.fail(key, error)
-        self._score_prompts(plan, inputs, hidden_TD, answers)
-        self._sample(plan, inputs, hidden_TD, answers)
-        if self._is_output_rank and self._rows.pooling:
-            self._pool(plan, inputs, hidden_TD, answers)
-        return answers
+    def _needs_no_look(self, plan: SchedulerOutput) -> bool:
+        """Whether the device can do the whole step without the host reading a number of it."""
+        if plan.draft_token_ids or self._rows.pooling:
+            return False
+        return self._rows.defers(self._rows.slots(plan.keys))
 
-    def _sample(
+    def _give(
         self,
         plan: SchedulerOutput,
-        inputs: StepInput,
-        hidden_TD: torch.Tensor,
-        answers: StepAnswers,
-    ) -> None:
-        sampling, rows = inputs.sampling, inputs.sampled
-        if not sampling.size:
-            return
-        # Of a step of decodes all rows are wanted, in order.
-        if len(rows.hidden_row) < len(hidden_TD):
-            hidden_TD = hidden_TD[torch.from_numpy(rows.hidden_row).to(self._device)]
-        logits_RV = self._model.logits(hidden_TD, self._weights)
-        batch = self._rows.sampling_batch(inputs.slots[rows.request], rows.position)
-        indices = sampling.tolist()
-        drafts = [plan.draft(index) for index in indices] if plan.draft_token_ids else ()
-        found = list(verdicts(drafts, self._sampler.sample(logits_RV, batch)))
-        self._rows.append_sampled(
-            inputs.slots[sampling],
-            [verdict[-1].token_id for verdict in found],
-            np.array([len(verdict) - 1 for verdict in found], np.int64),
+        device: AsyncDevice,
+        newest: DeviceTokens,
+        started_s: float,
+    ) -> PendingStep:
+        """Enqueue a whole step; nothing here may wait for the device."""
+        began = device.mark()
+        inputs = build_step_input(plan, self._rows, self._block_size, self._device, newest)
+        built_s = self._clock()
+        with out_of_memory_as_error("launching a step"):
+            hidden_TD = self._model.forward(inputs.forward, self._weights, self._kv_caches)
+            tokens = self._sampling.later(inputs, hidden_TD, newest, device)
+        return PendingStep(
+            plan=plan,
+            tokens=tokens,
+            began=began,
+            ended=device.mark(),
+            host_s={"input_build": built_s - started_s, "launch": self._clock() - built_s},
         )
-        for index, verdict in zip(indices, found, strict=True):
-            key, error = plan.keys[index], verdict[-1].error
-            if error:
-                self._rows.fail(key, error, plan.step)
-            if self._is_output_rank:
-                answers.add_sampled(key, verdict)
 
-    def _score_prompts(
-        self,
-        plan: SchedulerOutput,
-        inputs: StepInput,
-        hidden_TD: torch.Tensor,
-        answers: StepAnswers,
-    ) -> None:
-        scored = inputs.scored
-        for part in _slices(len(scored.hidden_row), _SCORED_ROWS_AT_ONCE):
-            hidden_rows = torch.from_numpy(scored.hidden_row[part]).to(self._device)
-            logits_RV = self._model.logits(hidden_TD[hidden_rows], self._weights)
-            if not self._is_output_rank:
-                continue
-            token_ids = torch.from_numpy(scored.token_id[part]).to(self._device)
-            logprobs = token_logprobs(logits_RV, token_ids, scored.num_top[part])
-            for index, logprob in zip(scored.request[part].tolist(), logprobs, strict=True):
-                key = plan.keys[index]
-                if math.isnan(logprob.logprob):
-                    answers.fail(key, NOT_FINITE)
-                else:
-                    answers.add_prompt_logprob(key, logprob)
+    def _complete(self, step: LaunchedStep) -> StepOutput:
+        """The output of a step in flight; waits for it, the first time."""
+        if step.pending is not None:
+            step.output, step.pending = self._collect(step.pending), None
+        assert step.output is not None
+        return step.output
 
-    def _pool(
-        self,
-        plan: SchedulerOutput,
-        inputs: StepInput,
-        hidden_TD: torch.Tensor,
-        answers: StepAnswers,
-    ) -> None:
-        for index, key in enumerate(plan.keys):
-            pooling = self._rows.pooling.get(key)
-            if pooling is None:
-                continue
-            start, stop = inputs.query_start[index : index + 2].tolist()
-            pooled = self._pooling.add(
-                key,
-                pooling,
-                hidden_TD[start:stop],
-                num_computed_tokens=plan.num_computed_tokens[index],
-                num_prompt_tokens=int(self._rows.num_prompt_S[inputs.slots[index]]),
-            )
-            if pooled is not None:
-                answers.add_pooled(key, pooled)
+    def _collect(self, pending: PendingStep) -> StepOutput:
+        pending.ended.wait()
+        plan, answers = pending.plan, self._answers(pending.plan)
+        self._sampling.learn(pending, answers)
+        before, self._ended, self._ended_s = self._ended, pending.ended, self._clock()
+        return StepOutput(
+            step=plan.step,
+            results=answers.results(),
+            duration_s=pending.ended.seconds_since(pending.began),
+            idle_s=0.0 if before is None else pending.began.seconds_since(before),
+            timings_s=pending.host_s,
+        )
 
+    def _run(
+        self, plan: SchedulerOutput, started_s: float, on_nearly_done: Callable[[], None] | None
+    ) -> StepOutput:
+        """A whole step, from its inputs to its answers.
 
-def _slices(length: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+        On a device the time of the forward pass shows up where the host first waits for it,
+        which is under `sample`.
+        """
+        idle_s = started_s - (self._ended_s or started_s)
+        self._ended = None
+        if not plan.keys:
+            self._ended_s = self._clock()
+            return StepOutput(step=plan.step, duration_s=self._ended_s - started_s, idle_s=idle_s)
+        inputs = build_step_input(plan, self._rows, self._block_size, self._device)
+        built_s = self._clock()
+        with out_of_memory_as_error("running a step"):
+            hidden_TD = self._model.forward(inputs.forward, self._weights, self._kv_caches)
+            computed_s = self._clock()
+            if on_nearly_done is not None:
+                on_nearly_done()
+            answers = self._answers(plan)
+            self._prompts.score(plan, inputs, hidden_TD, answers)
+            self._sampling.now(plan, inputs, hidden_TD, answers)
+            self._prompts.pool(plan, inputs, hidden_TD, self._rows, answers)
+        self._ended_s = ended_s = self._clock()
+        return StepOutput(
+            step=plan.step,
+            results=answers.results(),
+            duration_s=ended_s - started_s,
+            sign_s=ended_s - computed_s if on_nearly_done is not None else 0.0,
+            idle_s=idle_s,
+            timings_s={
+                "input_build": built_s - started_s,
+                "forward": computed_s - built_s,
+                "sample": ended_s - computed_s,
+            },
+        )
+
+    def _answers(self, plan: SchedulerOutput) -> StepAnswers:
+        answers = StepAnswers()
+        faults = self._rows.faults
+        if self._is_output_rank and faults:
+            for key in plan.keys:
+                if error := faults.of(key):
+                    answers.fail(key, error)
+        return answers

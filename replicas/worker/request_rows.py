@@ -21,6 +21,8 @@ from replicas.api import Pooling, SamplingParams
 from replicas.engine.scheduler_output import NewRequest, SchedulerOutput
 from replicas.sampling.params_batch import ParamsBatch, ParamsTable
 from replicas.sampling.ragged import IntArray
+from replicas.worker.pending_step import UNKNOWN, PendingTokens
+from replicas.worker.row_faults import RowFaults
 
 IntT = TypeVar("IntT", bound=np.signedinteger)
 
@@ -32,7 +34,7 @@ class RequestRows:
     """All live rows; S slots, C token columns, N block columns, grown by doubling.
 
     Args:
-        vocab_size: token ids at or above it make a row faulty, see `error_of`.
+        vocab_size: token ids at or above it make a row faulty, see `RowFaults`.
         max_context: most tokens a request may ever hold.
         block_size: tokens per KV block.
         wants_logprobs: whether logprobs of sampled tokens are of use on this rank.
@@ -47,8 +49,7 @@ class RequestRows:
         self.block_size = block_size
         self._slot_of: dict[int, int] = {}
         self._free_slots = list(range(_FIRST_SLOTS))[::-1]
-        self._errors: dict[int, str] = {}
-        self._failed_steps: dict[int, int] = {}
+        self._faults = RowFaults()
         self._pooling: dict[int, Pooling] = {}
         self._params = ParamsTable(_FIRST_SLOTS)
         num_tokens = min(max_context, _FIRST_TOKENS)
@@ -71,8 +72,7 @@ class RequestRows:
             self._remove(key)
         for request in plan.new_requests:
             self._add(request)
-        if self._failed_steps:
-            self._check_failed(plan)
+        self._faults.check(plan)
         for key, block_ids in zip(plan.keys, plan.new_block_ids, strict=True):
             if block_ids:
                 self._append_blocks(self._slot(key), block_ids)
@@ -102,10 +102,33 @@ class RequestRows:
         self.token_ids_SC[slots_R, positions] = np.maximum(token_ids, 0)
         self.num_tokens_S[slots_R] = positions + 1
 
+    def append_unknown(self, slots_R: IntArray) -> IntArray:
+        """Make each row longer by a token that only the device knows; where those stand.
+
+        Raises:
+            InternalError: a row is at its longest.
+        """
+        positions: IntArray = self.num_tokens_S[slots_R]
+        self._widen(int(positions.max(initial=-1)) + 1)
+        self.token_ids_SC[slots_R, positions] = UNKNOWN
+        self.num_tokens_S[slots_R] = positions + 1
+        return positions
+
+    def learn(self, keys: Sequence[int], tokens: PendingTokens, token_ids: IntArray) -> None:
+        """Fill in the tokens of a step, but for rows that have gone since it was launched."""
+        slots = tokens.slots.tolist()
+        same = [self._slot_of.get(key) == slot for key, slot in zip(keys, slots, strict=True)]
+        place = tokens.slots[same], tokens.positions[same]
+        self.token_ids_SC[place] = np.maximum(token_ids[same], 0)
+
+    def defers(self, slots_R: IntArray) -> bool:
+        """See `ParamsTable.defers`."""
+        return self._params.defers(slots_R)
+
     def fail(self, key: int, error: str, step: int) -> None:
         """Sampling for this request failed in `step`; its row goes on until the plans drop it."""
-        if key not in self._errors:
-            self._errors[key], self._failed_steps[key] = error, step
+        if key in self._slot_of:
+            self._faults.fail(key, error, step)
 
     def slots(self, keys: Sequence[int]) -> IntArray:
         """Slots of the given requests, in order.
@@ -115,14 +138,10 @@ class RequestRows:
         """
         return np.fromiter((self._slot(key) for key in keys), np.int64, len(keys))
 
-    def error_of(self, key: int) -> str:
-        """Why this request must fail although its row exists; empty when it is sound."""
-        return self._errors.get(key, "")
-
     @property
-    def has_errors(self) -> bool:
-        """Whether any live row is faulty."""
-        return bool(self._errors)
+    def faults(self) -> RowFaults:
+        """Requests that must fail although their rows exist."""
+        return self._faults
 
     @property
     def pooling(self) -> dict[int, Pooling]:
@@ -161,7 +180,7 @@ class RequestRows:
         if error:
             # The row takes part in the step all the same (its blocks are scheduled), as a
             # harmless stand-in: its tokens become 0 where they are out of range.
-            self._errors[request.key] = error
+            self._faults.note(request.key, error)
             params = SamplingParams(temperature=0.0)
         ending_ids = (*request.eos_token_ids, *params.stop_token_ids)
         ending_ids = tuple(t for t in dict.fromkeys(ending_ids) if 0 <= t < self._vocab_size)
@@ -186,8 +205,7 @@ class RequestRows:
         slot = self._slot_of.pop(key, None)
         if slot is None:
             return
-        self._errors.pop(key, None)
-        self._failed_steps.pop(key, None)
+        self._faults.forget(key)
         self._pooling.pop(key, None)
         self._params.clear(slot)
         self.block_tables_SN[slot, : self.num_blocks_S[slot]] = 0
@@ -214,19 +232,6 @@ class RequestRows:
         if num_tokens > self.token_ids_SC.shape[1]:
             width = min(self._max_context, max(num_tokens, 2 * self.token_ids_SC.shape[1]))
             self.token_ids_SC = _grown(self.token_ids_SC, (len(self.token_ids_SC), width))
-
-    def _check_failed(self, plan: SchedulerOutput) -> None:
-        """A plan made when the failure was known names no failed row: else only this rank failed.
-
-        Then the ranks' rows have parted, and every further token would be wrong.
-        """
-        for key in plan.keys:
-            step = self._failed_steps.get(key)
-            if step is not None and plan.step > step + 1:
-                raise InternalError(
-                    f"Sampling for request {key} failed in step {step} on this rank only: "
-                    f"{self._errors[key]}"
-                )
 
     def _append_blocks(self, slot: int, block_ids: Sequence[int]) -> None:
         start = int(self.num_blocks_S[slot])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 from cluster.dist.communicator import Communicator, SingleRank
@@ -9,6 +10,7 @@ from cluster.dist.rendezvous import Rendezvous
 from cluster.dist.torch_communicator import TorchCommunicator
 from replicas.worker import wire
 from replicas.worker.model_runner import ModelRunner
+from replicas.worker.pending_step import LaunchedStep
 from replicas.worker.plan import WorkerPlan
 
 # A leader needs about this long to plan: a sign that comes later only costs two system calls.
@@ -49,12 +51,37 @@ class TensorParallelRank:
         self._answers = answers
         self._signs = signs
         self._tail_s = 0.0
+        self._in_flight: deque[LaunchedStep] = deque()
         self.facts: dict[str, object] = {}
 
-    def execute(self, payload: bytearray, say_nearly_done: Callable[[], None]) -> bytes | None:
-        """Run an encoded plan; the encoded answer on the rank that gives it, None elsewhere."""
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether the step in flight may stay so while the next order is waited for.
+
+        Not when there is something to settle: all ranks do that after the same step, whatever each
+        of them has heard of the next one, because it may call on its peers.
+        """
+        return self._runner.runs_ahead and not self._runner.wants_to_settle
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps begun and not answered."""
+        return len(self._in_flight)
+
+    @property
+    def answer_is_ready(self) -> bool:
+        """Whether `answer` would not wait; there is a step in flight."""
+        return self._in_flight[0].is_done
+
+    def begin(self, payload: bytearray, say_nearly_done: Callable[[], None]) -> None:
+        """Launch an encoded plan; see `ModelRunner.launch`."""
         says = self._signs and self._tail_s >= _SIGN_WORTH_S
-        output = self._runner.execute(wire.decode_plan(payload), say_nearly_done if says else None)
+        plan = wire.decode_plan(payload)
+        self._in_flight.append(self._runner.launch(plan, say_nearly_done if says else None))
+
+    def answer(self) -> bytes | None:
+        """See the oldest step to its end; the encoded answer on the rank that gives it."""
+        output = self._runner.finish(self._in_flight.popleft())
         self._tail_s += _TAIL_GAIN * (output.timings_s.get("sample", 0.0) - self._tail_s)
         return wire.encode(output) if self._answers else None
 

@@ -50,6 +50,8 @@ OnProgress = Callable[[str, float], None]
 _CONNECT_TIMEOUT_S = 60.0
 # Longer than a leader takes to gather the ranks that are left, or to give the replica up.
 _HALTED_TIMEOUT_S = 300.0
+# How late an answer may be, or a plan be taken up, while the device has work.
+_DEVICE_POLL_S = 50e-6
 
 
 class Worker:
@@ -137,6 +139,12 @@ class Worker:
             self._link.close()
 
     def _next_order(self) -> tuple[FrameKind, bytearray] | None:
+        # The device and the leader cannot be waited for together: each is asked in turn.
+        while self._rank.num_in_flight and not self._link.has_order():
+            if self._rank.answer_is_ready:
+                self._answer()
+            else:
+                time.sleep(_DEVICE_POLL_S)
         try:
             return self._link.receive_order(self._patience_s if self._halted else None)
         except TimeoutError:
@@ -147,7 +155,9 @@ class Worker:
     def _obey(self, kind: FrameKind, payload: bytearray) -> None:
         if kind is FrameKind.PLAN and not self._halted:
             self._step(payload)
-        elif kind is FrameKind.HALT:
+            return
+        self._answer()
+        if kind is FrameKind.HALT:
             self._halt()
             self._link.send_halted()
         elif kind is FrameKind.GATHER:
@@ -155,17 +165,23 @@ class Worker:
 
     def _step(self, payload: bytearray) -> None:
         try:
-            answer = self._rank.execute(payload, self._link.send_nearly_done)
+            self._rank.begin(payload, self._link.send_nearly_done)
+            self._answer(all_but=1 if self._rank.may_run_ahead else 0)
         except (WorkerDiedError, CollectiveTimeoutError) as error:
             if not (self._plan.experts and self._plan.experts.survives):
                 raise
             log.warning("rank %d waits for a new group: %s", self._plan.rank, error)
             self._halt()
             self._link.send_fault(error.to_dict())
-            return
-        if answer is not None:
-            self._link.send_result(answer)
-        self._rank.settle()
+
+    def _answer(self, *, all_but: int = 0) -> None:
+        """Answer steps in flight, oldest first, until so many are left."""
+        while self._rank.num_in_flight > all_but:
+            answer = self._rank.answer()
+            if answer is not None:
+                self._link.send_result(answer)
+        if not self._rank.num_in_flight:
+            self._rank.settle()
 
     def _halt(self) -> None:
         """Leave all groups: peers that wait for this rank hear of it by that."""

@@ -46,6 +46,10 @@ class WorkerLink:
         order = self.receive_order(None)
         return order[1] if order is not None and order[0] is FrameKind.PLAN else None
 
+    def has_order(self) -> bool:
+        """Whether the leader has said something, or is gone; never waits."""
+        return self._sock.is_readable()
+
     def receive_order(self, timeout_s: float | None) -> tuple[FrameKind, bytearray] | None:
         """The next frame but STOP; None when the leader said that or is gone.
 

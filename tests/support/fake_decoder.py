@@ -27,7 +27,12 @@ class FakeDecoder:
     units: tuple[WeightUnit, ...] = ()
     kernels = TORCH_KERNELS
 
-    def __init__(self, seed: int = 0, poison: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        poison: frozenset[int] = frozenset(),
+        device: torch.device | None = None,
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.arch = ArchConfig(
             family="fake",
@@ -45,9 +50,13 @@ class FakeDecoder:
             position=PositionKind.LEARNED,
             rope=None,
         )
-        self._embedding_VD = torch.randn(VOCAB_SIZE, MODEL_DIM, generator=generator)
-        self._positions_ND = 0.3 * torch.randn(512, MODEL_DIM, generator=generator)
-        self._head_DV = 2.0 * torch.randn(MODEL_DIM, VOCAB_SIZE, generator=generator)
+        self._embedding_VD = torch.randn(VOCAB_SIZE, MODEL_DIM, generator=generator).to(
+            device, non_blocking=True
+        )
+        positions_ND = 0.3 * torch.randn(512, MODEL_DIM, generator=generator)
+        head_DV = 2.0 * torch.randn(MODEL_DIM, VOCAB_SIZE, generator=generator)
+        self._positions_ND = positions_ND.to(device, non_blocking=True)
+        self._head_DV = head_DV.to(device, non_blocking=True)
         self._poison = poison
         self.num_logits_rows: list[int] = []
 
@@ -63,12 +72,12 @@ class FakeDecoder:
             start, stop = attention.query_start[request : request + 2]
             blocks = attention.block_tables_RN[request].long()
             context = kv_caches[0][0, blocks].reshape(-1, MODEL_DIM)[:seq_len]
-            counts = torch.arange(1, seq_len + 1).unsqueeze(1)
+            counts = torch.arange(1, seq_len + 1, device=context.device).unsqueeze(1)
             means = (context.double().cumsum(0) / counts).float()
             hidden_TD[start:stop] = torch.tanh(means[seq_len - (stop - start) :])
         hidden_TD += entry_TD
         for token in self._poison:
-            hidden_TD[batch.token_ids_T == token] = torch.nan
+            hidden_TD.masked_fill_((batch.token_ids_T == token).unsqueeze(1), torch.nan)
         return hidden_TD
 
     def forward_idle(self, weights: WeightProvider) -> None:
@@ -79,5 +88,5 @@ class FakeDecoder:
         return hidden_RD @ self._head_DV
 
 
-def fake_kv_caches(num_blocks: int = 128) -> list[torch.Tensor]:
-    return [torch.zeros(2, num_blocks, BLOCK_SIZE, 1, MODEL_DIM)]
+def fake_kv_caches(num_blocks: int = 128, device: torch.device | None = None) -> list[torch.Tensor]:
+    return [torch.zeros(2, num_blocks, BLOCK_SIZE, 1, MODEL_DIM, device=device)]

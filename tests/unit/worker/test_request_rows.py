@@ -167,12 +167,12 @@ def test_min_tokens_masks_eos_and_stop_ids_once_each_and_only_real_ones() -> Non
 def test_impossible_token_ids_make_the_row_faulty_and_harmless(request_: NewRequest) -> None:
     rows = new_rows()
     rows.apply(SchedulerOutput(step=0, new_requests=(request_, new_request(1))))
-    assert "outside the vocabulary" in rows.error_of(0)
-    assert rows.error_of(1) == ""
+    assert "outside the vocabulary" in rows.faults.of(0)
+    assert rows.faults.of(1) == ""
     assert rows.token_ids_SC.min() >= 0
     assert rows.token_ids_SC.max() < VOCAB
     rows.apply(SchedulerOutput(step=1, finished_keys=(0,)))
-    assert not rows.has_errors
+    assert not rows.faults
 
 
 def test_contradictions_are_internal_errors() -> None:
@@ -203,14 +203,14 @@ def test_a_row_that_failed_on_this_rank_only_is_noticed_one_plan_later() -> None
     rows.apply(SchedulerOutput(step=4, new_requests=(new_request(0), new_request(1))))
     rows.fail(0, "out of memory", 4)
     rows.fail(0, "something else", 5)
-    assert rows.error_of(0) == "out of memory"
+    assert rows.faults.of(0) == "out of memory"
     both = {"keys": (0, 1), "new_block_ids": ((), ())}
     # Planned before the failure was known.
     rows.apply(SchedulerOutput(step=5, **both))
     with pytest.raises(InternalError, match="failed in step 4 on this rank only: out of memory"):
         rows.apply(SchedulerOutput(step=6, **both))
     rows.apply(SchedulerOutput(step=7, keys=(1,), new_block_ids=((),), finished_keys=(0,)))
-    assert not rows.has_errors
+    assert not rows.faults
 
 
 def test_a_rank_that_does_not_answer_needs_no_logprobs_of_samples() -> None:

@@ -1,0 +1,132 @@
+"""From a step's hidden states to one more token in each row: at once, or behind the device.
+
+Every rank does it, from equal logits; only the output rank tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from replicas.engine.scheduler_output import SchedulerOutput
+from replicas.kernels.select import compiled_draws
+from replicas.kernels.uploads import on_device
+from replicas.layers.weights import WeightProvider
+from replicas.models.decoder import DecoderModel
+from replicas.sampling.acceptance import verdicts
+from replicas.sampling.params_batch import ParamsBatch
+from replicas.sampling.sampler import SampledRow, Sampler
+from replicas.worker.input_batch import StepInput
+from replicas.worker.pending_step import AsyncDevice, DeviceTokens, PendingStep, PendingTokens
+from replicas.worker.request_rows import RequestRows
+from replicas.worker.step_answers import StepAnswers
+
+
+class RowSampling:
+    """Samples for one rank's rows.
+
+    Args:
+        rows: written: tokens and failures.
+        is_output_rank: whether this rank answers.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        weights: WeightProvider,
+        rows: RequestRows,
+        *,
+        is_output_rank: bool,
+    ) -> None:
+        self._model = model
+        self._weights = weights
+        self._rows = rows
+        self._is_output_rank = is_output_rank
+        self._sampler = Sampler(compiled_draws(model.kernels))
+
+    def now(
+        self,
+        plan: SchedulerOutput,
+        inputs: StepInput,
+        hidden_TD: torch.Tensor,
+        answers: StepAnswers,
+    ) -> None:
+        """Tokens of the rows that sample, drafts checked; waits for the device."""
+        sampling = inputs.sampling
+        if not sampling.size:
+            return
+        sampled = self._sampler.sample(*self._logits(inputs, hidden_TD))
+        indices = sampling.tolist()
+        drafts = [plan.draft(index) for index in indices] if plan.draft_token_ids else ()
+        found = list(verdicts(drafts, sampled))
+        self._rows.append_sampled(
+            inputs.slots[sampling],
+            [verdict[-1].token_id for verdict in found],
+            np.array([len(verdict) - 1 for verdict in found], np.int64),
+        )
+        for index, verdict in zip(indices, found, strict=True):
+            self._tell(plan, index, verdict, answers)
+
+    def later(
+        self,
+        inputs: StepInput,
+        hidden_TD: torch.Tensor,
+        newest: DeviceTokens,
+        device: AsyncDevice,
+    ) -> PendingTokens:
+        """The same, enqueued: each row is longer by a token that only the device knows."""
+        slots = inputs.slots[inputs.sampling]
+        told: list[SampledRow] | None = None
+        tokens_R = torch.empty(0, dtype=torch.int64)
+        if slots.size:
+            logits_RV, batch = self._logits(inputs, hidden_TD)
+            try:
+                sampled_R = self._sampler.launch(logits_RV, batch)
+            except Exception:  # one row's fault must not be all rows': see `Sampler.sample`
+                told = self._sampler.sample(logits_RV, batch)
+                ids = np.array([row.token_id for row in told], np.int64)
+                sampled_R = on_device(ids, logits_RV.device)
+            newest.keep(slots, sampled_R)
+            tokens_R = device.read_back(sampled_R)
+        return PendingTokens(
+            sampling=inputs.sampling,
+            slots=slots,
+            positions=self._rows.append_unknown(slots),
+            token_ids=tokens_R,
+            told=told,
+        )
+
+    def learn(self, step: PendingStep, answers: StepAnswers) -> None:
+        """Fill in what `later` has left open, now that the device has come past it."""
+        tokens = step.tokens
+        ids_R = np.array(tokens.token_ids.numpy(), np.int64)
+        self._rows.learn([step.plan.keys[index] for index in tokens.sampling], tokens, ids_R)
+        told = self._sampler.told(ids_R) if tokens.told is None else tokens.told
+        for index, row in zip(tokens.sampling.tolist(), told, strict=True):
+            self._tell(step.plan, index, (row,), answers)
+
+    def _tell(
+        self,
+        plan: SchedulerOutput,
+        index: int,
+        verdict: Sequence[SampledRow],
+        answers: StepAnswers,
+    ) -> None:
+        key, error = plan.keys[index], verdict[-1].error
+        if error:
+            self._rows.fail(key, error, plan.step)
+        if self._is_output_rank:
+            answers.add_sampled(key, verdict)
+
+    def _logits(
+        self, inputs: StepInput, hidden_TD: torch.Tensor
+    ) -> tuple[torch.Tensor, ParamsBatch]:
+        """Logits of the rows that sample, and how."""
+        rows = inputs.sampled
+        # Of a step of decodes all rows are wanted, in order.
+        if len(rows.hidden_row) < len(hidden_TD):
+            hidden_TD = hidden_TD.index_select(0, on_device(rows.hidden_row, hidden_TD.device))
+        batch = self._rows.sampling_batch(inputs.slots[rows.request], rows.position)
+        return self._model.logits(hidden_TD, self._weights), batch
