@@ -14,6 +14,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from cluster.base.errors import InternalError, OverloadedError, PenstockError
 from router.error_map import ErrorStatus, status_of
@@ -84,12 +85,15 @@ async def answer_http_fault(request: Request, error: Exception) -> JSONResponse:
 
 
 async def answer_routing_error(request: Request, error: Exception) -> JSONResponse:
-    """Exception handler for unknown paths and methods."""
+    """Exception handler for unknown paths and methods; says which ones there are."""
     known = error if isinstance(error, HTTPException) else HTTPException(500)
-    code, message = {
-        404: ("unknown_path", "No such path."),
-        405: ("method_not_allowed", "This path does not take that method."),
-    }.get(known.status_code, ("invalid_request", str(known.detail)))
+    code, message = "invalid_request", str(known.detail)
+    if known.status_code == 404:
+        code, message = "unknown_path", f"No such path. There are: {_paths(request)}."
+    elif known.status_code == 405:
+        allowed = (known.headers or {}).get("Allow", "another one")
+        code = "method_not_allowed"
+        message = f"This path does not take {request.method}. Use {allowed}."
     body = error_body(message, "invalid_request_error", None, code)
     return JSONResponse(body, status_code=known.status_code, headers=known.headers)
 
@@ -97,6 +101,15 @@ async def answer_routing_error(request: Request, error: Exception) -> JSONRespon
 async def answer_nobody(request: Request, error: Exception) -> Response:
     """Exception handler for `ClientGoneError`: the server drops what is sent now."""
     return Response(status_code=_CLIENT_CLOSED)
+
+
+def _paths(request: Request) -> str:
+    """Every path of the app, with its methods."""
+    return ", ".join(
+        f"{'/'.join(sorted((route.methods or set()) - {'HEAD'}))} {route.path_format}"
+        for route in request.app.routes
+        if isinstance(route, Route)
+    )
 
 
 def _retry_headers(error: PenstockError, status: ErrorStatus) -> dict[str, str]:

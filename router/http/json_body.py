@@ -83,7 +83,9 @@ def _check_media_type(scope: Scope) -> None:
             415, "unsupported_media_type", "Content-Type must be application/json."
         )
     if any(value.strip().lower() != b"identity" for value in _content_encodings(scope)):
-        raise HttpFaultError(415, "unsupported_media_type", "Compressed bodies are not accepted.")
+        raise HttpFaultError(
+            415, "unsupported_media_type", "Compressed bodies are not accepted; send it as it is."
+        )
 
 
 def _content_encodings(scope: Scope) -> list[bytes]:

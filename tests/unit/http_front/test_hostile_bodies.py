@@ -382,6 +382,15 @@ async def test_unknown_paths_and_methods(http, method, path, status):
     check_error(await http.request(method, path), status)
 
 
+async def test_whoever_takes_a_wrong_turn_is_told_the_ways(http):
+    lost = check_error(await http.get("/v1/complete"), 404)["message"]
+    for way in ("POST /v1/completions", "GET /v1/models/{name}", "GET /metrics"):
+        assert way in lost
+    wrong = check_error(await http.get(COMPLETIONS), 405)["message"]
+    assert "GET" in wrong
+    assert "Use POST" in wrong
+
+
 async def test_large_heads_are_refused(http):
     check_error(await http.get("/healthz?" + "x" * 9000), 414)
     check_error(await http.get("/healthz", headers={"x-long": "y" * 17_000}), 431)
