@@ -56,6 +56,7 @@ class ServerCall:
         self._half_closed = False
         self._wake: asyncio.Future[None] | None = None
         self._has_headers = False
+        self._has_written = False
         self._trailing: Metadata = ()
         self._ending: tuple[grpc.StatusCode, str] | None = None
         self._is_over = False
@@ -83,12 +84,20 @@ class ServerCall:
             self._connection.send_headers(self._stream_id, headers)
 
     async def write(self, message: Any) -> None:
-        """Send a message of the answer; waits while the client does not read."""
+        """Send a message of the answer; waits while the client does not read.
+
+        The first one of a stream leaves at once: many other streams may have something to say in
+        this turn of the loop, and their clients are not waiting for a first word.
+        """
         self._check_open()
         if not self._has_headers:
             await self.send_initial_metadata(())
         data = framing.prefixed(self._method.response_serializer(message))
         rest = self._connection.send_data(self._stream_id, data)
+        if not self._has_written:
+            self._has_written = True
+            if self._method.response_streaming:
+                self._connection.send_now()
         while rest:
             await self._connection.wait_writable()
             rest = self._connection.send_data(self._stream_id, rest)

@@ -1,7 +1,8 @@
 """One client's HTTP/2 connection: the h2 library's state machine between a socket and calls.
 
 What is sent during one turn of the loop leaves in one piece: the tokens of a step for all of a
-client's calls cost one system call. A peer gets no more than it was promised: streams, header
+client's calls cost one system call. Only the first message of a stream does not wait for the
+others' (`send_now`). A peer gets no more than it was promised: streams, header
 sizes, message sizes, pings and resets are bounded, and a peer that is silent is asked whether it
 is there.
 """
@@ -26,6 +27,7 @@ from hyperframe.frame import GoAwayFrame
 from router.grpc import call_framing as framing
 from router.grpc.call import ServerCall
 from router.grpc.call_framing import CallError, Header, MessageReader
+from router.grpc.data_frames import DataFrames
 from router.grpc.header_block import LiteralEncoder
 from router.grpc.method_table import MethodTable
 from router.grpc.peer_conduct import ConnectionLimits, PeerConduct
@@ -57,6 +59,7 @@ class GrpcConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._h2 = H2Connection(config=_CONFIG)
         self._h2.encoder = LiteralEncoder()
+        self._unsent = DataFrames(self._h2)
         self._transport: asyncio.Transport | None = None
         self._calls: dict[int, ServerCall] = {}
         self._last_stream_id = 0
@@ -101,17 +104,14 @@ class GrpcConnection(asyncio.Protocol):
         """Send as much as the client's windows take; the rest."""
         if self._is_paused:
             return data
-        at = 0
-        while at < len(data):
-            room = self._h2.local_flow_control_window(stream_id)
-            size = min(room, self._h2.max_outbound_frame_size, len(data) - at)
-            if size <= 0:
-                break
-            self._h2.send_data(stream_id, data[at : at + size])
-            at += size
+        rest = self._unsent.add(stream_id, data)
         self._conduct.note_answer()
         self._flush_soon()
-        return data[at:]
+        return rest
+
+    def send_now(self) -> None:
+        """Do not wait for the end of this turn of the loop."""
+        self._flush()
 
     async def wait_writable(self) -> None:
         """Wait until it is worth trying `send_data` again."""
@@ -294,7 +294,7 @@ class GrpcConnection(asyncio.Protocol):
 
     def _flush(self) -> None:
         self._flush_due = False
-        data = self._h2.data_to_send()
+        data = self._unsent.take()
         if self._transport is not None:
             if data:
                 self._transport.write(data)

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import h2.events
 import pytest
+from fake_engine import FakeEngine
 from gateway_harness import MODEL, running_gateway, until
 from h2.config import H2Configuration
 from h2.connection import H2Connection
@@ -140,6 +141,28 @@ async def test_a_closed_window_holds_the_answer_back_and_an_open_one_lets_it_go(
         assert await client.status(stream) == 0
         text = "".join(piece.text for piece in client.messages(stream))
         assert text == "ab" * 10
+
+
+async def test_a_first_piece_leaves_at_once_and_later_ones_together(checkpoint, monkeypatch):
+    writes = []
+    flush = GrpcConnection._flush
+
+    def counted(connection):
+        if connection._unsent._parts:
+            writes.append(len(connection._unsent._parts) // 2)
+        flush(connection)
+
+    monkeypatch.setattr(GrpcConnection, "_flush", counted)
+    engine = FakeEngine(step_s=0.02)
+    async with running_gateway(checkpoint, engines=[engine]) as gw, bare_client(gw) as client:
+        engine.paused.set()
+        calls = [client.ask(max_tokens=3) for _ in range(8)]
+        await until(lambda: engine.num_running == 8)
+        engine.paused.clear()
+        assert [await client.status(call) for call in calls] == [0] * 8
+    firsts = writes[:8]
+    assert all(count <= 2 for count in firsts), "headers and one piece each"
+    assert len(writes) <= 8 + 2 * 2, "later steps leave in one piece, or two"
 
 
 async def test_calls_that_begin_wrong_are_refused_and_the_connection_lives(checkpoint):
