@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from replicas.leader.gateway_link import GatewayLink
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Route:
     """One request's way back."""
 
@@ -22,6 +22,8 @@ class Route:
     request_id: str
     """What its client calls it."""
     open_choices: set[int]
+    has_spoken: bool = False
+    """Whether anything of it has been sent back."""
 
 
 class RequestRoutes:

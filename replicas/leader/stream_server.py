@@ -110,14 +110,20 @@ class ReplicaStreamServer:
             self._listener.close()
 
     def publish(self, deltas: Sequence[GenerationDelta], stats: ReplicaStats) -> None:
-        """Send one step's results; called from the engine's thread, never blocks."""
+        """Send one step's results; called from the engine's thread, never blocks.
+
+        First words go ahead of what streams that run already have to say: a gateway passes on what
+        comes first, and that is what a client waits for.
+        """
         touched: dict[GatewayLink, list[Delta]] = {}
         with self._lock:
             self._stats, draining = stats, self._draining
-            for delta in deltas:
-                route = self._routes.take(delta)
-                if route is not None:
-                    touched.setdefault(route.link, []).append(delta_to_wire(route.key, delta))
+            routed = [(route, delta) for delta in deltas if (route := self._routes.take(delta))]
+            if not all(route.has_spoken for route, _ in routed):
+                routed.sort(key=lambda routed: routed[0].has_spoken)
+            for route, delta in routed:
+                route.has_spoken = True
+                touched.setdefault(route.link, []).append(delta_to_wire(route.key, delta))
             self._note_idle()
         for link, messages in touched.items():
             link.send(messages, stats, draining=draining)

@@ -83,6 +83,19 @@ def a_token(engine_id, token_id=7, **fields):
     return GenerationDelta(request_id=engine_id, token_ids=(token_id,), **fields)
 
 
+async def test_first_words_go_ahead_of_what_running_streams_have_to_say():
+    def step(*keys):
+        return [GenerationDelta(request_id=f"1-{key}-r", token_ids=(key,)) for key in keys]
+
+    async with serving() as (server, inbox, connect):
+        gateway = await connect(HELLO, *(codec.Submit(key, REQUEST) for key in (1, 2, 3, 4)))
+        await gateway.hear()  # the greeting
+        await until(lambda: len(inbox.requests) == 4)
+        for said, heard in (((1, 2), [1, 2]), ((1, 2, 3, 4), [3, 4, 1, 2]), ((2, 3), [2, 3])):
+            server.publish(step(*said), ReplicaStats())
+            assert [delta.stream_key for delta in (await gateway.hear()).deltas] == heard
+
+
 async def test_another_version_is_told_so():
     async with serving() as (_, _, connect):
         gateway = await connect(codec.Hello(codec.HOP_VERSION + 1, "gw", "e1"))
