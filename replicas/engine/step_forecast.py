@@ -7,7 +7,8 @@ nearly done, their sign is the moment, for nothing is surer; the forecast only s
 fails to come. Memory is bounded by the number of size classes.
 
 Whether that was early enough, the workers tell: how long they stood idle before a step. On a busy
-machine the leader's thread gets its turn later than it can see itself; it then plans earlier.
+machine the leader's thread gets its turn later than it can see itself; it then plans earlier, as
+far as the idle time is worth it: a request that comes after the plan waits for one step more.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ _LEAST_MARGIN_S = 0.3e-3
 _MOST_MARGIN_S = 3e-3
 # Ranks that idled so much longer than they usually do between two steps waited for their plan.
 _LATE_S = 0.1e-3
-_LATE_SHARE = 0.02
-_WIDEN_S = 50e-6
+# What lies above is a stall of the machine, which no plan could have been made early enough for.
+_MOST_LOST_S = 1e-3
+_LOST_SHARE = 0.01
+_MARGIN_GAIN = 1 / 4
 _USUAL_GAIN_S = 2e-6
 
 # A step that should have given its sign by so many of its mean durations.
@@ -86,15 +89,19 @@ class StepForecast:
             else:
                 known[size_class] = _Estimate(value_s, value_s / 4)
 
-    def add_idle(self, idle_s: float) -> None:
+    def add_idle(self, idle_s: float, duration_s: float) -> None:
         """Learn from what the workers had to wait before a step that was planned in advance.
 
-        The margin goes to where one plan in fifty is late: it grows with each late one and shrinks
-        by as much over fifty that are not.
+        The margin goes to where they lose one hundredth of their time: it grows with what they lost
+        and shrinks with what they may lose. So a short step is planned upon early, which costs a
+        newcomer little, and a long one late, which costs the workers little.
+
+        Args:
+            duration_s: of the step.
         """
-        late = idle_s > self._usual_idle_s + _LATE_S
+        lost_s = min(max(0.0, idle_s - self._usual_idle_s - _LATE_S), _MOST_LOST_S)
         self._usual_idle_s += _USUAL_GAIN_S if idle_s > self._usual_idle_s else -_USUAL_GAIN_S
-        self._margin_s += _WIDEN_S if late else -_WIDEN_S * _LATE_SHARE / (1 - _LATE_SHARE)
+        self._margin_s += _MARGIN_GAIN * (lost_s - _LOST_SHARE * duration_s)
         self._margin_s = min(max(self._margin_s, _LEAST_MARGIN_S), _MOST_MARGIN_S)
 
     def add_planning(self, duration_s: float) -> None:

@@ -171,7 +171,7 @@ class StepRunner(Generic[PlanT, OutputT]):
             self._flights[0].started_s = executed_s
         self._forecast.add_step(flight.plan, output.duration_s, output.sign_s)
         if flight.is_ahead:
-            self._forecast.add_idle(output.idle_s)
+            self._forecast.add_idle(output.idle_s, output.duration_s)
         deltas = self._scheduler.update_from_output(flight.plan, output)
         update_s = self._clock() - executed_s
         if self._flights:
