@@ -113,7 +113,7 @@ class StepOutput:
     sign_s: float = 0.0
     """From the sign that the step was nearly done to its end; 0 when none was given."""
     idle_s: float = 0.0
-    """From the end of the rank's step before to the beginning of this one, codec and link included;
-    0 in the first."""
+    """How long the rank, or its device, stood idle for want of the plan; next to nothing where it
+    was there already."""
     timings_s: dict[str, float] = field(default_factory=dict)
     """Where the step's time went: input_build, forward, sample."""

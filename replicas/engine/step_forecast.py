@@ -22,13 +22,12 @@ _DEVIATION_GAIN = 1 / 4
 # Waking up and handing the plan to the ranks, neither of which can be measured from here.
 _LEAST_MARGIN_S = 0.3e-3
 _MOST_MARGIN_S = 3e-3
-# Ranks that idled so much longer than they usually do between two steps waited for their plan.
-_LATE_S = 0.1e-3
+# A plan that is there takes less to receive.
+_LATE_S = 50e-6
 # What lies above is a stall of the machine, which no plan could have been made early enough for.
 _MOST_LOST_S = 1e-3
-_LOST_SHARE = 0.01
+_LOST_SHARE = 0.005
 _MARGIN_GAIN = 1 / 4
-_USUAL_GAIN_S = 2e-6
 
 # A step that should have given its sign by so many of its mean durations.
 _SIGN_LATE = 2.0
@@ -55,7 +54,6 @@ class StepForecast:
         self._signs: dict[_SizeClass, _Estimate] = {}
         self._planning = _Estimate(0.2e-3, 0.0)
         self._margin_s = _LEAST_MARGIN_S
-        self._usual_idle_s = 0.1e-3
 
     def plan_after_s(self, plan: PlannedStep) -> float:
         """From the start of this step to the moment to plan the next; 0 when that is unknown."""
@@ -90,17 +88,16 @@ class StepForecast:
                 known[size_class] = _Estimate(value_s, value_s / 4)
 
     def add_idle(self, idle_s: float, duration_s: float) -> None:
-        """Learn from what the workers had to wait before a step that was planned in advance.
+        """Learn from how long workers waited for the plan of a step that was planned in advance.
 
-        The margin goes to where they lose one hundredth of their time: it grows with what they lost
-        and shrinks with what they may lose. So a short step is planned upon early, which costs a
-        newcomer little, and a long one late, which costs the workers little.
+        The margin goes to where they lose half a hundredth of their time: it grows with what they
+        lost and shrinks with what they may lose. So a short step is planned upon early, which costs
+        a newcomer little, and a long one late, which costs the workers little.
 
         Args:
             duration_s: of the step.
         """
-        lost_s = min(max(0.0, idle_s - self._usual_idle_s - _LATE_S), _MOST_LOST_S)
-        self._usual_idle_s += _USUAL_GAIN_S if idle_s > self._usual_idle_s else -_USUAL_GAIN_S
+        lost_s = min(idle_s, _MOST_LOST_S) if idle_s > _LATE_S else 0.0
         self._margin_s += _MARGIN_GAIN * (lost_s - _LOST_SHARE * duration_s)
         self._margin_s = min(max(self._margin_s, _LEAST_MARGIN_S), _MOST_MARGIN_S)
 

@@ -165,11 +165,13 @@ class LockstepRank:
             move_failure=self._mover.failure,
         )
 
-    def begin(self, payload: bytearray, say_nearly_done: Callable[[], None]) -> None:
+    def begin(
+        self, payload: bytearray, say_nearly_done: Callable[[], None], waited_s: float
+    ) -> None:
         """Run an encoded lock-step, to its end.
 
         `say_nearly_done` goes unused: a step is done when the slowest group is, and no rank knows
-        which that will be.
+        which that will be. So does `waited_s`: ranks wait for each other as well.
         """
         step = wire.decode_rank_step(payload)
         self._use(step.header.scheme, step.header.reason)

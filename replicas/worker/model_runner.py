@@ -40,6 +40,8 @@ from replicas.worker.request_rows import RequestRows
 from replicas.worker.row_sampling import RowSampling
 from replicas.worker.step_answers import StepAnswers
 
+SayDone = Callable[[], None]
+
 
 class ModelRunner:
     """Executes plans on one rank.
@@ -75,7 +77,6 @@ class ModelRunner:
         self._block_size = block_size
         self._is_output_rank = is_output_rank
         self._clock = clock
-        self._ended_s: float | None = None
         self._ended: Mark | None = None
         self._max_context = max_context
         self.forget_rows()
@@ -127,21 +128,19 @@ class ModelRunner:
         """Whether `settle` has something to do; the same on every rank after the same step."""
         return isinstance(self._model, GraphedModel) and self._model.wants_to_settle
 
-    @torch.inference_mode()
     def settle(self) -> None:
         """Do what only helps later steps; to be called after a step has been answered."""
         if isinstance(self._model, GraphedModel):
-            self._model.settle()
+            with torch.inference_mode():
+                self._model.settle()
 
-    def execute(
-        self, plan: SchedulerOutput, on_nearly_done: Callable[[], None] | None = None
-    ) -> StepOutput:
+    def execute(self, plan: SchedulerOutput, on_nearly_done: SayDone | None = None) -> StepOutput:
         """Run one step, both halves; see `launch` and `finish`."""
         return self.finish(self.launch(plan, on_nearly_done))
 
     @torch.inference_mode()
     def launch(
-        self, plan: SchedulerOutput, on_nearly_done: Callable[[], None] | None = None
+        self, plan: SchedulerOutput, on_nearly_done: SayDone | None = None, waited_s: float = 0.0
     ) -> LaunchedStep:
         """Begin one step; plans come in the order the scheduler made them.
 
@@ -151,6 +150,7 @@ class ModelRunner:
 
         Args:
             on_nearly_done: called when the layers are computed, if the host is not ahead of them.
+            waited_s: for the plan; told on as idle time, unless a device knows better.
 
         Raises:
             InternalError: the plan contradicts what this rank knows.
@@ -166,7 +166,8 @@ class ModelRunner:
         else:
             for ahead in self._in_flight:
                 self._complete(ahead)
-            step = LaunchedStep(output=self._run(plan, started_s, on_nearly_done))
+            output = self._run(plan, started_s, on_nearly_done, waited_s)
+            step = LaunchedStep(output=output)
         self._in_flight.append(step)
         return step
 
@@ -242,7 +243,7 @@ class ModelRunner:
         pending.ended.wait()
         plan, answers = pending.plan, self._answers(pending.plan)
         self._sampling.learn(pending, answers)
-        before, self._ended, self._ended_s = self._ended, pending.ended, self._clock()
+        before, self._ended = self._ended, pending.ended
         return StepOutput(
             step=plan.step,
             results=answers.results(),
@@ -252,18 +253,17 @@ class ModelRunner:
         )
 
     def _run(
-        self, plan: SchedulerOutput, started_s: float, on_nearly_done: Callable[[], None] | None
+        self, plan: SchedulerOutput, started_s: float, on_nearly_done: SayDone | None, idle_s: float
     ) -> StepOutput:
         """A whole step, from its inputs to its answers.
 
         On a device the time of the forward pass shows up where the host first waits for it,
         which is under `sample`.
         """
-        idle_s = started_s - (self._ended_s or started_s)
         self._ended = None
         if not plan.keys:
-            self._ended_s = self._clock()
-            return StepOutput(step=plan.step, duration_s=self._ended_s - started_s, idle_s=idle_s)
+            duration_s = self._clock() - started_s
+            return StepOutput(step=plan.step, duration_s=duration_s, idle_s=idle_s)
         inputs = build_step_input(plan, self._rows, self._block_size, self._device)
         built_s = self._clock()
         with out_of_memory_as_error("running a step"):
@@ -275,7 +275,7 @@ class ModelRunner:
             self._prompts.score(plan, inputs, hidden_TD, answers)
             self._sampling.now(plan, inputs, hidden_TD, answers)
             self._prompts.pool(plan, inputs, hidden_TD, self._rows, answers)
-        self._ended_s = ended_s = self._clock()
+        ended_s = self._clock()
         return StepOutput(
             step=plan.step,
             results=answers.results(),

@@ -73,11 +73,14 @@ class TensorParallelRank:
         """Whether `answer` would not wait; there is a step in flight."""
         return self._in_flight[0].is_done
 
-    def begin(self, payload: bytearray, say_nearly_done: Callable[[], None]) -> None:
+    def begin(
+        self, payload: bytearray, say_nearly_done: Callable[[], None], waited_s: float
+    ) -> None:
         """Launch an encoded plan; see `ModelRunner.launch`."""
         says = self._signs and self._tail_s >= _SIGN_WORTH_S
         plan = wire.decode_plan(payload)
-        self._in_flight.append(self._runner.launch(plan, say_nearly_done if says else None))
+        step = self._runner.launch(plan, say_nearly_done if says else None, waited_s=waited_s)
+        self._in_flight.append(step)
 
     def answer(self) -> bytes | None:
         """See the oldest step to its end; the encoded answer on the rank that gives it."""

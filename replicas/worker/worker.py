@@ -165,7 +165,7 @@ class Worker:
 
     def _step(self, payload: bytearray) -> None:
         try:
-            self._rank.begin(payload, self._link.send_nearly_done)
+            self._rank.begin(payload, self._link.send_nearly_done, self._link.waited_s)
             self._answer(all_but=1 if self._rank.may_run_ahead else 0)
         except (WorkerDiedError, CollectiveTimeoutError) as error:
             if not (self._plan.experts and self._plan.experts.survives):

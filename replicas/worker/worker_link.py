@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 
 from cluster.base.errors import WorkerDiedError
 from replicas.worker import wire
@@ -19,6 +20,8 @@ class WorkerLink:
         self._sock = sock
         self._rank = rank
         self._sending = threading.Lock()
+        self.waited_s = 0.0
+        """How long the last order was waited for; next to nothing where it was there already."""
 
     @classmethod
     def connect(
@@ -56,12 +59,14 @@ class WorkerLink:
         Raises:
             TimeoutError: the leader has said nothing for so long.
         """
+        started_s = time.perf_counter()
         try:
             kind, payload = self._sock.receive(timeout_s)
         except TimeoutError:
             raise
         except OSError:
             return None
+        self.waited_s = time.perf_counter() - started_s
         return None if kind is FrameKind.STOP else (kind, payload)
 
     def send_halted(self) -> None:

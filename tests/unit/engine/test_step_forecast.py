@@ -90,10 +90,10 @@ def test_a_plan_that_is_often_late_is_made_earlier_and_one_that_never_is_as_late
     forecast = taught(*[2.0] * 60)
     punctual_s = forecast.plan_after_s(step(1))
     for at in range(400):
-        forecast.add_idle(1.0e-3 if at % 10 == 0 else 0.1e-3, 2e-3)
-    assert forecast.plan_after_s(step(1)) < punctual_s - 1e-3
+        forecast.add_idle(1.0e-3 if at % 10 == 0 else 0.01e-3, 2e-3)
+    assert forecast.plan_after_s(step(1)) == 0.0
     for _ in range(5000):
-        forecast.add_idle(0.1e-3, 2e-3)
+        forecast.add_idle(0.01e-3, 2e-3)
     assert forecast.plan_after_s(step(1)) == pytest.approx(punctual_s)
 
 
@@ -101,7 +101,7 @@ def test_a_long_step_may_wait_for_a_plan_that_a_short_one_may_not_wait_for() -> 
     short, long = taught(*[20.0] * 60), taught(*[20.0] * 60)
     punctual_s = long.plan_after_s(step(1))
     for at in range(400):
-        idle_s = 0.7e-3 if at % 10 == 0 else 0.1e-3
+        idle_s = 0.5e-3 if at % 10 == 0 else 0.01e-3
         short.add_idle(idle_s, 1e-3)
         long.add_idle(idle_s, 10e-3)
     assert long.plan_after_s(step(1)) > punctual_s - 0.2e-3
@@ -111,14 +111,12 @@ def test_a_long_step_may_wait_for_a_plan_that_a_short_one_may_not_wait_for() -> 
 def test_how_early_plans_are_made_is_bounded() -> None:
     forecast = taught(*[20.0] * 60)
     for _ in range(10_000):
-        forecast.add_idle(0.1e-3, 20e-3)
         forecast.add_idle(50e-3, 20e-3)
     assert 16e-3 < forecast.plan_after_s(step(1)) < 17e-3
 
 
-def test_a_link_that_always_takes_long_is_not_taken_for_late_plans() -> None:
+def test_one_stall_of_the_machine_moves_plans_by_little() -> None:
     forecast = taught(*[20.0] * 60)
     punctual_s = forecast.plan_after_s(step(1))
-    for _ in range(5000):
-        forecast.add_idle(2e-3, 20e-3)
-    assert forecast.plan_after_s(step(1)) == pytest.approx(punctual_s)
+    forecast.add_idle(2.0, 20e-3)
+    assert forecast.plan_after_s(step(1)) > punctual_s - 0.3e-3

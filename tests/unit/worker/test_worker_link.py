@@ -202,6 +202,18 @@ def test_a_lost_rank_ends_a_poll_and_collect_names_it():
         executor.collect(timeout_s=5.0)
 
 
+def test_a_rank_knows_how_long_it_waited_for_its_plan():
+    leader, (worker,) = open_links(1)
+    executor = LinkExecutor(leader)
+    executor.submit(PLAN)
+    time.sleep(0.05)
+    worker.receive_plan()
+    assert worker.waited_s < 0.04, "it was there"
+    threading.Timer(0.1, executor.submit, [dataclasses.replace(PLAN, step=8)]).start()
+    worker.receive_plan()
+    assert worker.waited_s > 0.05
+
+
 def test_a_plan_on_top_is_in_the_socket_before_the_answer():
     leader, (worker,) = open_links(1)
     executor = LinkExecutor(leader)
