@@ -9,6 +9,7 @@ Shapes: T rows, R copies of rows, W destinations, K experts per row, M (row, loc
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -46,9 +47,18 @@ class RowPlan:
         """Copies in all."""
         return self.row_R.numel()
 
+    @property
+    def bounds(self) -> list[int]:
+        """Where each destination's copies begin, and the end."""
+        return [0, *itertools.accumulate(self.counts)]
+
     def gather(self, rows_TX: torch.Tensor) -> torch.Tensor:
         """The copies, in the plan's order."""
         return rows_TX.index_select(0, self.row_R)
+
+    def gather_into(self, rows_TX: torch.Tensor, into: torch.Tensor, first: int, end: int) -> None:
+        """Copies `first` up to `end`, written to contiguous (end - first, X) memory."""
+        torch.index_select(rows_TX, 0, self.row_R[first:end], out=into)
 
     def inverse(self) -> torch.Tensor:
         """int64 (T, W): where in the plan's order the copy of a row for a destination stands."""

@@ -9,6 +9,7 @@ of settled rows (`moe/exact_sums.py`) arrive as they left. A sum that needs more
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -20,37 +21,81 @@ _BIAS, _MANTISSA = 1023, 52
 
 
 class RowSums(Protocol):
-    """Packs and adds rows of exact sums; compiled or in torch, to the same bits."""
+    """Packs and adds rows of exact sums; compiled or in torch, to the same bits.
 
-    def pack(self, sums_AD: torch.Tensor) -> torch.Tensor:
-        """fp64 sums as int32 (A, 1 + D), head first; rows with `MORE` lack their lower bits."""
+    Packed copies come in pieces, one after the other; copy `i` of all belongs to row `row_R[i]`.
+    """
+
+    def pack(self, sums_AD: torch.Tensor, into_AX: torch.Tensor) -> bool:
+        """fp64 sums as int32 (A, 1 + D), head first; whether some rows lack bits (`MORE`)."""
         ...
 
     def add(self, packed_RX: torch.Tensor, row_R: torch.Tensor, sums_TD: torch.Tensor) -> None:
         """Add the upper bits of packed rows to the fp64 rows they belong to, in place."""
         ...
 
+    def join(
+        self, pieces: Sequence[torch.Tensor], row_R: torch.Tensor, into_TX: torch.Tensor
+    ) -> bool:
+        """The sum of each row's copies, packed again as int32 (T, 1 + D).
+
+        Returns:
+            Whether every bit is there; if not, `into_TX` is of no use and the sums have to be made
+            with `add` and the copies' lower bits.
+        """
+        ...
+
+    def total(
+        self, pieces: Sequence[torch.Tensor], row_R: torch.Tensor, into_TD: torch.Tensor
+    ) -> bool:
+        """The same, rounded to fp32 (T, D)."""
+        ...
+
 
 class TorchRowSums:
     """`RowSums` in torch: every platform, and what others are tested against."""
 
-    def pack(self, sums_AD: torch.Tensor) -> torch.Tensor:
+    def pack(self, sums_AD: torch.Tensor, into_AX: torch.Tensor) -> bool:
         """See `RowSums.pack`."""
-        num_rows, dim = sums_AD.shape
-        packed_AX = torch.empty((num_rows, 1 + dim), dtype=torch.int32)
         exponent_A, numbers_A = _exponents(sums_AD)
         scaled_AD = sums_AD * _power(_BITS - exponent_A).unsqueeze(1)
         scaled_AD = torch.where(numbers_A.unsqueeze(1), scaled_AD, 0.0)
         whole_AD = scaled_AD.trunc()
-        packed_AX[:, 1:] = whole_AD
+        into_AX[:, 1:] = whole_AD
         more_A = (whole_AD != scaled_AD).any(dim=1)
-        packed_AX[:, 0] = 4 * exponent_A + NO_NUMBERS * ~numbers_A + MORE * more_A
-        return packed_AX
+        into_AX[:, 0] = 4 * exponent_A + NO_NUMBERS * ~numbers_A + MORE * more_A
+        return bool(more_A.any())
 
     def add(self, packed_RX: torch.Tensor, row_R: torch.Tensor, sums_TD: torch.Tensor) -> None:
         """See `RowSums.add`."""
         scale_R1 = _head_scale(packed_RX[:, 0]).unsqueeze(1)
         sums_TD.index_add_(0, row_R, packed_RX[:, 1:].double() * scale_R1)
+
+    def join(
+        self, pieces: Sequence[torch.Tensor], row_R: torch.Tensor, into_TX: torch.Tensor
+    ) -> bool:
+        """See `RowSums.join`."""
+        sums_TD = self._sums(pieces, row_R, into_TX.shape[0])
+        return sums_TD is not None and not self.pack(sums_TD, into_TX)
+
+    def total(
+        self, pieces: Sequence[torch.Tensor], row_R: torch.Tensor, into_TD: torch.Tensor
+    ) -> bool:
+        """See `RowSums.total`."""
+        sums_TD = self._sums(pieces, row_R, into_TD.shape[0])
+        if sums_TD is not None:
+            into_TD.copy_(sums_TD)
+        return sums_TD is not None
+
+    def _sums(
+        self, pieces: Sequence[torch.Tensor], row_R: torch.Tensor, num_rows: int
+    ) -> torch.Tensor | None:
+        packed_RX = torch.cat(list(pieces))
+        if (packed_RX[:, 0] & MORE).any():
+            return None
+        sums_TD = torch.zeros((num_rows, packed_RX.shape[1] - 1), dtype=torch.float64)
+        self.add(packed_RX, row_R, sums_TD)
+        return sums_TD
 
 
 def has_more(packed_AX: torch.Tensor) -> torch.Tensor:

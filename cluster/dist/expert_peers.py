@@ -1,4 +1,5 @@
-"""The groups of one expert-parallel rank: everybody, its node, its rail; and the watch over them.
+"""The groups of one expert-parallel rank: everybody, its node, its rail; the memory that ranks of the
+node share; and the watch over all of them.
 
 All are made together on one store, under the epoch of the rendezvous, so that nothing of an older
 epoch can reach them. They fail together as well: one watch ends them all.
@@ -18,6 +19,7 @@ from cluster.dist.gloo_peers import GlooPeers
 from cluster.dist.peer_watch import PeerWatch
 from cluster.dist.rank_topology import RankTopology
 from cluster.dist.rendezvous import Rendezvous, local_address_towards
+from cluster.dist.shared_boxes import SharedBoxes, join_shared_boxes
 from cluster.dist.store import open_store
 
 DEFAULT_TIMEOUT_S = 10.0
@@ -30,6 +32,7 @@ class ExpertPeers:
         world: all ranks.
         node: the ranks of this node.
         rail: the ranks of this rail (see rank_topology.py).
+        shared: memory that the ranks of this node read from each other; None: there is none.
         watch: looks after all waits of this rank for its peers.
     """
 
@@ -38,11 +41,13 @@ class ExpertPeers:
         *,
         topology: RankTopology,
         groups: tuple[GlooPeers, GlooPeers, GlooPeers],
+        shared: SharedBoxes | None,
         watch: PeerWatch,
         store: Store,
     ) -> None:
         self.topology = topology
         self.world, self.node, self.rail = groups
+        self.shared = shared
         self.watch = watch
         self._store: Store | None = store
 
@@ -68,6 +73,8 @@ class ExpertPeers:
         self.watch.close()
         for group in (self.rail, self.node, self.world):
             group.close()
+        if self.shared is not None:
+            self.shared.close()
         self._store = None
 
 
@@ -112,6 +119,9 @@ def join_expert_peers(
         groups = _groups(
             watch, keys, rank, topology, (host, rendezvous.connect_timeout_s, timeout_s)
         )
+        mates = topology.node_ranks(rank)
+        node_keys = PrefixStore(f"shared/{mates[0]}", keys)
+        shared = join_shared_boxes(node_keys, mates, rank, watch, rendezvous.connect_timeout_s)
     except (RuntimeError, OSError) as error:
         if watch is not None:
             watch.close()
@@ -122,7 +132,7 @@ def join_expert_peers(
         raise CollectiveTimeoutError(
             f"{me}: not all ranks joined within {rendezvous.connect_timeout_s:g} s ({text})."
         ) from error
-    return ExpertPeers(topology=topology, groups=groups, watch=watch, store=store)
+    return ExpertPeers(topology=topology, groups=groups, shared=shared, watch=watch, store=store)
 
 
 def _meet(watch: PeerWatch, keys: Store, rank: int, num_ranks: int) -> None:

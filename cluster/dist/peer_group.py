@@ -69,3 +69,37 @@ class PeerGroup(Protocol):
     def all_gather_bytes(self, own: bytes, what: str) -> list[bytes]:
         """Everybody's bytes, in member order; all give equally many."""
         ...
+
+
+Note = tuple[int, int, int]
+"""Three numbers; what they mean is the caller's."""
+
+
+class NodeMemory(Protocol):
+    """Memory of the ranks of one node that all of them can read; raises as above."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's index in the node."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        ...
+
+    def box(self, index: int, num_bytes: int) -> torch.Tensor:
+        """This rank's box of that number: uint8, for peers to read once they have been told.
+
+        Nothing of it survives the next call for the same box; who calls knows that nobody reads it
+        any more.
+        """
+        ...
+
+    def tell(self, peer: int, index: int, note: Note) -> None:
+        """Say something about a box to one other member; notes arrive in the order told."""
+        ...
+
+    def hear(self, peer: int, what: str) -> tuple[torch.Tensor, Note]:
+        """Wait for a member's next note: the whole box that it is about, and the note."""
+        ...

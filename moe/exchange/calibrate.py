@@ -26,6 +26,7 @@ from cluster.dist.rank_topology import RankTopology
 from moe.exchange.link_costs import LinkCosts
 from moe.exchange.peers import Peers
 from moe.exchange.preposted import SlotHop
+from moe.exchange.shared_hop import SharedHop
 from moe.exchange.simulate import rail_exchange
 from moe.plan import RowPlan
 from moe.row_sums import RowSums
@@ -44,7 +45,7 @@ _WIRE_MESSAGES = 3
 
 
 def calibrate(
-    peers: Peers, topology: RankTopology, slots: Sequence[SlotHop], sums: RowSums
+    peers: Peers, topology: RankTopology, slots: Sequence[SlotHop | SharedHop], sums: RowSums
 ) -> LinkCosts:
     """The costs, the same at every rank; all ranks call it together.
 
@@ -67,7 +68,7 @@ def calibrate(
 
 
 def _inside_nodes(
-    topology: RankTopology, probe: Probe, peers: Peers, slots: SlotHop
+    topology: RankTopology, probe: Probe, peers: Peers, slots: SlotHop | SharedHop
 ) -> dict[str, float]:
     """Calls, messages and bytes where nothing is far away."""
     small_s = probe.exchange(peers.node, _SMALL_BYTES)
@@ -76,11 +77,13 @@ def _inside_nodes(
     # What a call costs and what its messages cost cannot be told apart here; half is each.
     message_s = small_s / (2 * _WIRE_MESSAGES * max(1, others))
     empty = torch.empty((0, slots.row_bytes), dtype=torch.uint8)
-    nobody = [0] * slots.group.size
+    nobody = RowPlan.build(torch.empty((0, 1), dtype=torch.int64), slots.group.size)
 
     def trip() -> None:
         there = slots.open(empty, nobody, slots.row_bytes)
-        there.give_back(there.arrive("calibration"), "calibration")
+        there.arrive("calibration")
+        there.room()
+        there.give_back("calibration")
 
     # Answers to nothing are not sent, so this is one hop.
     posted_s = probe.time(trip) - _WIRE_MESSAGES * others * message_s
@@ -192,5 +195,6 @@ class _RowWork:
     def run(self) -> None:
         """Once there and back."""
         self._plan.gather(self._rows)
-        summed = torch.zeros(self._rows.shape, dtype=torch.float64)
-        self._sums.add(self._sums.pack(self._partial), self._plan.row_R, summed)
+        packed = torch.empty((self.num_copies, 1 + _DIM), dtype=torch.int32)
+        self._sums.pack(self._partial, packed)
+        self._sums.total([packed], self._plan.row_R, torch.empty_like(self._rows))

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from cluster.base.errors import ConfigError
+from cluster.dist.peer_group import PeerGroup
 from cluster.dist.rank_topology import RankTopology
 from moe.exchange.answers import Leg, answers_for
 from moe.exchange.base import Arrivals, Exchange, Pending
@@ -24,6 +25,7 @@ from moe.exchange.peers import Peers
 from moe.exchange.preposted import SlotHop
 from moe.exchange.probe_layers import LayerProbe
 from moe.exchange.schemes import DEFAULT_SLOT_ROWS, Scheme
+from moe.exchange.shared_hop import SharedHop
 from moe.exchange.wire import Combine, WireFormat
 from moe.expert_slots import ExpertSlots
 from moe.row_sums import RowSums, TorchRowSums
@@ -62,9 +64,7 @@ class Exchanges:
         self._rank = peers.world.rank
         self._route = Route(topology, self._rank)
         groups = (peers.rail, peers.node) if topology.has_two_levels else (peers.world,)
-        self._slots = [
-            SlotHop(group, row_bytes=format.row_bytes, slot_rows=slot_rows) for group in groups
-        ]
+        self._slots = [self._without_counts(group) for group in groups]
 
     @property
     def scheme(self) -> Scheme:
@@ -74,7 +74,7 @@ class Exchanges:
     @property
     def num_overflows(self) -> int:
         """Messages to this rank that did not fit their slot so far."""
-        return sum(hop.num_overflows for hop in self._slots)
+        return sum(hop.num_overflows for hop in self._slots if isinstance(hop, SlotHop))
 
     def use(self, scheme: Scheme | str) -> None:
         """Switch all layers; between steps, and the same at all ranks.
@@ -130,13 +130,25 @@ class Exchanges:
             layer=layer,
         )
 
+    def _without_counts(self, group: PeerGroup) -> SlotHop | SharedHop:
+        """Through memory where the whole group shares it, else into slots."""
+        shared = self.peers.shared
+        if shared is not None and group.ranks == self.peers.node.ranks:
+            return SharedHop(group, shared, row_bytes=self.format.row_bytes)
+        return SlotHop(group, row_bytes=self.format.row_bytes, slot_rows=self.slot_rows)
+
     def _legs(self, scheme: Scheme) -> list[Leg]:
         """Outermost first. A lossy way home is for what crosses between nodes."""
         hops: Sequence[Hop]
         if scheme is Scheme.PREPOSTED:
             hops = self._slots
         elif scheme is Scheme.HIERARCHICAL and self.topology.has_two_levels:
-            hops = [CountedHop(self.peers.rail), CountedHop(self.peers.node)]
+            inner = self._slots[-1]
+            in_memory = isinstance(inner, SharedHop)
+            hops = [
+                CountedHop(self.peers.rail),
+                inner if in_memory else CountedHop(self.peers.node),
+            ]
         else:
             hops = [self._world]
         combines = [self.format.combine, Combine.FP32]

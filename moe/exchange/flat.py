@@ -6,6 +6,7 @@ nothing; each rank sends to every other, though, and a row crosses to a node onc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,8 +63,7 @@ class OneHopExchange:
     ) -> OneHopPending:
         """Start to send each row once to every rank it visits."""
         plan = RowPlan.build(self._where.ranks(expert_TK), self._leg.hop.group.size)
-        rows = plan.gather(self._format.pack(hidden_TD, expert_TK, weight_TK))
-        trip = self._leg.open(rows, plan.counts)
+        trip = self._leg.open(self._format.pack(hidden_TD, expert_TK, weight_TK), plan)
         return OneHopPending(plan, trip, self._where, self._format, f"{self._layer} dispatch")
 
     def combine(self, partial_AD: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:
@@ -71,7 +71,7 @@ class OneHopExchange:
         ticket: _Ticket = arrivals.ticket
         what = f"{self._layer} combine"
         answers = self._leg.answers
-        return answers.bring_home(ticket.trip, ticket.plan, partial_AD, what).float()
+        return answers.bring_home(ticket.trip, ticket.plan, partial_AD, what).rounded()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +98,14 @@ class OneHopPending:
 
 
 def unpack_arrivals(
-    rows: torch.Tensor, where: SlotHomes, format: WireFormat, ticket: object
+    pieces: Sequence[torch.Tensor], where: SlotHomes, format: WireFormat, ticket: object
 ) -> Arrivals:
-    """What a rank computes with, from the rows that reached it."""
+    """What a rank computes with, from the rows that reached it; a copy of them."""
+    routing = format.routing(pieces)
     return Arrivals(
-        hidden_AD=format.hidden(rows),
-        slot_AK=format.experts(rows) - where.first,
-        weight_AK=format.weights(rows),
+        hidden_AD=format.hidden(pieces),
+        slot_AK=format.experts(routing) - where.first,
+        weight_AK=format.weights(routing),
         num_local=where.num_local,
         ticket=ticket,
     )

@@ -94,16 +94,16 @@ class TwoHopExchange:
         """Start to send each row once to every node it visits."""
         members = self._route.rail_members(self._where.ranks(expert_TK))
         plan = RowPlan.build(members, self._route.num_rail_members)
-        rows = plan.gather(self._format.pack(hidden_TD, expert_TK, weight_TK))
-        trip = self._rail.open(rows, plan.counts)
+        trip = self._rail.open(self._format.pack(hidden_TD, expert_TK, weight_TK), plan)
         return TwoHopPending(self, plan, trip)
 
     def forward(self, plan: RowPlan, trip: Trip) -> Arrivals:
         """The second half of a dispatch: wait for the rail, pass on inside the node, wait."""
-        rows = trip.arrive(f"{self._layer} dispatch between nodes")
-        members = self._route.node_members(self._where.ranks(self._format.experts(rows)))
+        pieces = trip.arrive(f"{self._layer} dispatch between nodes")
+        expert_AK = self._format.experts(self._format.routing(pieces))
+        members = self._route.node_members(self._where.ranks(expert_AK))
         inner_plan = RowPlan.build(members, self._route.num_node_members)
-        inner_trip = self._node.open(inner_plan.gather(rows), inner_plan.counts)
+        inner_trip = self._node.open(torch.cat(pieces), inner_plan)
         arrived = inner_trip.arrive(f"{self._layer} dispatch inside the node")
         ticket = _Ticket(plan, trip, inner_plan, inner_trip)
         return unpack_arrivals(arrived, self._where, self._format, ticket)
@@ -120,7 +120,7 @@ class TwoHopExchange:
         at_source = self._rail.answers.bring_home(
             ticket.trip, ticket.plan, at_forwarder, f"{self._layer} combine between nodes"
         )
-        return at_source.float()
+        return at_source.rounded()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,10 @@
 """One hop of rows among a group of peers, there and back: the step all schemes are made of.
 
-A hop is opened with the rows for each member, gives the rows that arrived, and later takes one
-answer per arrived row back to where that row came from, in the order it was sent. What differs
-between hops is how the receiver learns how many rows come: `CountedHop` exchanges counts first.
+A hop is opened with rows and a plan of who gets which, gives the rows that arrived, and later takes
+one answer per arrived row back to where that row came from, in the order it was sent. What differs
+between hops is how the receiver learns how many rows come, and how they travel: `CountedHop`
+exchanges counts first, `SlotHop` (preposted.py) has posted slots, `SharedHop` (shared_hop.py) reads
+its peers' memory.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from typing import Protocol
 import torch
 
 from cluster.dist.peer_group import PeerGroup, Transfer
+from moe.plan import RowPlan
 
 _COUNT_BYTES = 8
 _MORE_TAG = 4
 
 
 class Trip(Protocol):
-    """One use of a hop: `arrive` once, then `give_back` once."""
+    """One use of a hop: `arrive`, `room` and `give_back`, once each and in this order."""
 
     @property
     def group(self) -> PeerGroup:
@@ -36,12 +39,22 @@ class Trip(Protocol):
         """Rows from each member; known once they have arrived."""
         ...
 
-    def arrive(self, what: str) -> torch.Tensor:
-        """The rows from all members, in member order: uint8 (A, row_bytes)."""
+    def arrive(self, what: str) -> list[torch.Tensor]:
+        """The rows from all members, in member order and in pieces: uint8 (A, row_bytes) in all.
+
+        They may lie in another rank's memory, and are gone after `give_back`.
+        """
         ...
 
-    def give_back(self, answers: torch.Tensor, what: str) -> torch.Tensor:
-        """Return one answer per arrived row; gives one per row sent: uint8 (R, answer_bytes)."""
+    def room(self) -> torch.Tensor:
+        """Where the answers to the arrived rows are to be written: uint8 (A, answer_bytes)."""
+        ...
+
+    def give_back(self, what: str) -> list[torch.Tensor]:
+        """Return what was written; gives one answer per row sent, in the plan's order, in pieces.
+
+        uint8 (R, answer_bytes) in all; gone when the hop is opened again.
+        """
         ...
 
 
@@ -53,8 +66,8 @@ class Hop(Protocol):
         """The members."""
         ...
 
-    def open(self, rows: torch.Tensor, counts: Sequence[int], answer_bytes: int) -> Trip:
-        """Begin to send rows (uint8, contiguous), `counts[i]` of them to member `i` in order.
+    def open(self, rows_TX: torch.Tensor, plan: RowPlan, answer_bytes: int) -> Trip:
+        """Begin to send copies of rows (uint8, contiguous) to the plan's destinations, the members.
 
         Every member opens its trips in the same order, with zero rows if it has none.
         """
@@ -67,36 +80,44 @@ class CountedHop:
     def __init__(self, group: PeerGroup) -> None:
         self.group = group
 
-    def open(self, rows: torch.Tensor, counts: Sequence[int], answer_bytes: int) -> Trip:
+    def open(self, rows_TX: torch.Tensor, plan: RowPlan, answer_bytes: int) -> Trip:
         """Start the exchange of counts."""
-        return _CountedTrip(self.group, rows, counts, answer_bytes)
+        return _CountedTrip(self.group, rows_TX, plan, answer_bytes)
 
 
 class _CountedTrip:
     def __init__(
-        self, group: PeerGroup, rows: torch.Tensor, counts: Sequence[int], answer_bytes: int
+        self, group: PeerGroup, rows_TX: torch.Tensor, plan: RowPlan, answer_bytes: int
     ) -> None:
         self.group = group
-        self.sent = list(counts)
+        self.sent = list(plan.counts)
         self.received: list[int] = []
-        self._rows = rows
+        self._answer_bytes = answer_bytes
+        self._room = torch.empty((0, answer_bytes), dtype=torch.uint8)
         self._own_counts = torch.tensor(self.sent, dtype=torch.int64)
         self._their_counts = torch.empty_like(self._own_counts)
         even = [_COUNT_BYTES] * group.size
         self._counting: Transfer = group.all_to_all(
             self._their_counts.view(torch.uint8), self._own_counts.view(torch.uint8), even, even
         )
+        self._rows = plan.gather(rows_TX)  # while the counts travel
 
-    def arrive(self, what: str) -> torch.Tensor:
+    def arrive(self, what: str) -> list[torch.Tensor]:
         """Wait for the counts, then for the rows."""
         self._counting.wait(f"{what} (counts)")
         self.received = self._their_counts.tolist()
         rows, self._rows = self._rows, self._rows[:0]
-        return self._exchange(rows, self.sent, self.received, what)
+        return [self._exchange(rows, self.sent, self.received, what)]
 
-    def give_back(self, answers: torch.Tensor, what: str) -> torch.Tensor:
+    def room(self) -> torch.Tensor:
+        """See `Trip.room`."""
+        shape = (sum(self.received), self._answer_bytes)
+        self._room = torch.empty(shape, dtype=torch.uint8)
+        return self._room
+
+    def give_back(self, what: str) -> list[torch.Tensor]:
         """The same exchange with sides swapped; counts are known."""
-        return self._exchange(answers, self.received, self.sent, what)
+        return [self._exchange(self._room, self.received, self.sent, what)]
 
     def _exchange(
         self, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int], what: str

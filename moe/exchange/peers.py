@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from cluster.dist.peer_group import PeerGroup
+from cluster.dist.peer_group import NodeMemory, PeerGroup
 
 
 class Peers(Protocol):
@@ -23,4 +23,9 @@ class Peers(Protocol):
     @property
     def rail(self) -> PeerGroup:
         """The ranks of this rail."""
+        ...
+
+    @property
+    def shared(self) -> NodeMemory | None:
+        """Memory that the ranks of this node read from each other, if they can."""
         ...

@@ -16,15 +16,17 @@ that one costs a handshake, and nothing is ever dropped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
 
 import torch
 
 from cluster.base.errors import InternalError
 from cluster.dist.peer_group import PeerGroup, Transfer
 from moe.exchange.hops import Trip
+from moe.plan import RowPlan
 
-_HEADER_BYTES = 16
+_HEADER = struct.Struct("=2q")
+"""Rows in all, number of the trip."""
 _SLOT_TAG, _OVERFLOW_TAG, _ANSWER_TAG = 1, 2, 3
 
 
@@ -43,7 +45,7 @@ class SlotHop:
         self.slot_rows = slot_rows
         self.peers = tuple(peer for peer in range(group.size) if peer != group.rank)
         self.slots = {
-            peer: torch.empty(_HEADER_BYTES + slot_rows * row_bytes, dtype=torch.uint8)
+            peer: torch.empty(_HEADER.size + slot_rows * row_bytes, dtype=torch.uint8)
             for peer in self.peers
         }
         self.posted: dict[int, Transfer] = {}
@@ -57,98 +59,105 @@ class SlotHop:
         for peer in self.peers:
             self.posted[peer] = self.group.receive(self.slots[peer], peer, _SLOT_TAG)
 
-    def open(self, rows: torch.Tensor, counts: Sequence[int], answer_bytes: int) -> Trip:
+    def open(self, rows_TX: torch.Tensor, plan: RowPlan, answer_bytes: int) -> Trip:
         """Send at once; nobody needs to be asked."""
         self.num_trips += 1
-        return _SlotTrip(self, rows, counts, answer_bytes)
+        return _SlotTrip(self, rows_TX, plan, answer_bytes)
 
 
 class _SlotTrip:
     def __init__(
-        self, hop: SlotHop, rows: torch.Tensor, counts: Sequence[int], answer_bytes: int
+        self, hop: SlotHop, rows_TX: torch.Tensor, plan: RowPlan, answer_bytes: int
     ) -> None:
         self._hop = hop
         self.group = hop.group
-        self.sent = list(counts)
+        self.sent = list(plan.counts)
         self.received: list[int] = []
-        self._bounds = _bounds(counts)
+        self._bounds = plan.bounds
         self._number = hop.num_trips
-        me = hop.group.rank
-        self._own_rows = rows[self._bounds[me] : self._bounds[me + 1]]
+        self._answer_bytes = answer_bytes
+        self._room = torch.empty((0, answer_bytes), dtype=torch.uint8)
         self._sends: list[Transfer] = []
         for peer in hop.peers:
-            self._send_rows(peer, rows[self._bounds[peer] : self._bounds[peer + 1]])
-        self._answers = torch.empty((sum(counts), answer_bytes), dtype=torch.uint8)
+            self._send_rows(peer, rows_TX, plan)
+        me = hop.group.rank
+        self._own_rows = rows_TX.new_empty((plan.counts[me], hop.row_bytes))
+        plan.gather_into(rows_TX, self._own_rows, self._bounds[me], self._bounds[me + 1])
+        self._answers = {
+            peer: torch.empty((plan.counts[peer], answer_bytes), dtype=torch.uint8)
+            for peer in hop.peers
+        }
         # Announced long before the answers exist, so they will travel at once.
         self._expected = [
-            hop.group.receive(self._part(self._answers, peer).reshape(-1), peer, _ANSWER_TAG)
+            hop.group.receive(self._answers[peer].view(-1), peer, _ANSWER_TAG)
             for peer in hop.peers
-            if counts[peer]
+            if plan.counts[peer]
         ]
 
-    def arrive(self, what: str) -> torch.Tensor:
+    def arrive(self, what: str) -> list[torch.Tensor]:
         """Take the rows out of all slots, in member order."""
         hop = self._hop
         taken = {peer: self._take(peer, what) for peer in hop.peers}
         rest = {peer: self._post_overflow(peer, count) for peer, (count, _) in taken.items()}
-        parts = []
+        pieces = []
         for peer in range(hop.group.size):
             if peer == hop.group.rank:
                 self.received.append(self._own_rows.shape[0])
-                parts.append(self._own_rows)
+                pieces.append(self._own_rows)
                 continue
             count, fitting = taken[peer]
             self.received.append(count)
-            parts.append(fitting)
+            pieces.append(fitting)
             if overflow := rest[peer]:
                 rows, transfer = overflow
                 transfer.wait(f"{what} (second round)")
-                parts.append(rows)
-        arrived = torch.cat(parts)
+                pieces.append(rows)
         self._end_sends(what)
-        return arrived
+        return pieces
 
-    def give_back(self, answers: torch.Tensor, what: str) -> torch.Tensor:
+    def room(self) -> torch.Tensor:
+        """See `Trip.room`."""
+        self._room = self._room.new_empty((sum(self.received), self._answer_bytes))
+        return self._room
+
+    def give_back(self, what: str) -> list[torch.Tensor]:
         """Send answers, renew the slots, wait for the answers to what was sent."""
         hop = self._hop
-        bounds = _bounds(self.received)
+        parts = torch.split(self._room, self.received)
         for peer in hop.peers:
             if self.received[peer]:
-                part = answers[bounds[peer] : bounds[peer + 1]].reshape(-1)
-                self._sends.append(hop.group.send(part, peer, _ANSWER_TAG))
+                self._sends.append(hop.group.send(parts[peer].view(-1), peer, _ANSWER_TAG))
         # After the answers, which are urgent: these are for the next trip.
         hop.post()
-        me = hop.group.rank
-        self._part(self._answers, me).copy_(answers[bounds[me] : bounds[me + 1]])
         for transfer in self._expected:
             transfer.wait(what)
         self._end_sends(what)
-        return self._answers
+        me = hop.group.rank
+        return [parts[me] if peer == me else self._answers[peer] for peer in range(hop.group.size)]
 
-    def _send_rows(self, peer: int, rows: torch.Tensor) -> None:
-        hop = self._hop
-        fitting = rows[: hop.slot_rows]
-        message = torch.empty(_HEADER_BYTES + fitting.numel(), dtype=torch.uint8)
-        message[:_HEADER_BYTES].view(torch.int64).copy_(torch.tensor([rows.shape[0], self._number]))
-        message[_HEADER_BYTES:].view(fitting.shape).copy_(fitting)
+    def _send_rows(self, peer: int, rows_TX: torch.Tensor, plan: RowPlan) -> None:
+        hop, width = self._hop, self._hop.row_bytes
+        first, end = self._bounds[peer], self._bounds[peer + 1]
+        fitting = min(end - first, hop.slot_rows)
+        message = torch.empty(_HEADER.size + fitting * width, dtype=torch.uint8)
+        _HEADER.pack_into(message.numpy().data, 0, end - first, self._number)
+        rows = message[_HEADER.size :].view(fitting, width)
+        plan.gather_into(rows_TX, rows, first, first + fitting)
         self._sends.append(hop.group.send(message, peer, _SLOT_TAG))
-        rest = rows[hop.slot_rows :]
-        if rest.shape[0]:
-            self._sends.append(hop.group.send(rest.reshape(-1), peer, _OVERFLOW_TAG))
+        if end - first > fitting:
+            rest = message.new_empty((end - first - fitting, width))
+            plan.gather_into(rows_TX, rest, first + fitting, end)
+            self._sends.append(hop.group.send(rest.view(-1), peer, _OVERFLOW_TAG))
 
     def _take(self, peer: int, what: str) -> tuple[int, torch.Tensor]:
         """How many rows a peer sends, and those in its slot."""
         hop = self._hop
         hop.posted.pop(peer).wait(what)
         slot = hop.slots[peer]
-        count, number = slot[:_HEADER_BYTES].view(torch.int64).tolist()
-        if number != self._number:
-            raise InternalError(
-                f"Member {peer} is at trip {number} and this rank at {self._number} ({what}).",
-                "All ranks must make the same calls in the same order.",
-            )
+        count, number = _HEADER.unpack_from(slot.numpy().data)
+        check_number(peer, number, self._number, what)
         fitting = min(count, hop.slot_rows)
-        rows = slot[_HEADER_BYTES : _HEADER_BYTES + fitting * hop.row_bytes]
+        rows = slot[_HEADER.size : _HEADER.size + fitting * hop.row_bytes]
         return count, rows.view(fitting, hop.row_bytes)
 
     def _post_overflow(self, peer: int, count: int) -> tuple[torch.Tensor, Transfer] | None:
@@ -159,17 +168,20 @@ class _SlotTrip:
         rest = torch.empty((count - hop.slot_rows, hop.row_bytes), dtype=torch.uint8)
         return rest, hop.group.receive(rest.view(-1), peer, _OVERFLOW_TAG)
 
-    def _part(self, rows: torch.Tensor, peer: int) -> torch.Tensor:
-        return rows[self._bounds[peer] : self._bounds[peer + 1]]
-
     def _end_sends(self, what: str) -> None:
         for transfer in self._sends:
             transfer.wait(what)
         self._sends.clear()
 
 
-def _bounds(counts: Sequence[int]) -> list[int]:
-    bounds = [0]
-    for count in counts:
-        bounds.append(bounds[-1] + count)
-    return bounds
+def check_number(peer: int, theirs: int, own: int, what: str) -> None:
+    """Refuse a message of another trip.
+
+    Raises:
+        InternalError: the ranks have not made the same calls.
+    """
+    if theirs != own:
+        raise InternalError(
+            f"Member {peer} is at trip {theirs} and this rank at {own} ({what}).",
+            "All ranks must make the same calls in the same order.",
+        )

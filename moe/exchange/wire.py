@@ -9,6 +9,7 @@ Everything but the default is lossy and has to be chosen.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,18 +89,25 @@ class WireFormat:
             experts[:, top_k:] = NOWHERE
         return rows
 
-    def experts(self, rows: torch.Tensor) -> torch.Tensor:
-        """Physical experts of packed rows: int64 (A, K)."""
-        return rows[:, self.hidden_bytes + 4 * self.top_k :].view(torch.int32).long()
+    def routing(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What `experts` and `weights` read, of packed rows in pieces: uint8 (A, 8 K)."""
+        return torch.cat([rows[:, self.hidden_bytes :] for rows in pieces])
 
-    def weights(self, rows: torch.Tensor) -> torch.Tensor:
-        """Gate weights of packed rows: fp32 (A, K)."""
-        return rows[:, self.hidden_bytes : self.hidden_bytes + 4 * self.top_k].view(torch.float32)
+    def experts(self, routing: torch.Tensor) -> torch.Tensor:
+        """Physical experts: int64 (A, K)."""
+        return routing[:, 4 * self.top_k :].view(torch.int32).long()
 
-    def hidden(self, rows: torch.Tensor) -> torch.Tensor:
-        """Hidden states of packed rows, contiguous, in `dtype`."""
+    def weights(self, routing: torch.Tensor) -> torch.Tensor:
+        """Gate weights: fp32 (A, K)."""
+        return routing[:, : 4 * self.top_k].view(torch.float32)
+
+    def hidden(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Hidden states of packed rows in pieces, one contiguous copy in `dtype`."""
+        return torch.cat([self._hidden(rows) for rows in pieces])
+
+    def _hidden(self, rows: torch.Tensor) -> torch.Tensor:
         if self.dispatch is Dispatch.EXACT:
-            return rows[:, : self.dim * self.dtype.itemsize].view(self.dtype).contiguous()
+            return rows[:, : self.dim * self.dtype.itemsize].view(self.dtype)
         codes = rows[:, : self.dim]
         narrow = codes.view(torch.int8 if self.dispatch is Dispatch.INT8 else _FP8)
         scale = rows[:, self.hidden_bytes - 4 : self.hidden_bytes].view(torch.float32)

@@ -10,22 +10,32 @@ RANKS = "tests.support.exchange_ranks"
 
 
 @pytest.mark.parametrize(
-    ("nodes", "rows"),
+    ("nodes", "rows", "without_memory"),
     [
-        (["a", "a", "b", "b", "b"], [0, 0, 11, 0, 2]),
-        (["a", "a", "a"], [3, 0, 6]),
+        (["a", "a", "b", "b", "b"], [0, 0, 11, 0, 2], None),
+        (["a", "a", "a"], [3, 0, 6], None),
+        (["a", "a", "a"], [3, 0, 6], 1),
     ],
-    ids=["2+3", "1x3"],
+    ids=["2+3", "1x3", "1x3, one cannot share memory"],
 )
-def test_gloo_ranks_give_the_one_process_result(nodes, rows):
+def test_gloo_ranks_give_the_one_process_result(nodes, rows, without_memory):
     answers = values(
-        run_ranks(f"{RANKS}:all_schemes", len(nodes), node_of_W=nodes, rows=rows)
+        run_ranks(
+            f"{RANKS}:all_schemes",
+            len(nodes),
+            node_of_W=nodes,
+            rows=rows,
+            without_memory=without_memory,
+        )
     )
     for answer in answers:
         wrong = [case for case, same in answer["equal"].items() if not same]
         assert not wrong
         assert answer["header"] == [[rank] * 3 for rank in range(len(nodes))]
-    assert sum(answer["overflows"] for answer in answers) > 0
+        assert answer["memory"] == (without_memory is None)
+    # Only slots overflow, and inside a node there are none if it shares memory.
+    has_slots = len(set(nodes)) > 1 or without_memory is not None
+    assert (sum(answer["overflows"] for answer in answers) > 0) == has_slots
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import tempfile
 import time
 from typing import Any
 
@@ -45,9 +46,16 @@ def one_layer(exchanges: Exchanges, slots: Any, inputs: Any, rank: int) -> torch
     return exchange.combine(partial_sums(arrivals, slots.firsts[rank], own), arrivals)
 
 
-def all_schemes(communicator: Communicator, node_of_W: list[str], rows: list[int]) -> Any:
-    """Every scheme and placement over one group; True where it equals the one-process result."""
+def all_schemes(
+    communicator: Communicator, node_of_W: list[str], rows: list[int], without_memory: int | None
+) -> Any:
+    """Every scheme and placement over one group; True where it equals the one-process result.
+
+    Rank `without_memory` cannot make what the ranks of a node share memory through.
+    """
     topology = RankTopology(tuple(node_of_W))
+    if communicator.rank == without_memory:
+        tempfile.tempdir = "/nowhere"
     peers = join(communicator, topology)
     exchanges = Exchanges(peers, topology, WIRE, slot_rows=4)
     answers = {}
@@ -72,6 +80,7 @@ def all_schemes(communicator: Communicator, node_of_W: list[str], rows: list[int
         "equal": answers,
         "header": [list(piece) for piece in gathered],
         "overflows": overflows,
+        "memory": peers.shared is not None,
     }
 
 

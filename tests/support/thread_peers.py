@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from cluster.dist.peer_group import Note
 from cluster.dist.rank_topology import RankTopology
 
 PATIENCE_S = 20.0
@@ -24,10 +25,19 @@ _GATHER_TAG = 5
 
 
 class Hub:
-    """All queues of one group of threads; counts what crosses between nodes."""
+    """All queues of one group of threads; counts what crosses between nodes.
 
-    def __init__(self, topology: RankTopology) -> None:
+    `shared`: the ranks of a node can read each other's memory.
+    """
+
+    def __init__(self, topology: RankTopology, *, shared: bool = True) -> None:
         self.topology = topology
+        self.shared = shared
+        self.notes: dict[tuple[int, int], queue.Queue[Any]] = {
+            (source, target): queue.Queue()
+            for source in range(topology.num_ranks)
+            for target in range(topology.num_ranks)
+        }
         self._queues: dict[Any, queue.Queue[torch.Tensor]] = defaultdict(queue.Queue)
         for kind in ("world", "node", "rail"):
             for source in range(topology.num_ranks):
@@ -104,6 +114,27 @@ class ThreadGroup:
         return [piece.numpy().tobytes() for piece in pieces]
 
 
+class ThreadBoxes:
+    """Memory of the ranks of a node, which threads share anyway."""
+
+    def __init__(self, hub: Hub, rank: int, ranks: tuple[int, ...]) -> None:
+        self._hub, self._own, self._ranks = hub, rank, ranks
+        self.rank, self.size = ranks.index(rank), len(ranks)
+        self._boxes: dict[int, torch.Tensor] = {}
+
+    def box(self, index: int, num_bytes: int) -> torch.Tensor:
+        if index not in self._boxes or self._boxes[index].numel() < num_bytes:
+            self._boxes[index] = torch.empty(num_bytes, dtype=torch.uint8)
+        self._boxes[index].fill_(0xA5)  # whoever still reads it shall see that
+        return self._boxes[index][:num_bytes]
+
+    def tell(self, peer: int, index: int, note: Note) -> None:
+        self._hub.notes[self._own, self._ranks[peer]].put((self._boxes[index], note))
+
+    def hear(self, peer: int, what: str) -> tuple[torch.Tensor, Note]:
+        return self._hub.notes[self._ranks[peer], self._own].get(timeout=PATIENCE_S)
+
+
 class ThreadPeers:
     """What `ExpertPeers` is, for one thread."""
 
@@ -112,6 +143,9 @@ class ThreadPeers:
         self.world = ThreadGroup(hub, "world", rank, tuple(range(topology.num_ranks)))
         self.node = ThreadGroup(hub, "node", rank, topology.node_ranks(rank))
         self.rail = ThreadGroup(hub, "rail", rank, topology.rail_ranks(rank))
+        mates = topology.node_ranks(rank)
+        has_memory = hub.shared and len(mates) > 1
+        self.shared = ThreadBoxes(hub, rank, mates) if has_memory else None
 
 
 def on_threads(hub: Hub, body: Callable[[int, ThreadPeers], Any]) -> list[Any]:
