@@ -12,6 +12,7 @@ import torch
 from cluster.base.errors import ConfigError
 from cluster.base.plan import OffloadPlan
 from cluster.base.quantities import size_text
+from offload.awaited_units import Tensors, tensors_of
 from offload.checkpoint_store import READER
 from offload.device_copier import DeviceCopier
 from offload.device_link import Copier, DeviceLink
@@ -21,14 +22,7 @@ from offload.link import Link
 from offload.readers.choose import OpenEngine
 from offload.readers.engine import ReadEngine, ReaderUnavailableError
 from offload.record_check import RecordCheck
-from offload.residents import (
-    ArrivingUnits,
-    Tensors,
-    copy_records,
-    read_records,
-    record_numbers,
-    tensors_of,
-)
+from offload.residents import ArrivingUnits, copy_records, read_records, record_numbers
 from offload.shared_units import SharedUnits
 from replicas.worker.device import pin_host_memory
 

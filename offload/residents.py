@@ -6,18 +6,17 @@ pass waits for each unit only when it comes to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 
 import torch
 
-from offload.host_link import HostLink, view
+from offload.awaited_units import AwaitedUnits, record_order
+from offload.host_link import HostLink
 from offload.host_memory import block_on_demand
 from offload.layout import Store
 from offload.readers.engine import ReadEngine
 from offload.record_check import RecordCheck
-
-Tensors = Mapping[str, torch.Tensor]
 
 
 def record_numbers(store: Store, units: Sequence[str]) -> list[int]:
@@ -25,7 +24,7 @@ def record_numbers(store: Store, units: Sequence[str]) -> list[int]:
     return sorted({store.by_name[unit].record for unit in units})
 
 
-class ArrivingUnits(Mapping[str, Tensors]):
+class ArrivingUnits(AwaitedUnits):
     """Tensors of units that are being read into host memory, all at once and in their order.
 
     Looking one up waits for it; one thread does. Memory is of exactly the records' size.
@@ -43,46 +42,29 @@ class ArrivingUnits(Mapping[str, Tensors]):
     def __init__(
         self, store: Store, units: Sequence[str], engine: ReadEngine, timeout_s: float
     ) -> None:
-        self._store = store
-        self._units = tuple(units)
-        numbers = list(dict.fromkeys(store.by_name[unit].record for unit in units))
+        super().__init__(store, units)
+        numbers = record_order(store, units)
         sizes = [store.records[number].num_bytes for number in numbers]
         slots = torch.split(block_on_demand(sum(sizes)), sizes)
         self._slot_of = {number: slot for slot, number in enumerate(numbers)}
         self._memory = dict(zip(numbers, slots, strict=True))
-        self._arrived: dict[str, Tensors] = {}
         self._missing = set(numbers)
         check = RecordCheck(store, leaves_untouched=True)
         self._link = HostLink(store, engine, slots, check=check, timeout_s=timeout_s)
-        unit_of = {store.by_name[unit].record: unit for unit in reversed(self._units)}
+        unit_of = {store.by_name[unit].record: unit for unit in reversed(units)}
         for number, slot in self._slot_of.items():
             self._link.submit(unit_of[number], slot)
-
-    def __getitem__(self, unit: str) -> Tensors:
-        if (tensors := self._arrived.get(unit)) is not None:
-            return tensors
-        if unit not in self._units:
-            raise KeyError(unit)
-        number = self._store.by_name[unit].record
-        self._link.wait(unit, self._slot_of[number])
-        self._arrived |= tensors_of(self._store, [unit], self._memory)
-        self._missing.discard(number)
-        if not self._missing:
-            self._link.close()
-        return self._arrived[unit]
-
-    def __contains__(self, unit: object) -> bool:
-        return unit in self._arrived or unit in self._units
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._units)
-
-    def __len__(self) -> int:
-        return len(self._units)
 
     def close(self) -> None:
         """Stop reading; safe to call twice."""
         self._link.close()
+
+    def _await(self, number: int, unit: str) -> torch.Tensor:
+        self._link.wait(unit, self._slot_of[number])
+        self._missing.discard(number)
+        if not self._missing:
+            self._link.close()
+        return self._memory[number]
 
 
 def read_records(
@@ -132,15 +114,3 @@ def copy_records(
             link.wait(unit_of[number], 0)
             block.copy_(link.record(unit_of[number], 0))
     return dict(zip(numbers, blocks, strict=True))
-
-
-def tensors_of(
-    store: Store, units: Sequence[str], records: Mapping[int, torch.Tensor]
-) -> dict[str, Tensors]:
-    """Each unit's tensors in the records; no copy."""
-    found: dict[str, Tensors] = {}
-    for name in units:
-        unit = store.by_name[name]
-        memory = records[unit.record]
-        found[name] = {entry.name: view(memory, entry) for entry in unit.tensors}
-    return found

@@ -12,8 +12,8 @@ import errno
 import logging
 import mmap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 
@@ -21,15 +21,16 @@ import torch
 
 from cluster.base.errors import WeightStreamError
 from cluster.base.quantities import size_text
+from offload.awaited_units import AwaitedUnits, record_order
 from offload.layout import Record, Store
 from offload.record_check import RecordCheck
-from offload.residents import Tensors, record_numbers, tensors_of
+from offload.residents import record_numbers
 
 _log = logging.getLogger(__name__)
 _MADV_POPULATE_READ = 22  # Linux 5.14: read the pages now, and say so when that fails
 
 
-class SharedUnits(Mapping[str, Tensors]):
+class SharedUnits(AwaitedUnits):
     """Tensors of units in the mapped file; read only.
 
     They are read in their order by a thread; looking one up waits for it.
@@ -43,47 +44,27 @@ class SharedUnits(Mapping[str, Tensors]):
     """
 
     def __init__(self, store: Store, units: Sequence[str], timeout_s: float) -> None:
-        self._store = store
-        self._units = tuple(units)
+        super().__init__(store, units)
         self._timeout_s = timeout_s
         self._file = _mapped(store.path)
         self._check = RecordCheck(store, leaves_untouched=True)
         self._libc = ctypes.CDLL(None, use_errno=True)
-        self._arrived: dict[str, Tensors] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shared-weights")
-        numbers = dict.fromkeys(store.by_name[unit].record for unit in units)
-        self._reads = {number: self._thread.submit(self._read, number) for number in numbers}
+        self._reads = {
+            number: self._thread.submit(self._read, number) for number in record_order(store, units)
+        }
         self._locking = self._thread.submit(self._lock, record_numbers(store, units))
-
-    def __getitem__(self, unit: str) -> Tensors:
-        if (tensors := self._arrived.get(unit)) is not None:
-            return tensors
-        if unit not in self._units:
-            raise KeyError(unit)
-        number = self._store.by_name[unit].record
-        memory = self._result(self._reads[number])
-        self._arrived |= tensors_of(self._store, [unit], {number: memory})
-        return self._arrived[unit]
-
-    def __contains__(self, unit: object) -> bool:
-        return unit in self._arrived or unit in self._units
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._units)
-
-    def __len__(self) -> int:
-        return len(self._units)
 
     def close(self) -> None:
         """Stop reading; the pages go with the last tensor. Safe to call twice."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _result(self, read: Future[torch.Tensor]) -> torch.Tensor:
+    def _await(self, number: int, unit: str) -> torch.Tensor:
         try:
-            return read.result(self._timeout_s)
+            return self._reads[number].result(self._timeout_s)
         except FutureTimeoutError as error:
             raise WeightStreamError(
-                f"Pages of {self._store.path} are not there after {self._timeout_s:g} s.",
+                f"Pages of {unit} in {self._store.path} are not there after {self._timeout_s:g} s.",
                 "Look at the disk.",
             ) from error
 
