@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from bench.offload_child import BatchResult, ChildResult
 from bench.offload_run import Runner
 from bench.report import Row, Samples, compared, measured, not_measured
-from offload.cost_model import PassLoad, Placement, pass_time
+from offload.cost_model import PassLoad, pass_time
+from offload.homes import Placement
 from offload.model_shape import ModelShape
 from offload.precision import Precision
 from offload.rates import Rates

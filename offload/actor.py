@@ -14,7 +14,7 @@ class OffloadWorkerActor(WorkerActor):
     """One rank of an offload replica; torch is imported where it runs, as in its base."""
 
     def worker_options(self, plan: WorkerPlan) -> dict[str, Any]:
-        """The factory of streamed weights and the kernels that know them, or of the whole rank.
+        """Streamed weights, and kernels and passes that know them; or the maker of the whole rank.
 
         Raises:
             InternalError: the plan is not one of an offload replica.
@@ -28,4 +28,5 @@ class OffloadWorkerActor(WorkerActor):
         return {
             "weights_factory": assembly.streamed_weights(plan.offload),
             "adapt_kernels": assembly.kernel_adapter(plan.offload),
+            "adapt_model": assembly.model_adapter(plan.offload),
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -12,24 +12,28 @@ from cluster.base.env import default_cache_dir
 from cluster.base.errors import ConfigError, InternalError
 from cluster.base.plan import OffloadPlan
 from cluster.base.quantities import size_text
-from offload.budget import Budget
 from offload.checkpoint_store import READER, CheckpointStore
 from offload.expert_cache import ExpertCache
+from offload.homes import KvHome
+from offload.kv_windows import KvWindows
 from offload.layout import Store
 from offload.opening import Opening, Runtime
 from offload.pack import NativePacker, Packer, StoreRequest, ensure_store
-from offload.placement import Placement, place_units, reserve, reserve_host
+from offload.placement import Placement, place_units
 from offload.precision import Precision
 from offload.provider import StreamedWeights
 from offload.quant_kernels import QuantKernels, QuantPacker
 from offload.readers.choose import OpenEngine, choose_reader, openers
 from offload.record_check import VERIFY
+from offload.reservations import reserve_all
 from offload.ring import Ring
 from offload.schedule import build_schedule
+from offload.zigzag import ZigzagModel
 from replicas.kernels.ops import Kernels
 from replicas.layers.weights import WeightProvider
 from replicas.models.context import torch_dtype
-from replicas.worker.assembly import WeightsFactory, WeightsRequest
+from replicas.models.decoder import DecoderModel, LayeredModel
+from replicas.worker.assembly import ModelAdapter, WeightsFactory, WeightsRequest
 
 _log = logging.getLogger(__name__)
 
@@ -64,9 +68,7 @@ def streamed_weights(plan: OffloadPlan, runtime: Runtime | None = None) -> Weigh
             source = CheckpointStore(wanted)
             store, engines = source.store, {READER: source.opener}
         placement = place_units(store, plan)
-        reserve(Budget("device_memory", plan.device_bytes), placement, plan, request.kv_bytes)
-        if request.device.type != "cpu":
-            reserve_host(Budget("host_memory", plan.host_bytes), placement)
+        reserve_all(plan, placement, request)
         return open_weights(store, placement, plan, runtime, request.device, engines)
 
     return make
@@ -94,6 +96,23 @@ def kernel_adapter(plan: OffloadPlan) -> Callable[[Kernels], Kernels] | None:
     if precision is Precision.NATIVE:
         return None
     return lambda base: QuantKernels(base, precision, default_cache_dir() / "kernels")
+
+
+def model_adapter(plan: OffloadPlan, runtime: Runtime | None = None) -> ModelAdapter | None:
+    """What runs the layers of a model as the plan says; None: each once, for the whole step."""
+    runtime = runtime or Runtime(cache_dir=default_cache_dir())
+    if plan.kv_home != KvHome.STREAMED:
+        if not plan.micro_batch_tokens:
+            return None
+        return lambda model, _: ZigzagModel(model, plan.micro_batch_tokens)
+
+    def adapt(model: LayeredModel, kv_caches: Sequence[torch.Tensor]) -> DecoderModel:
+        windows = KvWindows(
+            kv_caches, plan.kv_windows, plan.kv_window_blocks, poison=runtime.poison
+        )
+        return ZigzagModel(model, plan.micro_batch_tokens, windows)
+
+    return adapt
 
 
 def open_weights(
@@ -147,6 +166,7 @@ def _check(plan: OffloadPlan, request: WeightsRequest) -> None:
             "Pack them.",
             param="pack",
         )
+    _check_kv(plan, request)
     adapted = isinstance(request.model.kernels, QuantKernels)
     if adapted != (kernel_adapter(plan) is not None):
         raise InternalError(f"The model's kernels do not know {plan.precision} weights.")
@@ -161,6 +181,28 @@ def _check(plan: OffloadPlan, request: WeightsRequest) -> None:
             "A CPU rank has one memory: units cannot stay in the host's.",
             "Make them resident.",
             param="host_units",
+        )
+
+
+def _check_kv(plan: OffloadPlan, request: WeightsRequest) -> None:
+    if plan.kv_home not in list(KvHome):
+        known = ", ".join(KvHome)
+        raise ConfigError(
+            f"kv_home {plan.kv_home!r} is not known.", f"Use {known}.", param="kv_home"
+        )
+    if plan.kv_home != KvHome.DEVICE and request.device.type != "cpu":
+        raise ConfigError(
+            "Ranks on devices have their KV cache there in this version.",
+            "Set kv_home to device.",
+            param="kv_home",
+        )
+    longest = -(-request.spec.max_context // request.spec.block_size)
+    if plan.kv_home == KvHome.STREAMED and (plan.kv_windows < 1 or plan.kv_window_blocks < longest):
+        raise ConfigError(
+            f"{plan.kv_windows} windows of {plan.kv_window_blocks} blocks do not hold a request "
+            f"of {longest} blocks.",
+            "Plan the model again.",
+            param="kv_home",
         )
 
 

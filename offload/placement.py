@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from cluster.base.errors import ConfigError
 from cluster.base.plan import OffloadPlan
-from offload.budget import Budget
 from offload.layout import Store
 
 _ROUTED = re.compile(r"layer\.\d+\.expert\.\d+")
@@ -76,30 +75,6 @@ def place_units(store: Store, plan: OffloadPlan) -> Placement:
         expert_slot_bytes=_largest(store, experts),
         resident_bytes=sum(store.records[number].num_bytes for number in sorted(kept)),
     )
-
-
-def reserve(budget: Budget, placement: Placement, plan: OffloadPlan, kv_bytes: int) -> None:
-    """Take everything a rank needs from its budget.
-
-    Raises:
-        BudgetError: it does not fit; the error shows the sum.
-    """
-    budget.reserve("workspace", plan.workspace_bytes)
-    budget.reserve("key/value cache", kv_bytes)
-    budget.reserve(f"ring of {placement.ring_slots} slots", placement.ring_bytes)
-    if placement.experts:
-        budget.reserve(f"{placement.expert_slots} expert slots", placement.expert_bytes)
-    budget.reserve("resident weights", placement.resident_bytes)
-
-
-def reserve_host(budget: Budget, placement: Placement) -> None:
-    """Take what stands beside a device from the host's budget: staging slots, host units.
-
-    Raises:
-        BudgetError: it does not fit; the error shows the sum.
-    """
-    budget.reserve("staging", placement.ring_bytes + placement.expert_bytes)
-    budget.reserve("weights in host memory", placement.host_unit_bytes)
 
 
 def _largest(store: Store, units: Iterable[str]) -> int:

@@ -14,6 +14,7 @@ from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.step_runner import StepRunner
 from replicas.models.context import torch_dtype
+from replicas.models.decoder import DecoderModel
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.registry import build_model
 from replicas.worker.decode_graphs import GraphedModel, GraphLimits
@@ -116,7 +117,7 @@ class GpuEngine:
             head_dim=self.arch.head_dim,
             dtype=torch_dtype(self._dtype),
         )
-        model = self.model
+        model: DecoderModel = self.model
         if not GraphedModel.why_not(model, self.weights, self._device.type):
             limits = GraphLimits(max_rows=batch, max_context=context, block_size=BLOCK_SIZE)
             model = GraphedModel(model, limits, self._device, GraphRecorder())

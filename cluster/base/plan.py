@@ -93,7 +93,8 @@ class OffloadPlan:
     device_bytes: int
     """Bound on resident weights, ring, cache and workspace together; the host's on a CPU rank."""
     host_bytes: int
-    """Bound on pinned host memory beside a device (staging and `host_units`); 0 on a CPU rank."""
+    """Bound on host memory beside the device: staging, `host_units` and a KV cache that is not at
+    home on the device. A CPU rank has the cache alone there."""
     workspace_bytes: int
     resident_units: tuple[str, ...] = ()
     """Weight units that stay on the device."""
@@ -109,6 +110,16 @@ class OffloadPlan:
     """Units being computed, loaded or waiting at one time; 1 loads and computes in turn."""
     expert_slots: int = 0
     """Places for routed experts that are not resident; the most useful ones stay there."""
+    micro_batch_tokens: int = 0
+    """Most rows that a layer computes at a time; 0: those of the step. A layer's weights are there
+    once for all of a step's micro-batches."""
+    kv_home: str = "device"
+    """Whose budget holds the KV cache: `device`; `host`, and the host's cores attend to it; or
+    `streamed`: the host's, and the blocks of a micro-batch pass through windows on the device."""
+    kv_windows: int = 0
+    """Micro-batches whose blocks of a layer are on the device at one time; 0 unless streamed."""
+    kv_window_blocks: int = 0
+    """Blocks of one window."""
     precision: str = "native"
     """Number format of streamed linear weights: `native`, or a quantised one."""
     reader: str = "auto"
@@ -129,6 +140,10 @@ class SpeedPoint:
     tpot_s: float
     resident_layers: int
     precision: str
+    micro_batch_tokens: int
+    """Most tokens that a layer computes at a time; 0: all of a step's."""
+    kv_home: str
+    """Where keys and values are: `device`, `host` or `streamed`."""
     bound: str
     """What the time is spent on."""
 

@@ -213,6 +213,21 @@ class OffloadSpec(Section):
         description="Memory of the device (on the CPU: of the machine) for resident weights, the "
         "ring, the cache and the computation together. auto: what the device or node leaves.",
     )
+    host_memory: Annotated[int | Auto, Size(64 * KIB, 16 * TIB, auto=True)] = Field(
+        default="auto",
+        description="Host memory beside `device_memory`, for the cache (see `kv_home`). On the CPU "
+        "both are the machine's memory, each a bound of its own. auto: none.",
+    )
+    kv_home: Annotated[
+        Literal["auto", "device", "host", "streamed"],
+        Choice(("auto", "device", "host", "streamed")),
+    ] = Field(
+        default="auto",
+        description="Where keys and values are. device: with the weights. host: in `host_memory`, "
+        "attended to by the host's cores. streamed: in `host_memory`, and those of a micro-batch "
+        "pass through windows in `device_memory`, layer by layer. auto: device, or host where "
+        "there is `host_memory` and the objective gains by it.",
+    )
     disk_path: Annotated[str | Auto, Text("a directory", r".+", 4096)] = Field(
         default="auto",
         description="Directory for the packed weights, relative to this file (`~` is your home), "
@@ -235,6 +250,12 @@ class OffloadSpec(Section):
         default="auto",
         description="Weight units that are loading, waiting or computing at one time; 1 loads "
         "and computes in turn. auto: 2 to 4, the fastest.",
+    )
+    micro_batch: Annotated[int | Auto, Whole(1, 131_072, auto=True)] = Field(
+        default="auto",
+        description="Most tokens of a step that a layer computes at a time: its weights are there "
+        "once for all of them, and the computation takes the memory of so many. auto: the whole "
+        "step, or as few as leave memory for what serves the objective better.",
     )
     resident: Annotated[int | Auto, Whole(0, 10_000, auto=True)] = Field(
         default="auto",

@@ -38,6 +38,8 @@ class Draft:
     weights_bytes: int
     space: Workspace
     kv: KvDemand
+    micro_batch_tokens: int = 0
+    """Most tokens that a layer computes at a time; 0: all of a step's."""
     streaming: Streaming | None = None
     """Set when the weights are streamed; `weights_bytes` is then what stays on the device."""
     zero3: Zero3Plan | None = None
@@ -134,12 +136,13 @@ def weight_bytes(source: ModelSource, layout: Layout, dtype: str) -> int:
     return weight_bytes_per_rank(source.arch, layout.tp_size, dtype, held, fp8=fp8)
 
 
-def redraft(
+def redraft(  # noqa: PLR0913 - what may be changed is named one by one
     draft: Draft,
     *,
     dtype: str | None = None,
     tp_size: int | None = None,
     max_step_tokens: int | None = None,
+    micro_batch_tokens: int | None = None,
     lost_groups: int | None = None,
     kv_memory: int | None = None,
 ) -> Draft:
@@ -154,6 +157,7 @@ def redraft(
             lost_groups=draft.layout.lost_groups if lost_groups is None else lost_groups,
         ),
         max_step_tokens or draft.max_step_tokens,
+        draft.micro_batch_tokens if micro_batch_tokens is None else micro_batch_tokens,
     )
     if kv_memory is None:
         return changed
@@ -166,6 +170,7 @@ def _draft(
     dtype: Decision[str],
     layout: Layout,
     max_step_tokens: int,
+    micro_batch_tokens: int = 0,
 ) -> Draft:
     spec, arch, tp_size, foreign = source.spec, source.arch, layout.tp_size, source.foreign
     asked = spec.limits.max_context
@@ -179,6 +184,7 @@ def _draft(
         device=device.device,
         ep_size=layout.num_ranks if layout.spreads_experts else 1,
         max_moves=layout.max_moves,
+        micro_batch_tokens=micro_batch_tokens,
     )
     kv = KvDemand(
         param=f"models[{source.index}]",
@@ -198,6 +204,7 @@ def _draft(
         dtype=dtype,
         layout=layout,
         max_step_tokens=max_step_tokens,
+        micro_batch_tokens=micro_batch_tokens,
         weights_bytes=weight_bytes(source, layout, dtype.value),
         space=replace(space, spare_bytes=layout.spare_bytes(arch, dtype.value)),
         kv=kv,

@@ -23,6 +23,11 @@ def streaming_tables(plan: ClusterPlan) -> tuple[Table, ...]:
             rows=tuple(_homes(*entry) for entry in streamed),
         ),
         Table(
+            title="How streamed models compute",
+            columns=("MODEL", "EACH LAYER", "STEP", "KEYS AND VALUES"),
+            rows=tuple(_computing(model, offload) for model, offload, _ in streamed),
+        ),
+        Table(
             title="Predicted speed of streamed models",
             columns=(
                 "MODEL",
@@ -67,7 +72,16 @@ def frontier_tables(plan: ClusterPlan) -> tuple[Table, ...]:
     return tuple(
         Table(
             title=f"Batch against speed: {model.name}",
-            columns=("REQUESTS", "TOKENS/S", "PER TOKEN", "RESIDENT LAYERS", "FORMAT", "BOUND BY"),
+            columns=(
+                "REQUESTS",
+                "TOKENS/S",
+                "PER TOKEN",
+                "RESIDENT LAYERS",
+                "FORMAT",
+                "MICRO-BATCH",
+                "KV CACHE",
+                "BOUND BY",
+            ),
             rows=tuple(
                 (
                     str(point.rows) + (" *" if point == model.speed.chosen else ""),
@@ -75,6 +89,8 @@ def frontier_tables(plan: ClusterPlan) -> tuple[Table, ...]:
                     seconds_text(point.tpot_s),
                     str(point.resident_layers),
                     point.precision,
+                    micro_batch_text(point.micro_batch_tokens),
+                    point.kv_home,
                     point.bound,
                 )
                 for point in model.speed.frontier
@@ -83,6 +99,11 @@ def frontier_tables(plan: ClusterPlan) -> tuple[Table, ...]:
         for model in plan.models
         if model.speed is not None
     )
+
+
+def micro_batch_text(tokens: int) -> str:
+    """What a layer computes at a time."""
+    return f"{tokens} tokens" if tokens else "the step"
 
 
 def seconds_text(seconds: float) -> str:
@@ -102,6 +123,23 @@ def _homes(model: ModelPlan, offload: OffloadPlan, speed: SpeedPlan) -> tuple[st
         size_text(speed.disk_bytes),
         offload.precision,
     )
+
+
+def _computing(model: ModelPlan, offload: OffloadPlan) -> tuple[str, ...]:
+    return (
+        model.name,
+        f"{micro_batch_text(offload.micro_batch_tokens)} at a time",
+        f"{model.scheduler.max_step_tokens} tokens",
+        _kv_text(model, offload),
+    )
+
+
+def _kv_text(model: ModelPlan, offload: OffloadPlan) -> str:
+    size = size_text(model.kv.bytes_per_rank)
+    if offload.kv_windows:
+        tokens = offload.kv_window_blocks * model.kv.block_size
+        return f"{size} on host, {offload.kv_windows} windows of {tokens} tokens"
+    return f"{size} on {offload.kv_home}"
 
 
 def _speed(model: ModelPlan, speed: SpeedPlan) -> tuple[str, ...]:

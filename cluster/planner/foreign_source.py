@@ -19,6 +19,20 @@ PROVIDER = "deepspeed-zero3"
 InspectSource = Callable[[Path], ForeignModel]
 
 
+_STREAMING_KEYS = (
+    "precision",
+    "pack",
+    "ring_slots",
+    "micro_batch",
+    "host_memory",
+    "kv_home",
+    "resident",
+    "share_resident",
+    "objective",
+)
+"""Settings of our own streaming, which mean nothing here."""
+
+
 def inspected(directory: Path) -> ForeignModel:
     """Sizes of a checkpoint's model, from the cache or from transformers now."""
     return inspect_checkpoint(directory, default_cache_dir())
@@ -67,7 +81,17 @@ def refuse_settings(spec: ModelSpec, param: str) -> None:
     if spec.dtype == "float16":
         raise _refusal("dtype", "float16", "it computes in float32 or bfloat16", param)
     asked, usual = spec.offload or OffloadSpec(), OffloadSpec()
-    for key in ("precision", "pack", "ring_slots", "resident", "share_resident", "objective"):
+    for key in (
+        "precision",
+        "pack",
+        "ring_slots",
+        "micro_batch",
+        "host_memory",
+        "kv_home",
+        "resident",
+        "share_resident",
+        "objective",
+    ):
         value = getattr(asked, key)
         if value != getattr(usual, key):
             raise _refusal(f"offload.{key}", value, "DeepSpeed decides that", param)

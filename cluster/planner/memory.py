@@ -66,6 +66,13 @@ class StepShape:
     """Ranks that share the experts whole; all of their rows may come to one."""
     max_moves: int = 0
     """Experts that may be on their way to a rank."""
+    micro_batch_tokens: int = 0
+    """Most tokens that a layer computes at a time; 0: all of a step's."""
+
+    @property
+    def layer_tokens(self) -> int:
+        """Tokens that a layer computes at a time."""
+        return min(self.max_step_tokens, self.micro_batch_tokens or self.max_step_tokens)
 
 
 def workspace(arch: ArchConfig, step: StepShape) -> Workspace:
@@ -74,7 +81,8 @@ def workspace(arch: ArchConfig, step: StepShape) -> Workspace:
     activations: T x (6 D + (2 H + 2 G) P / tp + 3 F / tp) values: residual, normed input, the
         layer's output and its reduction; q, k, v and attention output; gate, up and product. In a
         mixture layer F is the shared experts' width and one expert at a time may see every token:
-        its rows, their output and the fp32 sum of all outputs come on top.
+        its rows, their output and the fp32 sum of all outputs come on top. In micro-batches of M
+        tokens it is M of these, and what goes in and comes out of the layers, 2 D, of all T.
     logits: Q x V, at most Q = max(running requests, 256) rows at once (prompt scores go in parts
         of 256): six fp32 words each, for gathered logits, their shares, a softmax copy and the
         sorted values and indices of the filters.
@@ -85,14 +93,16 @@ def workspace(arch: ArchConfig, step: StepShape) -> Workspace:
     kv_heads = arch.kv_heads_per_rank(step.tp_size)
     per_token = 6 * arch.model_dim + (2 * heads + 2 * kv_heads) * arch.head_dim
     per_token += max(_feed_forward_values(arch, layer, step.tp_size) for layer in arch.layers)
+    is_cut = step.layer_tokens < step.max_step_tokens
+    waiting = 2 * arch.model_dim * step.max_step_tokens if is_cut else 0
     rows = min(step.max_step_tokens, max(step.max_running_requests, SCORED_ROWS))
     gathered = 2 * kv_heads * arch.head_dim * values
-    mask = (1 + 4) * min(step.max_step_tokens, step.max_context)
+    mask = (1 + 4) * min(step.layer_tokens, step.max_context)
     on_gpu = step.device == "cuda"
     moved = _exchange_bytes(arch, step) if step.ep_size > 1 else 0
     moved += _fetched_bytes(arch, step) if step.max_moves else 0
     return Workspace(
-        activations_bytes=step.max_step_tokens * per_token * values + moved,
+        activations_bytes=(step.layer_tokens * per_token + waiting) * values + moved,
         logits_bytes=rows * arch.vocab_size * LOGIT_WORDS * 4,
         context_bytes=step.max_context * (gathered + mask),
         process_bytes=CUDA_CONTEXT_BYTES if on_gpu else RANK_PROCESS_BYTES,

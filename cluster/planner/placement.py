@@ -23,7 +23,8 @@ from cluster.planner.memory import (
 from cluster.planner.packing import NodeLoad, RankNeed, fewest_nodes, least_loaded
 from cluster.planner.refusal import device_full, node_full, nodes_full
 from cluster.planner.sources import ModelSource
-from cluster.planner.streaming import Room, Streamer, least_draft
+from cluster.planner.streaming import Streamer
+from cluster.planner.streaming_room import Room, least_draft
 from cluster.planner.zero3 import hold_with_zero3
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from cluster.base.plan import OffloadPlan, SpeedPlan, SpeedPoint
 from cluster.base.quantities import size_text
-from offload.cost_model import PassLoad, Placement, pass_time
+from offload.cost_model import PassLoad, pass_time
+from offload.homes import KvHome, Placement
 from offload.model_shape import ModelShape
-from offload.policy_search import Budgets, Candidate, Demand, Found
+from offload.policy_search import Candidate, Found
 from offload.rates import Rates
+from offload.search_space import Budgets, Demand
 
 READ_TIMEOUT_S = 30.0
 """A read that has not ended after so long never will."""
@@ -34,6 +36,8 @@ class Streaming:
     budgets: Budgets
     demand: Demand
     found: Found
+    block_size: int
+    """Tokens of a block of the KV cache."""
     is_packed: bool = True
     shares: bool = False
     """Whether replicas of a node have resident units in common."""
@@ -62,7 +66,11 @@ class Streaming:
             disk_path=self.disk_path,
             device_bytes=self.budgets.device_bytes,
             host_bytes=self.budgets.host_bytes,
-            workspace_bytes=self.budgets.workspace_bytes,
+            workspace_bytes=self.found.best.workspace_bytes,
+            micro_batch_tokens=placement.micro_batch_tokens,
+            kv_home=placement.kv_home.value,
+            kv_windows=placement.kv_windows,
+            kv_window_blocks=placement.kv_window_tokens // self.block_size,
             resident_units=tuple(resident),
             is_packed=self.is_packed,
             share_resident=self.shares and bool(resident),
@@ -76,15 +84,15 @@ class Streaming:
 
     def speed_plan(self) -> SpeedPlan:
         """What is predicted."""
-        rows = self.found.best.rows
-        disk_bytes, host_bytes = self.placement.streamed_bytes(self.model, rows)
+        rows, context = self.found.best.rows, self.demand.context_tokens
+        disk_bytes, host_bytes = self.placement.streamed_bytes(self.model, rows, rows * context)
         return SpeedPlan(
             chosen=_point(self.found.best),
             ttft_s=self.found.ttft_s,
             prompt_tokens=self.demand.prompt_tokens,
             context_tokens=self.demand.context_tokens,
             disk_bytes=disk_bytes,
-            host_bytes=host_bytes,
+            host_bytes=host_bytes + self._streamed_kv_bytes,
             rates={
                 "disk": self.rates.disk_bytes_per_s,
                 "link": self.rates.link_bytes_per_s,
@@ -121,6 +129,10 @@ class Streaming:
             experts = placement.streamed_experts(self.model)
             where += f" ({placement.expert_slots} of {experts} experts in slots{rest})"
         best = self.found.best
+        if placement.kv_home is not KvHome.DEVICE:
+            where += f", keys and values in host memory{self._windows()}"
+        if placement.micro_batch_tokens:
+            where += f", computed in micro-batches of {placement.micro_batch_tokens} tokens"
         speed = (
             f"predicted {best.tokens_per_s:.3g} tokens/s with {best.rows} requests, "
             f"bound by {best.bound.value}"
@@ -131,6 +143,24 @@ class Streaming:
             speed += " if it were packed; straight from the checkpoint's files it is slower"
         start = f"{self.why}; " if self.why else ""
         return f"{start}of {layers} layers {where}; {speed}"
+
+    @property
+    def _streamed_kv_bytes(self) -> int:
+        """Keys and values that a step brings to the device."""
+        if self.placement.kv_home is not KvHome.STREAMED:
+            return 0
+        tokens = self.found.best.rows * self.demand.context_tokens
+        return tokens * self.model.kv_bytes_per_token
+
+    def _windows(self) -> str:
+        placement = self.placement
+        if not placement.kv_windows:
+            return ""
+        size = placement.window_bytes(self.model)
+        return (
+            f" through {placement.kv_windows} windows of {placement.kv_window_tokens} tokens "
+            f"({size_text(size)})"
+        )
 
 
 def _unit_names(model: ModelShape, start: int, stop: int) -> Iterator[str]:
@@ -146,6 +176,8 @@ def _point(candidate: Candidate) -> SpeedPoint:
         tpot_s=candidate.tpot_s,
         resident_layers=candidate.placement.resident_layers,
         precision=candidate.placement.precision.value,
+        micro_batch_tokens=candidate.placement.micro_batch_tokens,
+        kv_home=candidate.placement.kv_home.value,
         bound=candidate.bound.value,
     )
 

@@ -14,7 +14,7 @@ from cluster.planner.drafts import Draft, redraft, step_tokens
 from cluster.planner.foreign_memory import LEAST_COLUMNS
 from cluster.planner.kernels import refuse_foreign_kernels
 from cluster.planner.memory import sum_text
-from cluster.planner.streaming import Room, device_budget, disk_path, least_draft
+from cluster.planner.streaming_room import Room, device_budget, disk_path, least_draft
 from replicas.models.memory import DTYPE_BYTES
 
 _STEP_TOKENS = (512, 256, 128, 64, 32, 16)

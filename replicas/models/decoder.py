@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from replicas.attention.backend import AttentionMetadata
     from replicas.kernels.ops import Kernels
+    from replicas.layers.attention import StepContext
     from replicas.layers.weights import WeightProvider, WeightUnit
     from replicas.models.arch import ArchConfig
 
@@ -58,4 +59,33 @@ class DecoderModel(Protocol):
 
     def logits(self, hidden_RD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
         """Logits (R, V) in fp32 over the true vocabulary, gathered on every rank."""
+        ...
+
+
+class LayeredModel(DecoderModel, Protocol):
+    """A decoder whose layers can be run one at a time, each over any part of a step's tokens.
+
+    `forward` is `begin`, every `layer` in order, `end`. A layer acquires its own weight unit,
+    `layer.<index>`, so whoever holds that unit may call it for several parts.
+    """
+
+    def begin(
+        self, batch: ForwardBatch, weights: WeightProvider
+    ) -> tuple[torch.Tensor, StepContext]:
+        """What the first layer gets, (T, D), and what all layers share."""
+        ...
+
+    def layer(
+        self,
+        index: int,
+        hidden_TD: torch.Tensor,
+        context: StepContext,
+        weights: WeightProvider,
+        kv_2NBGP: torch.Tensor,
+    ) -> torch.Tensor:
+        """Output of one layer, (T, D); writes the tokens' keys and values to its cache."""
+        ...
+
+    def end(self, hidden_TD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
+        """The last layer's output after the final norm, if there is one."""
         ...

@@ -102,17 +102,38 @@ class LlamaModel:
         self, batch: ForwardBatch, weights: WeightProvider, kv_caches: Sequence[torch.Tensor]
     ) -> torch.Tensor:
         """Hidden states after the final norm, (T, D)."""
-        context = StepContext(
-            attention=batch.attention, cos_sin=self._rotary.angles(batch.positions_T)
-        )
-        with acquired(weights, "embed") as tensors:
-            hidden_TD = self._embedding.forward(batch.token_ids_T, tensors)
+        hidden_TD, context = self.begin(batch, weights)
         if self._stack is not None:
             output_TD = self._stack.forward(hidden_TD, context, weights, kv_caches)
             if output_TD is not None:
                 return output_TD
-        for index, layer in enumerate(self._layers):
-            hidden_TD = layer.forward(hidden_TD, context, weights, kv_caches[index])
+        for index in range(self.arch.num_layers):
+            hidden_TD = self.layer(index, hidden_TD, context, weights, kv_caches[index])
+        return self.end(hidden_TD, weights)
+
+    def begin(
+        self, batch: ForwardBatch, weights: WeightProvider
+    ) -> tuple[torch.Tensor, StepContext]:
+        """Embeddings, (T, D), and what all layers share."""
+        context = StepContext(
+            attention=batch.attention, cos_sin=self._rotary.angles(batch.positions_T)
+        )
+        with acquired(weights, "embed") as tensors:
+            return self._embedding.forward(batch.token_ids_T, tensors), context
+
+    def layer(
+        self,
+        index: int,
+        hidden_TD: torch.Tensor,
+        context: StepContext,
+        weights: WeightProvider,
+        kv_2NBGP: torch.Tensor,
+    ) -> torch.Tensor:
+        """Output of one layer, (T, D); writes the tokens' keys and values."""
+        return self._layers[index].forward(hidden_TD, context, weights, kv_2NBGP)
+
+    def end(self, hidden_TD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
+        """Hidden states after the final norm, (T, D)."""
         with acquired(weights, "norm") as tensors:
             return self._norm.forward(hidden_TD, tensors)
 

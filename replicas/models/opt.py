@@ -73,13 +73,39 @@ class OptModel:
         self, batch: ForwardBatch, weights: WeightProvider, kv_caches: Sequence[torch.Tensor]
     ) -> torch.Tensor:
         """Hidden states after the final norm (if there is one), (T, D)."""
-        context = StepContext(attention=batch.attention)
+        hidden_TD, context = self.begin(batch, weights)
+        for index in range(self.arch.num_layers):
+            hidden_TD = self.layer(index, hidden_TD, context, weights, kv_caches[index])
+        return self.end(hidden_TD, weights)
+
+    def begin(
+        self, batch: ForwardBatch, weights: WeightProvider
+    ) -> tuple[torch.Tensor, StepContext]:
+        """Embeddings of tokens and positions, (T, D), and what all layers share."""
         with acquired(weights, "embed") as tensors:
             hidden_TD = self._embed(batch, tensors)
-        for index, layer in enumerate(self._layers):
-            with acquired(weights, f"layer.{index}") as tensors:
-                hidden_TD = layer.forward(hidden_TD, context, tensors, kv_caches[index])
-        return self._final_norm(hidden_TD, weights)
+        return hidden_TD, StepContext(attention=batch.attention)
+
+    def layer(
+        self,
+        index: int,
+        hidden_TD: torch.Tensor,
+        context: StepContext,
+        weights: WeightProvider,
+        kv_2NBGP: torch.Tensor,
+    ) -> torch.Tensor:
+        """Output of one layer, (T, D); writes the tokens' keys and values."""
+        with acquired(weights, f"layer.{index}") as tensors:
+            return self._layers[index].forward(hidden_TD, context, tensors, kv_2NBGP)
+
+    def end(self, hidden_TD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
+        """Hidden states after the final norm (if there is one), (T, D)."""
+        if not self.arch.final_norm:
+            return hidden_TD
+        if not self.arch.norm_affine:
+            return self._norm.forward(hidden_TD, {})
+        with acquired(weights, "norm") as tensors:
+            return self._norm.forward(hidden_TD, tensors)
 
     def forward_idle(self, weights: WeightProvider) -> None:
         """There are no experts."""
@@ -97,11 +123,3 @@ class OptModel:
             hidden_TD = self.kernels.linear(hidden_TD, tensors, "project_in.weight")
         rows_T = batch.positions_T + self.arch.position_offset
         return hidden_TD + functional.embedding(rows_T, tensors["positions"])
-
-    def _final_norm(self, hidden_TD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
-        if not self.arch.final_norm:
-            return hidden_TD
-        if not self.arch.norm_affine:
-            return self._norm.forward(hidden_TD, {})
-        with acquired(weights, "norm") as tensors:
-            return self._norm.forward(hidden_TD, tensors)

@@ -14,12 +14,12 @@ from replicas.kernels.ops import Kernels
 from replicas.kernels.select import select_kernels
 from replicas.models.arch import ArchConfig
 from replicas.models.context import ModelContext, attention_spec, torch_dtype
-from replicas.models.decoder import DecoderModel
+from replicas.models.decoder import LayeredModel
 from replicas.models.gpt2 import Gpt2Model
 from replicas.models.llama import LlamaModel
 from replicas.models.opt import OptModel
 
-_MODELS: Mapping[str, Callable[[ArchConfig, ModelContext], DecoderModel]] = {
+_MODELS: Mapping[str, Callable[[ArchConfig, ModelContext], LayeredModel]] = {
     "llama": LlamaModel,
     "mistral": LlamaModel,
     "qwen2": LlamaModel,
@@ -48,7 +48,7 @@ def build_model(  # noqa: PLR0913 - where a model is put together
     cache_dir: Path | None = None,
     adapt_kernels: Callable[[Kernels], Kernels] | None = None,
     expert_layout: ExpertLayout | None = None,
-) -> DecoderModel:
+) -> LayeredModel:
     """The model of this rank, without weights (those come with each call).
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from replicas.kernels.ops import Kernels
 from replicas.layers.weights import WeightProvider
 from replicas.models.checkpoint import load_weights
 from replicas.models.context import torch_dtype
-from replicas.models.decoder import DecoderModel
+from replicas.models.decoder import DecoderModel, LayeredModel
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.registry import build_model
 from replicas.worker.decode_graphs import GraphedModel, GraphLimits
@@ -59,6 +59,8 @@ class WeightsRequest:
 
 
 WeightsFactory = Callable[[WeightsRequest], WeightProvider]
+ModelAdapter = Callable[[LayeredModel, Sequence[torch.Tensor]], DecoderModel]
+"""Wraps a rank's model, given with its caches, in what runs its layers in another way."""
 OnLoaded = Callable[[int, int], None]
 """Told (bytes loaded, bytes in all)."""
 RunnerFactory = Callable[[RankSpec, Communicator, torch.device, OnLoaded | None], ModelRunner]
@@ -85,6 +87,7 @@ def build_runner(  # noqa: PLR0913 - where a rank is put together
     weights_factory: WeightsFactory = resident_weights,
     adapt_kernels: Callable[[Kernels], Kernels] | None = None,
     expert_layout: ExpertLayout | None = None,
+    adapt_model: ModelAdapter | None = None,
 ) -> ModelRunner:
     """Load this rank's weights, allocate its cache and make its runner; rank 0 gives the output.
 
@@ -92,6 +95,7 @@ def build_runner(  # noqa: PLR0913 - where a rank is put together
         on_progress: told (bytes loaded, bytes in all).
         weights_factory: where the weights come from; may raise errors of its own.
         adapt_kernels, expert_layout: as in `build_model`.
+        adapt_model: wraps the model that the runner calls.
 
     Raises:
         ConfigError: the checkpoint's architecture is not supported or cannot be split so.
@@ -130,10 +134,12 @@ def build_runner(  # noqa: PLR0913 - where a rank is put together
             on_progress=on_progress,
         )
     )
+    kv_caches = allocate_kv_caches(cache, device)
+    adapted = adapt_model(model, kv_caches) if adapt_model else model
     return ModelRunner(
-        _with_graphs(model, weights, spec, device),
+        _with_graphs(adapted, weights, spec, device),
         weights,
-        allocate_kv_caches(cache, device),
+        kv_caches,
         block_size=spec.block_size,
         max_context=spec.max_context,
         is_output_rank=communicator.rank == 0,

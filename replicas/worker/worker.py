@@ -28,6 +28,7 @@ from replicas.kernels.ops import Kernels
 from replicas.worker import device as devices
 from replicas.worker import wire
 from replicas.worker.assembly import (
+    ModelAdapter,
     RankSpec,
     RunnerFactory,
     WeightsFactory,
@@ -61,7 +62,7 @@ class Worker:
         plan: this rank's slice of the model plan.
         on_progress: told (phase, fraction done) while the constructor works.
         weights_factory: where this rank's weights come from.
-        adapt_kernels: as in `build_model`.
+        adapt_kernels, adapt_model: as in `build_runner`.
         make_runner: makes the whole rank instead, of a model that the registry does not have.
 
     Raises:
@@ -75,10 +76,12 @@ class Worker:
         weights_factory: WeightsFactory = resident_weights,
         adapt_kernels: Callable[[Kernels], Kernels] | None = None,
         make_runner: RunnerFactory | None = None,
+        adapt_model: ModelAdapter | None = None,
     ) -> None:
         self._plan = plan
         self._make_runner = make_runner
         self._adapt_kernels = adapt_kernels
+        self._adapt_model = adapt_model
         self._weights_factory = weights_factory
         self.startup_s: dict[str, float] = {}
         started_s = time.monotonic()
@@ -251,6 +254,7 @@ class Worker:
             self._weights_factory,
             self._adapt_kernels,
             expert_layout=experts,
+            adapt_model=self._adapt_model,
         )
         if groups is None or experts is None:
             # A device's layers are only launched by then: the sign would come far too early.

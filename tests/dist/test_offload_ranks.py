@@ -3,6 +3,7 @@
 import multiprocessing
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 
@@ -14,8 +15,8 @@ from replicas.api import GenerationRequest, SamplingParams
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.sync_engine import SyncEngine
-from replicas.worker.link_listener import LinkListener
 from replicas.worker.link_executor import LinkExecutor
+from replicas.worker.link_listener import LinkListener
 from replicas.worker.plan import WorkerPlan
 from replicas.worker.worker import Worker
 
@@ -62,15 +63,27 @@ def worker_plan(rank: int, port: int, listener: LinkListener, offload: OffloadPl
     )
 
 
-def test_two_ranks_in_half_of_their_weights(tmp_path: Path) -> None:
-    kv_bytes = 4 * 2 * CONFIG.num_blocks * CONFIG.block_size * 2 * 32 * 4
+KV_BYTES = 4 * 2 * CONFIG.num_blocks * CONFIG.block_size * 2 * 32 * 4
+WINDOW_BLOCKS = CONFIG.max_context // CONFIG.block_size
+
+
+@pytest.mark.parametrize("home", ["device", "streamed"])
+def test_two_ranks_in_half_of_their_weights(tmp_path: Path, home: str) -> None:
+    """With the cache on the device; and in micro-batches through windows of an eighth of it, where
+    every rank cuts a step at the same places, so that their collectives match."""
+    windows = 2 if home == "streamed" else 0
+    window_bytes = KV_BYTES // 4 // CONFIG.num_blocks * WINDOW_BLOCKS
     offload = OffloadPlan(
         disk_path=str(tmp_path),
-        device_bytes=MODEL_BYTES // SIZE // 2 + kv_bytes,
-        host_bytes=0,
+        device_bytes=MODEL_BYTES // SIZE // 2 + (windows * window_bytes or KV_BYTES),
+        host_bytes=KV_BYTES if windows else 0,
         workspace_bytes=0,
         ring_slots=2,
         prefetch_depth=2,
+        micro_batch_tokens=24 if windows else 0,
+        kv_home=home,
+        kv_windows=windows,
+        kv_window_blocks=WINDOW_BLOCKS if windows else 0,
     )
     context = multiprocessing.get_context("spawn")
     listener = LinkListener(size=SIZE, epoch="e", secret="s")

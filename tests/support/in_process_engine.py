@@ -14,6 +14,7 @@ from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.sync_engine import Completion, SyncEngine
 from replicas.worker.assembly import (
+    ModelAdapter,
     RankSpec,
     WeightsFactory,
     build_runner,
@@ -31,6 +32,7 @@ def in_process_engine(
     dtype: str = "float32",
     kernels: str = "auto",
     attention: str = "auto",
+    adapt_model: ModelAdapter | None = None,
     **limits: Any,
 ) -> SyncEngine:
     """An engine over a checkpoint directory; `limits` are fields of `SchedulerConfig`."""
@@ -55,7 +57,9 @@ def in_process_engine(
         attention_backend=attention,
     )
     device = torch.device("cpu")
-    runner = build_runner(spec, SingleRank(), device, weights_factory=weights_factory)
+    runner = build_runner(
+        spec, SingleRank(), device, weights_factory=weights_factory, adapt_model=adapt_model
+    )
     eos_token_ids = runner.model.arch.eos_token_ids
     return SyncEngine(Scheduler(config, eos_token_ids), InProcessExecutor(runner))
 

@@ -13,7 +13,7 @@ import torch
 from cluster.base.env import default_cache_dir
 from cluster.base.errors import WeightStreamError
 from cluster.base.plan import OffloadPlan
-from offload.assembly import streamed_weights
+from offload.assembly import model_adapter, streamed_weights
 from offload.opening import Runtime
 from offload.readers.engine import ReadEngine, ReadTimeoutError
 from replicas.engine.sync_engine import SyncEngine
@@ -50,7 +50,12 @@ def weights_of(plan: OffloadPlan, **changes: Any) -> WeightsFactory:
 
 def offload_engine(path: Path, plan: OffloadPlan, **limits: Any) -> SyncEngine:
     """The engine over streamed weights of the checkpoint at `path`."""
-    return in_process_engine(path, weights_factory=weights_of(plan), **limits)
+    return in_process_engine(
+        path,
+        weights_factory=weights_of(plan),
+        adapt_model=model_adapter(plan, poisoned()),
+        **limits,
+    )
 
 
 def unit_names(path: Path) -> list[str]:

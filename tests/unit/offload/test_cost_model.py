@@ -10,15 +10,13 @@ from hypothesis import strategies as st
 from offload_shapes import GB, machine, uniform_model
 
 from offload.cost_model import (
-    KvHome,
     PassLoad,
-    Placement,
     Resource,
     balance_tokens,
-    distinct_experts,
     pass_time,
     time_to_first_token_s,
 )
+from offload.homes import KvHome, Placement, distinct_experts
 from offload.layout import aligned
 from offload.model_shape import model_shape
 from offload.precision import Precision
@@ -26,6 +24,23 @@ from offload.rates import GemmPoint
 from replicas.models.hf_config import arch_from_hf
 
 STREAM_ALL = Placement(resident_layers=0, host_layers=40)
+
+
+def test_micro_batches_move_the_weights_once_and_compute_each_part() -> None:
+    """Reading a layer's weights from the device's memory for each part is what they cost."""
+    model, rates = uniform_model(), machine()
+    load = PassLoad(rows=1, context_tokens=0, prompt_tokens=1023)
+    whole = pass_time(model, STREAM_ALL, rates, load)
+    cut = pass_time(model, replace(STREAM_ALL, micro_batch_tokens=256), rates, load)
+    assert dict(cut.seconds)[Resource.LINK] == dict(whole.seconds)[Resource.LINK]
+    assert dict(cut.seconds)[Resource.COMPUTE] == pytest.approx(
+        dict(whole.seconds)[Resource.COMPUTE]
+    )
+    points = (GemmPoint(tokens=8, flops_per_s=1e12), GemmPoint(tokens=512, flops_per_s=1e14))
+    flat = replace(rates, gemm=points)
+    slow = pass_time(model, replace(STREAM_ALL, micro_batch_tokens=8), flat, load)
+    fast = pass_time(model, replace(STREAM_ALL, micro_batch_tokens=512), flat, load)
+    assert dict(slow.seconds)[Resource.COMPUTE] > 10 * dict(fast.seconds)[Resource.COMPUTE]
 
 
 @pytest.mark.parametrize(

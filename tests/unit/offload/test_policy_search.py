@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,18 +11,10 @@ from offload_shapes import GB, machine, uniform_model
 
 from offload.cost_model import PassLoad, pass_time
 from offload.model_shape import ModelShape
-from offload.policy_search import (
-    Budgets,
-    Candidate,
-    Choices,
-    Demand,
-    Found,
-    Objective,
-    host_bytes_of,
-    search,
-)
+from offload.policy_search import Candidate, Found, Objective, search
 from offload.precision import Precision
 from offload.rates import Rates
+from offload.search_space import Activations, Budgets, Choices, Demand, host_bytes_of
 
 MODEL = uniform_model(40, 500_000_000, kv_bytes_per_token=1_000_000)
 """40 GB in 1 GB layers; a request of 1000 tokens takes 1 GB of cache."""
@@ -89,6 +83,24 @@ def test_layers_go_to_host_memory_before_disk_and_staging_counts() -> None:
     assert result.best.host_bytes == 20 * GB
 
 
+def test_a_step_is_cut_where_memory_serves_better_as_cache_or_weights() -> None:
+    """A whole step takes 8 GB of the device, micro-batches of 64 tokens 1 GB."""
+    cuts = (
+        Activations(micro_batch_tokens=0, workspace_bytes=8 * GB),
+        Activations(micro_batch_tokens=64, workspace_bytes=GB),
+    )
+    whole, cut = (
+        found(23, 10_000, choices=replace(NATIVE_RING, activations=entries)).best
+        for entries in (cuts[:1], cuts)
+    )
+    assert (whole.rows, whole.workspace_bytes) == (12, 8 * GB)
+    assert (cut.rows, cut.workspace_bytes) == (19, GB)
+    assert cut.placement.micro_batch_tokens == 64
+    # Where nothing is gained the step stays whole.
+    demand = found(23, 4, rates=machine(flops=1e9), choices=replace(NATIVE_RING, activations=cuts))
+    assert demand.best.placement.micro_batch_tokens == 0
+
+
 def test_no_room_for_one_request_is_no_plan() -> None:
     budgets = Budgets(device_bytes=4 * GB, workspace_bytes=GB, host_bytes=0)
     demand = Demand(max_rows=1, context_tokens=10, max_context=1000)
@@ -147,7 +159,7 @@ def check_budgets(
     model: ModelShape, rates: Rates, budgets: Budgets, demand: Demand, candidate: Candidate
 ) -> None:
     placement = candidate.placement
-    used = candidate.device_bytes + candidate.kv_bytes + budgets.workspace_bytes
+    used = candidate.device_bytes + candidate.kv_bytes + candidate.workspace_bytes
     assert used <= budgets.device_bytes
     assert candidate.device_bytes == placement.weight_bytes(model)
     host = host_bytes_of(model, placement, has_host=budgets.host_bytes > 0)

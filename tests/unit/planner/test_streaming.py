@@ -23,7 +23,7 @@ from cluster.base.spec import ClusterSpec
 from cluster.dist.topology import Topology
 from cluster.planner.explain import explain, explain_reasons
 from cluster.planner.planner import make_plan
-from offload.cost_model import Placement
+from offload.homes import Placement
 from offload.model_shape import model_shape
 from replicas.models.hf_config import arch_from_hf
 

@@ -22,6 +22,8 @@ from router.served_model import serve_models
 SMALL, LARGE = "small", "large"
 SPEED = SpeedPlan(
     chosen=SpeedPoint(
+        micro_batch_tokens=0,
+        kv_home="device",
         rows=4,
         tokens_per_s=10.0,
         tpot_s=0.4,

@@ -1,0 +1,85 @@
+"""What a model whose weights move may use of a node: its memory, its disk. Arithmetic only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cluster.base.env import default_cache_dir
+from cluster.base.errors import ConfigError
+from cluster.base.quantities import size_text
+from cluster.base.spec import OffloadSpec
+from cluster.planner.drafts import Draft
+from cluster.planner.kv_sizing import MIN_AUTO_CONTEXT
+from cluster.planner.memory import blocks_for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What one rank may use on the emptiest node, processes not counted."""
+
+    device_bytes: int
+    alone_bytes: int
+    """What one rank of a single replica could use."""
+    replicas: int
+    """Of the model on that node."""
+    auto_share: float
+    """Part of a node's memory that an automatic budget takes; of a GPU it takes all."""
+    num_threads: int
+
+
+def disk_path(asked: OffloadSpec, directory: Path) -> str:
+    """Where weights go on disk; `directory` anchors a relative path."""
+    if asked.disk_path == "auto":
+        return str(default_cache_dir() / "weights")
+    return str((directory / Path(asked.disk_path).expanduser()).absolute())
+
+
+def shares_resident(asked: OffloadSpec, room: Room) -> bool:
+    """Whether replicas of a node have the layers that stay in common."""
+    if asked.share_resident == "auto":
+        return room.replicas > 1 and asked.pack
+    return asked.share_resident == "always"
+
+
+def least_draft(draft: Draft) -> Draft:
+    """The draft with the smallest cache that could serve anybody, to see whether it fits."""
+    kv = draft.kv
+    wanted = kv.max_context if isinstance(kv.max_context, int) else None
+    context = wanted or min(MIN_AUTO_CONTEXT, kv.max_position)
+    least = blocks_for(context, kv.block_size) * kv.block_bytes
+    return replace(draft, kv=replace(kv, memory=max(kv.fixed_bytes, least)))
+
+
+def device_budget(draft: Draft, asked: OffloadSpec, room: Room) -> int:
+    """Bytes of `device_memory`, beside `host_memory` in the same node.
+
+    Raises:
+        ConfigError: more was asked than the machine has.
+    """
+    host = host_budget(asked)
+    have = room.alone_bytes if shares_resident(asked, room) else room.device_bytes
+    left = max(0, have - host)
+    if isinstance(asked.device_memory, str):
+        if host and not left:
+            raise ConfigError(
+                f"host_memory {size_text(host)} is asked for each rank, and {size_text(have)} are "
+                "left for it and the device's part together.",
+                "Lower it.",
+                param=draft.source.param("offload.host_memory"),
+            )
+        return max(0, min(left, int(room.device_bytes * room.auto_share) - host))
+    if asked.device_memory > left:
+        beside = f" beside host_memory {size_text(host)}" if host else ""
+        raise ConfigError(
+            f"device_memory {size_text(asked.device_memory)} is asked for each rank{beside}, and "
+            f"{size_text(left)} are left for it.",
+            f"Lower it to {size_text(left)}, or leave it to auto.",
+            param=draft.source.param("offload.device_memory"),
+        )
+    return asked.device_memory
+
+
+def host_budget(asked: OffloadSpec) -> int:
+    """Bytes of `host_memory`."""
+    return 0 if isinstance(asked.host_memory, str) else asked.host_memory

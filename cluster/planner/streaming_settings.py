@@ -1,0 +1,103 @@
+"""What the user has decided of a streamed model, and what that leaves open to the search. Pure."""
+
+from __future__ import annotations
+
+from cluster.base.errors import ConfigError
+from cluster.base.spec import OffloadSpec
+from cluster.planner.drafts import Draft
+from cluster.planner.streaming_room import host_budget
+from offload.homes import KvHome
+from offload.model_shape import ModelShape
+from offload.precision import Precision
+from offload.search_space import Choices
+
+
+def refuse_unpacked(draft: Draft, asked: OffloadSpec) -> None:
+    """What only packed weights can do.
+
+    Raises:
+        ConfigError: it is asked for without packing.
+    """
+    if asked.pack:
+        return
+    for key, usual in (("precision", "native"), ("share_resident", "auto")):
+        value = getattr(asked, key)
+        if value not in (usual, "never"):
+            raise ConfigError(
+                f"{key} is {value} and pack is false: only packed weights can be so.",
+                f"Leave {key} out, or pack.",
+                param=draft.source.param(f"offload.{key}"),
+            )
+
+
+def open_choices(draft: Draft, asked: OffloadSpec, model: ModelShape) -> Choices:
+    """What the user left open.
+
+    Raises:
+        ConfigError: `resident` or `ring_slots` leaves nothing to stream.
+    """
+    layers = len(model.layers)
+    resident = None if isinstance(asked.resident, str) else asked.resident
+    slots = (2, 3, 4) if isinstance(asked.ring_slots, str) else (asked.ring_slots,)
+    streamed = layers - (resident or 0)
+    if streamed < min(slots):
+        slots = (1,) if isinstance(asked.ring_slots, str) and streamed == 1 else slots
+    if streamed < min(slots):
+        key = "ring_slots" if streamed >= 1 else "resident"
+        raise ConfigError(
+            f"Of {layers} layers {max(0, streamed)} are left to stream through {min(slots)} slots.",
+            "Lower `resident` or `ring_slots`, or delete the `offload` section.",
+            param=draft.source.param(f"offload.{key}"),
+        )
+    every = tuple(Precision)
+    precisions = every if asked.precision == "auto" else (Precision(asked.precision),)
+    return Choices(
+        precisions=precisions,
+        ring_slots=slots,
+        resident_layers=resident,
+        kv_homes=_kv_homes(draft, asked),
+    )
+
+
+def _kv_homes(draft: Draft, asked: OffloadSpec) -> tuple[KvHome, ...]:
+    """Of a CPU rank: a stream from host memory to host memory is only taken when asked for.
+
+    Raises:
+        ConfigError: host memory is asked for and not used, or used and not there.
+    """
+    host = host_budget(asked)
+    if asked.kv_home == "auto":
+        return (KvHome.DEVICE, KvHome.HOST) if host else (KvHome.DEVICE,)
+    home = KvHome(asked.kv_home)
+    if home is KvHome.DEVICE and host:
+        raise ConfigError(
+            "host_memory is set and kv_home is device: nothing would be there.",
+            "Leave host_memory out, or set kv_home to host.",
+            param=draft.source.param("offload.host_memory"),
+        )
+    if home is not KvHome.DEVICE and not host:
+        raise ConfigError(
+            f"kv_home is {home} and there is no host_memory for it.",
+            "Set offload.host_memory.",
+            param=draft.source.param("offload.kv_home"),
+        )
+    return (home,)
+
+
+def asked_micro_batch(draft: Draft, asked: OffloadSpec) -> int | None:
+    """The user's; None: what is found to be best.
+
+    Raises:
+        ConfigError: no step has more tokens.
+    """
+    if isinstance(asked.micro_batch, str):
+        return None
+    step = draft.source.spec.limits.max_step_tokens
+    if isinstance(step, int) and asked.micro_batch >= step:
+        raise ConfigError(
+            f"micro_batch is {asked.micro_batch} and no step has more than {step} tokens: it would "
+            "change nothing.",
+            "Lower micro_batch, or leave it to auto.",
+            param=draft.source.param("offload.micro_batch"),
+        )
+    return asked.micro_batch

@@ -1,0 +1,182 @@
+"""What a policy search may choose from, and every placement that this allows. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from offload.homes import KvHome, Placement
+from offload.model_shape import ModelShape
+from offload.precision import Precision
+
+MAX_RESIDENT_CHOICES = 65
+"""Deep models are tried with so many numbers of resident layers, evenly spread."""
+KV_WINDOWS = 2
+"""One micro-batch computes while the next one's keys and values arrive."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """Bytes of one rank that may be used."""
+
+    device_bytes: int
+    """Resident weights, ring, KV cache and workspace."""
+    workspace_bytes: int
+    """Part of `device_bytes` that the computation of a step takes."""
+    host_bytes: int
+    """Host memory for streamed weights and staging, and for a KV cache that is at home there."""
+    host_holds_weights: bool = True
+    """False on a CPU replica: what its one memory holds of the weights is resident."""
+    kv_bytes: int | None = None
+    """Size of the KV cache; None: what the weights leave."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activations:
+    """How much of a step a layer computes at a time, and what that takes of the device."""
+
+    micro_batch_tokens: int
+    """0: the whole step."""
+    workspace_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What is asked of the replica."""
+
+    max_rows: int
+    """Requests that may run at one time."""
+    context_tokens: int
+    """Tokens that one of them holds on average."""
+    max_context: int
+    """Tokens of the longest; the cache must hold one such request."""
+    prompt_tokens: int = 512
+    """Prompt length for which the time to the first token is told."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """What may be chosen; one entry where the user has decided."""
+
+    precisions: tuple[Precision, ...] = (Precision.NATIVE,)
+    ring_slots: tuple[int, ...] = (2, 3, 4)
+    expert_shares: tuple[float, ...] = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0625, 0.0)
+    """Parts of the streamed routed experts that slots are tried for."""
+    resident_layers: int | None = None
+    """None: free."""
+    kv_homes: tuple[KvHome, ...] = (KvHome.DEVICE,)
+    window_requests: tuple[int, ...] = (1, 2, 4, 8)
+    """Requests of the greatest length that a window of a streamed cache is tried with."""
+    activations: tuple[Activations, ...] = ()
+    """Empty: whole steps, in the workspace of the budgets."""
+    max_chunk: int = 131_072
+    """Most tokens of a pass."""
+
+
+def activations(budgets: Budgets, choices: Choices) -> tuple[Activations, ...]:
+    """Ways to cut a step."""
+    whole = Activations(micro_batch_tokens=0, workspace_bytes=budgets.workspace_bytes)
+    return choices.activations or (whole,)
+
+
+def placements(
+    model: ModelShape, budgets: Budgets, demand: Demand, choices: Choices
+) -> Iterator[Placement]:
+    """All homes of weights and KV cache that the choices allow."""
+    for base in _weight_homes(model, choices):
+        for placement in _kv_homes(base, demand, choices):
+            yield replace(placement, host_layers=_host_layers(model, placement, budgets))
+
+
+def _weight_homes(model: ModelShape, choices: Choices) -> Iterator[Placement]:
+    layers = len(model.layers)
+    for precision in choices.precisions:
+        for slots in choices.ring_slots:
+            for fixed in (True, False):
+                for resident in _resident_choices(model, choices.resident_layers):
+                    base = Placement(
+                        resident_layers=resident,
+                        host_layers=0,
+                        fixed_resident=fixed,
+                        precision=precision,
+                        ring_slots=slots,
+                    )
+                    if slots <= layers - resident:
+                        yield from _expert_homes(model, base, choices)
+
+
+def _kv_homes(base: Placement, demand: Demand, choices: Choices) -> Iterator[Placement]:
+    """With each home of the KV cache, and each size of windows where it is streamed."""
+    for home in choices.kv_homes:
+        if home is not KvHome.STREAMED:
+            yield replace(base, kv_home=home)
+            continue
+        for requests in choices.window_requests:
+            yield replace(
+                base,
+                kv_home=home,
+                kv_windows=KV_WINDOWS,
+                kv_window_tokens=requests * demand.max_context,
+            )
+
+
+def _expert_homes(model: ModelShape, base: Placement, choices: Choices) -> Iterator[Placement]:
+    """With each number of expert slots, for a model whose streamed layers have routed experts."""
+    count = base.streamed_experts(model)
+    if not count:
+        yield base
+        return
+    least = least_expert_slots(model)
+    for slots in sorted({max(least, round(share * count)) for share in choices.expert_shares}):
+        for bases_resident in (False, True):
+            yield replace(base, expert_slots=min(slots, count), bases_resident=bases_resident)
+
+
+def least_expert_slots(model: ModelShape) -> int:
+    """Slots without which streaming experts makes no sense: one token's, and one to read into."""
+    return 1 + max((layer.top_k for layer in model.layers), default=0)
+
+
+def _resident_choices(model: ModelShape, wanted: int | None) -> Sequence[int]:
+    """Of a mixture none unless asked: slots hold what is visited, in any layer."""
+    layers = len(model.layers)
+    if wanted is not None:
+        return (wanted,)
+    if any(layer.experts for layer in model.layers):
+        return (0,)
+    if layers <= MAX_RESIDENT_CHOICES:
+        return range(layers)
+    steps = MAX_RESIDENT_CHOICES - 1
+    return sorted({(layers - 1) * step // steps for step in range(steps + 1)})
+
+
+def _host_layers(model: ModelShape, base: Placement, budgets: Budgets) -> int:
+    """As many streamed layers as host memory holds: a link is never slower than disk and link.
+
+    None beside a KV cache there, which serves demand better.
+    """
+    if not budgets.host_holds_weights or base.kv_home is not KvHome.DEVICE:
+        return 0
+    sizes = [layer.record_bytes(base.precision) for layer in model.layers[base.resident_layers :]]
+    if sum(sizes) <= budgets.host_bytes:
+        return len(sizes)
+    room = budgets.host_bytes - base.ring_slots * base.slot_bytes(model)  # staging for the disk
+    count = 0
+    for size in sizes:
+        room -= size
+        if room < 0:
+            break
+        count += 1
+    return count
+
+
+def host_bytes_of(model: ModelShape, placement: Placement, *, has_host: bool) -> int:
+    """Host bytes of a placement: layers that live there, and staging for those on disk."""
+    if not has_host:
+        return 0
+    start = placement.resident_layers
+    homes = model.layers[start : start + placement.host_layers]
+    held = sum(layer.record_bytes(placement.precision) for layer in homes)
+    if start + placement.host_layers == len(model.layers) and placement.fixed_resident:
+        return held
+    return held + placement.ring_slots * placement.slot_bytes(model)
