@@ -34,6 +34,7 @@ from cluster.base.plan import ClusterPlan, from_json
 from cluster.control import deployments
 from cluster.control.directory_actor import DirectoryActor
 from cluster.control.ray_runtime import RayRuntime
+from cluster.control.room import check_room
 from replicas.leader.record import ReplicaRecord, ReplicaState
 
 _CALL_TIMEOUT_S = 10.0
@@ -72,6 +73,7 @@ class ClusterRun:
 
         Raises:
             ConfigError: a cluster of this name already runs in this Ray runtime.
+            UnavailableError: others have reserved the memory that the models need.
         """
         name = names.directory_actor(self.plan.name)
         with suppress(ValueError):
@@ -81,6 +83,8 @@ class ClusterRun:
                 "Give this one another cluster.name, or take that one down.",
                 param="cluster.name",
             )
+        if not self.runtime.owned:
+            check_room(self.plan)
         self._directory = (
             ray.remote(DirectoryActor)
             .options(
@@ -230,7 +234,11 @@ def _missing(snapshot: Snapshot) -> str:
     ]
     if not snapshot.gateway_ready:
         states.append("the gateway does not answer")
-    return "; ".join(states) or snapshot.waiting_for or "no replica has reported"
+    if not snapshot.replicas:
+        states.insert(0, "no replica has reported")
+    if snapshot.waiting_for:
+        states.append(f"Ray Serve says: {snapshot.waiting_for}")
+    return "; ".join(states)
 
 
 def _with_model(error: PenstockError, model: str) -> PenstockError:

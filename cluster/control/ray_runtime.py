@@ -35,10 +35,15 @@ class RayRuntime:
     """Whether the dashboard asks for Ray's token."""
 
 
-def start_local(*, dashboard_port: int, num_cpus: int | None = None) -> RayRuntime:
+def start_local(
+    *, dashboard_port: int, num_cpus: int | None = None, memory_bytes: int | None = None
+) -> RayRuntime:
     """Start a one-node runtime on this machine and connect to it.
 
     Our data never goes through Ray's object store, so it is kept small.
+
+    Args:
+        memory_bytes: what replicas may reserve; None: what is free now, as Ray finds it.
 
     Raises:
         UnavailableError: Ray did not start; carries Ray's reason.
@@ -53,6 +58,7 @@ def start_local(*, dashboard_port: int, num_cpus: int | None = None) -> RayRunti
             dashboard_host=_LOOPBACK,
             dashboard_port=dashboard_port,
             object_store_memory=_OBJECT_STORE_BYTES,
+            _memory=memory_bytes,
             namespace=NAMESPACE,
             configure_logging=False,
             logging_level=logging.ERROR,

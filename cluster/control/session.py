@@ -20,6 +20,7 @@ from cluster.control import ray_runtime, run_state
 from cluster.control.lifecycle import ClusterRun, Snapshot, check_ports
 from cluster.control.ray_runtime import RayRuntime
 from cluster.control.run_state import RunState
+from cluster.planner.hardware import local_topology
 
 
 class ClusterSession:
@@ -80,7 +81,11 @@ class ClusterSession:
         check_ports(self._plan)
         on_phase("starting Ray")
         started_s = time.monotonic()
-        runtime = ray_runtime.start_local(dashboard_port=self._plan.dashboard_port)
+        # What the plan was made with: replicas reserve parts of it.
+        (node,) = local_topology().nodes
+        runtime = ray_runtime.start_local(
+            dashboard_port=self._plan.dashboard_port, memory_bytes=node.memory_bytes
+        )
         self._mark("ray", started_s)
         return runtime
 

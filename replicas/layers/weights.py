@@ -123,6 +123,10 @@ class ResidentWeights:
     def release(self, unit: str) -> None:
         """Nothing to give back."""
 
+    def holds(self, unit: str) -> bool:
+        """Whether a unit is here."""
+        return unit in self._units
+
     def derived(self, key: Hashable, version: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` made of some units' tensors under this key, anew when the version changes."""
         known = self._derived.get(key)

@@ -66,6 +66,19 @@ class ExpertBalancer:
         self.num_moves = 0
         """Experts that ranks have fetched so far."""
 
+    def regrouped(self, tables: Sequence[ExpertTable], nodes: Sequence[str]) -> ExpertBalancer:
+        """What goes on for another set of ranks; what was on its way is forgotten, counts are kept.
+
+        Args:
+            tables: where the experts are among them: another version of the placement.
+            nodes: node of each.
+        """
+        other = ExpertBalancer(tables, nodes, max_moves=self._max_moves)
+        with self._lock:
+            other._version = other._last_version = self._last_version + 1
+            other.num_moves = self.num_moves
+        return other
+
     @property
     def tables(self) -> dict[int, ExpertTable]:
         """The placement in use, by layer."""

@@ -4,8 +4,8 @@
         ▲                                                                  │ others load beside it
         └────────── grow, between two steps: halt, all gather ◀────────────┘
 
-A loss during any of it ends that attempt and begins with a new roll call. On the leader's asyncio
-loop, but for `choose_scheme`.
+A loss during any of it ends that attempt and begins with a new roll call (`roll_caller.py`). On
+the leader's asyncio loop, but for `choose_scheme`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cluster.base.errors import InternalError, PenstockError, UnavailableError
-from cluster.base.ids import new_epoch
 from cluster.base.plan import ExpertPlan, ModelPlan
 from replicas.leader.engine_parts import make_balancer, scheme_chooser
-from replicas.leader.expert_balancer import ExpertBalancer
 from replicas.leader.expert_upkeep import ExpertUpkeep
 from replicas.leader.expert_watch import ExpertWatch
 from replicas.leader.record import LossRecord
-from replicas.leader.roster import Meeting, Muster, Roster
+from replicas.leader.roll_caller import RollCaller
+from replicas.leader.roster import Muster, Roster
 from replicas.leader.worker_group import WorkerGroup
-from replicas.worker import roll_call
 from replicas.worker.leader_link import LeaderLink
 
 if TYPE_CHECKING:
@@ -34,11 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Ranks notice a stopped peer within 5 s and a late one at their deadline; a join that fails because
-# another rank was lost meanwhile takes 15 s.
-_HALT_S = 20.0
-_GATHER_S = 120.0
-"""Experts may have to be read."""
 _FIRST_RETRY_S = 5.0
 _LAST_RETRY_S = 600.0
 
@@ -60,18 +53,16 @@ class ExpertSide:
         self._plan = plan
         self._experts: ExpertPlan = plan.experts
         self._group = group
-        self._link = link
         self._events = events
         self._upkeep: asyncio.Task[None] | None = None
         self._rejoining: asyncio.Task[None] | None = None
         self._newcomers: LeaderLink | None = None
-        self._cause = ""
-        self._schemes = group.facts["schemes"]
         self.choose_scheme: Callable[[int], tuple[str, str]] = scheme_chooser(
-            self._schemes, plan.tp_size
+            group.facts["schemes"], plan.tp_size
         )
         self.balancer = balancer
         self.roster = Roster(plan, group.nodes, tuple(balancer.tables.values()))
+        self._caller = RollCaller(plan, group, link, self.roster)
         self._watch = ExpertWatch(tuple(balancer.tables.values()))
 
     @property
@@ -82,7 +73,7 @@ class ExpertSide:
     def serve(self) -> None:
         """Look after the experts of the present members, and after those who are missing."""
         upkeep = ExpertUpkeep(
-            ask_ranks=lambda: self._group.expert_states(self.roster.now.members),
+            ask_ranks=lambda: self._group.actors.expert_states(self.roster.now.members),
             newest_step=self._events.newest_step,
             watch=self._watch,
             balancer=self.balancer,
@@ -114,7 +105,7 @@ class ExpertSide:
         self._newcomers = None
         tables = tuple(self.balancer.tables.values())
         for _ in range(self._plan.dp_size):
-            call = await asyncio.to_thread(roll_call.halt, self._link, _HALT_S)
+            call = await self._caller.halt()
             log.warning("halted: %s; ranks %s are left", error, list(call.present))
             muster = self.roster.without(call.present, tables)
             self._let_go(muster)
@@ -126,7 +117,7 @@ class ExpertSide:
                 continue
             self._report(error, num_fetched, time.monotonic() - begun_s)
             self.serve()
-            return self._link
+            return self._caller.link
         raise error
 
     async def grow(self) -> LeaderLink:
@@ -140,8 +131,9 @@ class ExpertSide:
         if newcomers is None:
             raise InternalError("Nobody waits to be taken in.")
         self.stop()
-        call = await asyncio.to_thread(roll_call.halt, self._link, _HALT_S)
-        self._link = self._link.merged(newcomers)
+        call = await self._caller.halt()
+        self._caller.link = self._caller.link.merged(newcomers)
+        self.roster.seat(self._group.nodes)
         if call.absent:
             raise UnavailableError(f"Ranks {sorted(call.absent)} are lost.")
         num_fetched = await self._gather(self.roster.whole(), forgets_rows=False)
@@ -152,33 +144,22 @@ class ExpertSide:
         )
         self._events.on_loss(None)
         self.serve()
-        return self._link
+        return self._caller.link
 
     async def _gather(self, muster: Muster, *, forgets_rows: bool) -> int:
-        """Have a muster meet; how many experts its ranks had to read for it."""
-        firsts = self.roster.first_ranks(muster)
-        peers, *places = await self._group.places([muster.members[0], *firsts])
-        groups = [rank // self._plan.tp_size for rank in firsts]
-        meeting = Meeting(
-            epoch=new_epoch("ranks"),
-            peers=peers,
-            tensor_groups=dict(zip(groups, places, strict=True)),
-        )
-        told = self.roster.gatherings(muster, meeting, forgets_rows=forgets_rows)
-        answers = await asyncio.to_thread(roll_call.gather, self._link, told, _GATHER_S)
+        """Have a muster meet and serve; how many experts its ranks had to read for it."""
+        balancer = self.balancer.regrouped(muster.tables, self.roster.nodes_of(muster))
+        answers = await self._caller.gather(muster, balancer.version, forgets_rows=forgets_rows)
         self.roster.adopt(muster)
-        self.balancer = ExpertBalancer(
-            muster.tables, self.roster.nodes_of(muster), max_moves=self._experts.max_moves
-        )
-        tables = [answers[rank].schemes for rank in muster.members if answers[rank].schemes]
-        self._schemes = tables[0] if tables else self._schemes
-        self.choose_scheme = scheme_chooser(self._schemes, self._plan.tp_size)
+        self.balancer = balancer
+        self.choose_scheme = scheme_chooser(answers[muster.members[0]].schemes, self._plan.tp_size)
         return sum(answer.num_fetched for answer in answers.values())
 
     def _let_go(self, muster: Muster) -> None:
         """End who is lost, its tensor-parallel peers, and who had not yet joined."""
-        self._link.drop([rank for rank in self._link.ranks if rank not in muster.members])
-        self._group.lose([rank for rank in self._group.ranks if rank not in muster.members])
+        link = self._caller.link
+        link.drop([rank for rank in link.ranks if rank not in muster.members])
+        self._group.lose([rank for rank in self._group.actors.ranks if rank not in muster.members])
 
     def _report(self, error: PenstockError, num_fetched: int, pause_s: float) -> None:
         lost, groups = self.roster.lost, self.roster.groups
@@ -210,7 +191,7 @@ class ExpertSide:
             await asyncio.sleep(pause_s)
             lost = self.roster.lost
             try:
-                self._newcomers = await self._group.add(lost, self.roster.whole().tables)
+                self._newcomers = await self._group.add(lost, self.roster.tables_by_rank())
             except Exception as error:
                 pause_s = min(max(_FIRST_RETRY_S, 2 * pause_s), _LAST_RETRY_S)
                 log.warning(

@@ -37,7 +37,7 @@ class ExpertWatch:
         self._stats = LoadStats(*shape, half_life_rows=half_life_rows)
         self._totals: Counts = np.zeros(shape)
         self._counted: Counts = np.zeros(shape)
-        self._num_dropped = 0
+        self._num_dropped = self._dropped_counted = 0
 
     def add(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Take in the newest `ExpertState` fields of all ranks."""
@@ -50,7 +50,9 @@ class ExpertWatch:
         self._stats.add(added)
         self._totals += added
         self._counted = totals
-        self._num_dropped = sum(int(state["num_dropped"]) for state in states)
+        dropped = sum(int(state["num_dropped"]) for state in states)
+        self._num_dropped += max(0, dropped - self._dropped_counted)
+        self._dropped_counted = dropped
 
     def loads(self) -> dict[int, Counts]:
         """Recent rows per expert of each layer."""

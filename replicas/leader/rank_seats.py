@@ -5,18 +5,17 @@ A seat outlives who sits in it: when a rank is lost, its bundle is reserved stil
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import ray
 from ray.util import get_current_placement_group, placement_group_table
-from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.base import names
 from cluster.base.errors import InternalError
 from cluster.base.plan import ModelPlan
-from replicas.leader.seating import seat_ranks
+from replicas.leader.seating import name_nodes, seat_ranks
 from replicas.worker.actor import WorkerActor
 
 
@@ -40,10 +39,19 @@ class RankSeats:
         self._cluster, self._replica_id = cluster, replica_id
         self._worker_class = worker_class
         self._group = group
-        self.leader_node, *_ = node_of_bundle = _nodes_of(group)
+        self._names: dict[str, str] = {}
+        self.leader_node, *_ = node_of_bundle = self._nodes_of_bundles()
         self._seats = seat_ranks(plan, node_of_bundle)
         self.nodes = tuple(seat.node for seat in self._seats)
         """Node of each rank."""
+
+    def look_again(self, ranks: Collection[int]) -> None:
+        """Learn where these seats are now: Ray moves the bundles of a node that is lost."""
+        node_of_bundle = self._nodes_of_bundles()
+        self.nodes = tuple(
+            node_of_bundle[self._seats[rank].bundle] if rank in ranks else node
+            for rank, node in enumerate(self.nodes)
+        )
 
     def name(self, rank: int, epoch: str) -> str:
         """Name of a rank's actor."""
@@ -63,15 +71,10 @@ class RankSeats:
         }
         return ray.remote(self._worker_class).options(**options).remote()
 
-
-def _nodes_of(group: PlacementGroup) -> list[str]:
-    """The node of each bundle: its address, or address and id where nodes share one."""
-    node_ids = placement_group_table(group)["bundles_to_node_id"]
-    address_of = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    num_sharing = Counter(address_of.values())
-    return [
-        address_of[node_id]
-        if num_sharing[address_of[node_id]] == 1
-        else f"{address_of[node_id]}/{node_id[:8]}"
-        for _, node_id in sorted(node_ids.items())
-    ]
+    def _nodes_of_bundles(self) -> list[str]:
+        """The node of each bundle."""
+        node_ids = placement_group_table(self._group)["bundles_to_node_id"]
+        address_of = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        used = [node_ids[bundle] for bundle in sorted(node_ids)]
+        self._names = name_nodes(used, address_of, self._names)
+        return [self._names[node_id] for node_id in used]

@@ -22,8 +22,9 @@ from replicas.engine.engine_loop import Recovery
 from replicas.engine.lockstep import ExpertOrders
 from replicas.leader.engine_parts import AnyExecutor, make_executor
 from replicas.leader.expert_side import ExpertSide
+from replicas.leader.rank_actors import OnProgress
 from replicas.leader.record import ExpertRecord, LossRecord
-from replicas.leader.worker_group import OnProgress, WorkerGroup
+from replicas.leader.worker_group import WorkerGroup
 from replicas.worker.leader_link import LeaderLink
 
 log = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ class RankSide:
             self._watching.cancel()
 
     async def _watch(self) -> None:
-        error = await self.group.wait_failure()
+        error = await self.group.actors.wait_failure()
         if self._plan.experts is not None:
             # The other ranks are about to tell in which layer they miss it, which is worth more.
             await asyncio.sleep(_ACCOUNT_S)

@@ -8,10 +8,11 @@ ranks go to survivors, into no more slots than were planned for (`moe/reassign.p
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.base.errors import UnavailableError
 from cluster.base.plan import ModelPlan
+from cluster.dist.rank_topology import order_by_node
 from moe.expert_table import ExpertTable
 from moe.reassign import reassign, spare_slots
 from replicas.worker.gathering import Gathering
@@ -25,7 +26,7 @@ class Muster:
     """Ranks that are to serve together, and where the experts are among them."""
 
     members: tuple[int, ...]
-    """Ranks, ascending: whole groups."""
+    """Ranks, node by node: whole groups."""
     tables: tuple[ExpertTable, ...]
     """By layer; their ranks are indices into `members`."""
 
@@ -38,6 +39,12 @@ class Meeting:
     peers: Place
     tensor_groups: Mapping[int, Place]
     """By group."""
+    table: int = 0
+    """Version of the placement of the experts."""
+    costs: bytes = b""
+    """Of the links, as `Gathering` has them."""
+    probes: bool = False
+    """The members measure them anew."""
 
 
 class Roster:
@@ -89,7 +96,7 @@ class Roster:
         Raises:
             UnavailableError: no group is whole, or those that are have no room for all experts.
         """
-        if self.now.members == self._full.members:
+        if not self.lost:
             self._full = Muster(members=self._full.members, tables=tuple(tables))
         left = tuple(
             rank
@@ -114,6 +121,25 @@ class Roster:
         """All ranks, with the experts where they were before any was lost."""
         return self._full
 
+    def tables_by_rank(self) -> tuple[ExpertTable, ...]:
+        """Those of `whole`, by rank."""
+        members = self._full.members
+        return _permuted(self._full.tables, [members.index(rank) for rank in sorted(members)])
+
+    def seat(self, nodes: Sequence[str]) -> None:
+        """Learn that lost ranks have been replaced on other nodes, before all gather again.
+
+        Ranks of one node have to stand together in a gathering: their order follows the nodes.
+
+        Args:
+            nodes: node of each rank.
+        """
+        self._nodes = tuple(nodes)
+        ranks = sorted(self._full.members)
+        members = tuple(ranks[index] for index in order_by_node([nodes[rank] for rank in ranks]))
+        order = [self._full.members.index(rank) for rank in members]
+        self._full = Muster(members=members, tables=_permuted(self._full.tables, order))
+
     def adopt(self, muster: Muster) -> None:
         """These serve from now on."""
         self.now = muster
@@ -135,7 +161,10 @@ class Roster:
                 tensor_host=tensor_host,
                 tensor_port=tensor_port,
                 tables=muster.tables,
+                table=meeting.table,
                 forgets_rows=forgets_rows,
+                costs=meeting.costs,
+                probes=meeting.probes,
             )
         return told
 
@@ -157,3 +186,35 @@ class Roster:
             f"which has {number}.",
             "Raise moe.failover.lost_groups or moe.redundant_experts.",
         )
+
+
+def _permuted(tables: Sequence[ExpertTable], order: Sequence[int]) -> tuple[ExpertTable, ...]:
+    """The same experts at the same ranks, which are counted in another order.
+
+    Args:
+        order: present index of what becomes rank 0, 1, 2 ...
+    """
+    if list(order) == list(range(len(order))):
+        return tuple(tables)
+    return tuple(
+        replace(
+            table,
+            logical_by_rank=tuple(table.logical_by_rank[index] for index in order),
+            shares=_permuted_shares(table, order),
+        )
+        for table in tables
+    )
+
+
+def _permuted_shares(table: ExpertTable, order: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+    """Shares are parallel to an expert's ranks in ascending order."""
+    if not table.shares:
+        return ()
+    new_index = {old: new for new, old in enumerate(order)}
+    return tuple(
+        tuple(
+            share
+            for _, share in sorted(zip(map(new_index.__getitem__, homes), shares, strict=True))
+        )
+        for homes, shares in zip(table.placement().homes, table.shares, strict=True)
+    )

@@ -1,8 +1,7 @@
 """The leader's worker actors: created in its placement group, loaded, watched, let go.
 
 At the start it is all or nothing: a rank that cannot start takes the group with it. Later single
-ranks may be lost and others take their seats. The handles are kept here, so Ray does not collect
-the actors; they die with the leader.
+ranks may be lost and others take their seats.
 """
 
 from __future__ import annotations
@@ -10,23 +9,19 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import ray
-from ray.exceptions import RayActorError
-
-from cluster.base.errors import PenstockError
 from cluster.base.ids import new_epoch
 from cluster.base.plan import ModelPlan, to_json
 from cluster.dist.rendezvous import pick_port
 from moe.expert_table import ExpertTable
+from replicas.leader.rank_actors import OnProgress, RankActors
 from replicas.leader.rank_seats import RankSeats
 from replicas.leader.record import WorkerRecord
-from replicas.leader.worker_calls import all_or_first_error, as_error, call, outcome
-from replicas.leader.worker_plans import Meetings, Place, worker_plan
+from replicas.leader.worker_calls import all_or_first_error
+from replicas.leader.worker_plans import Meetings, worker_plan
 from replicas.worker.actor import WorkerActor
 from replicas.worker.leader_link import LeaderLink
 from replicas.worker.link_listener import LinkListener
@@ -34,11 +29,6 @@ from replicas.worker.link_listener import LinkListener
 _CREATE_TIMEOUT_S = 120.0
 _LOAD_TIMEOUT_S = 3600.0
 _CONNECT_TIMEOUT_S = 30.0
-_POLL_S = 0.2
-_STATE_TIMEOUT_S = 5.0
-_PORT_TIMEOUT_S = 5.0
-
-OnProgress = Callable[[str, float], None]
 
 
 class WorkerGroup:
@@ -60,12 +50,11 @@ class WorkerGroup:
         self._plan = plan
         self._worker_class = worker_class
         self._cluster, self._replica_id, self._epoch = cluster, replica_id, epoch
-        self._actors: dict[int, Any] = {}
-        self._parked: dict[int, Any] = {}
         self._names: dict[int, str] = {}
         self._records: dict[int, WorkerRecord] = {}
-        self._hosts: list[str] = []
         self._listens_on: str | None = None
+        self.actors = RankActors()
+        """What the ranks can be asked."""
         self.nodes: tuple[str, ...] = ()
         """Node of each rank, once started."""
         self.startup_s: dict[str, float] = {}
@@ -86,14 +75,12 @@ class WorkerGroup:
         started_s = time.monotonic()
         on_progress("worker processes", 0.0)
         self._seats = RankSeats(self._plan, self._cluster, self._replica_id, self._worker_class)
-        leader_node, ranks = self._seats.leader_node, range(self._plan.num_ranks)
+        ranks = range(self._plan.num_ranks)
         self._create(ranks, self._epoch)
-        await self._call(0, "progress", "starting worker processes", _CREATE_TIMEOUT_S)
+        await self.actors.call(0, "progress", "starting worker processes", _CREATE_TIMEOUT_S)
         self.startup_s["worker_processes"] = round(time.monotonic() - started_s, 3)
-        self.nodes = nodes = self._seats.nodes
-        self._listens_on = None if set(nodes) == {leader_node} else host
-        # A rank on the leader's node listens where the leader does, others on their own.
-        self._hosts = [host if node == leader_node else "" for node in nodes]
+        self._host = host
+        self._locate()
         listener = self._listener(ranks, self._epoch)
         try:
             meetings = await self._meetings(listener, host)
@@ -102,7 +89,7 @@ class WorkerGroup:
             listener.close()
         self.startup_s |= infos[0]["startup_s"]
         self.facts = infos[0]["facts"]
-        self._park(ranks)
+        self.actors.park(ranks)
         return link
 
     async def add(self, ranks: Sequence[int], tables: Sequence[ExpertTable]) -> LeaderLink:
@@ -115,12 +102,19 @@ class WorkerGroup:
             PenstockError: the root cause; none of them is left.
         """
         epoch = new_epoch("ranks")
-        listener = self._listener(ranks, epoch)
+        listener: LinkListener | None = None
         try:
             self._create(ranks, epoch)
             await all_or_first_error(
-                [self._call(rank, "progress", "starting", _CREATE_TIMEOUT_S) for rank in ranks]
+                [
+                    self.actors.call(rank, "progress", "starting", _CREATE_TIMEOUT_S)
+                    for rank in ranks
+                ]
             )
+            # Only now Ray has surely decided where: with a node its bundles move to others.
+            self._seats.look_again(ranks)
+            self._locate()
+            listener = self._listener(ranks, epoch)
             nowhere = ("", 0)
             meetings = Meetings(
                 epoch=epoch,
@@ -135,74 +129,33 @@ class WorkerGroup:
             self.lose(ranks)
             raise
         finally:
-            listener.close()
-        self._park(ranks)
+            if listener is not None:
+                listener.close()
+        self.actors.park(ranks)
         return link
 
-    def lose(self, ranks: Iterable[int]) -> None:
+    def lose(self, ranks: Collection[int]) -> None:
         """End these ranks now, stopped ones too; others stay."""
         for rank in ranks:
-            self._parked.pop(rank, None)
             self._records.pop(rank, None)
-            actor = self._actors.pop(rank, None)
-            if actor is not None:
-                with suppress(Exception):  # already dead, or Ray itself is going down
-                    ray.kill(actor)
+        self.actors.lose(ranks)
 
     def kill(self) -> None:
         """End every rank now; safe to call twice."""
-        self.lose(tuple(self._actors))
+        self.lose(self.actors.ranks)
 
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """The ranks there are, those that load among them."""
-        return tuple(self._actors)
-
-    async def places(self, ranks: Sequence[int], timeout_s: float = _PORT_TIMEOUT_S) -> list[Place]:
-        """An address of each rank's machine and a port free there.
-
-        Args:
-            timeout_s: for an answer; processes that are still starting need long.
-
-        Raises:
-            PenstockError: a rank is gone or does not answer.
-        """
-        return [
-            (str(host), int(port))
-            for host, port in await all_or_first_error(
-                [
-                    self._call(rank, "pick_port", "choosing a port", timeout_s, host)
-                    for rank, host in ((rank, self._hosts[rank]) for rank in ranks)
-                ]
-            )
-        ]
-
-    async def wait_failure(self) -> PenstockError:
-        """Return when a rank leaves its parked call; says which and why."""
-        ranks = tuple(self._parked)
-        calls = [asyncio.ensure_future(outcome(self._parked[rank])) for rank in ranks]
-        try:
-            await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for each in calls:
-                each.cancel()
-        index = next(i for i, each in enumerate(calls) if each.done() and not each.cancelled())
-        return as_error(calls[index].result(), ranks[index])
-
-    async def expert_states(self, ranks: Sequence[int]) -> list[dict[str, Any]]:
-        """What these ranks of an expert-parallel replica know of their experts.
-
-        Raises:
-            PenstockError: a rank is gone or does not answer.
-        """
-        here = [rank for rank in ranks if rank in self._actors]
-        return await all_or_first_error(
-            [self._call(rank, "expert_state", "counting rows", _STATE_TIMEOUT_S) for rank in here]
-        )
+    def _locate(self) -> None:
+        """Take in where the seats are."""
+        self.nodes, leader_node = self._seats.nodes, self._seats.leader_node
+        self._listens_on = None if set(self.nodes) == {leader_node} else self._host
+        # A rank on the leader's node listens where the leader does, others on their own.
+        self.actors.hosts = {
+            rank: self._host for rank, node in enumerate(self.nodes) if node == leader_node
+        }
 
     def _create(self, ranks: Iterable[int], epoch: str) -> None:
         for rank in ranks:
-            self._actors[rank] = self._seats.create(rank, epoch)
+            self.actors.add(rank, self._seats.create(rank, epoch))
             self._names[rank] = self._seats.name(rank, epoch)
 
     def _listener(self, ranks: Sequence[int], epoch: str) -> LinkListener:
@@ -226,7 +179,7 @@ class WorkerGroup:
         if self._plan.experts is None:
             return alone
         ranks = [0, *range(0, self._plan.num_ranks, self._plan.tp_size)]
-        peers, *tensor_groups = await self.places(ranks, _CREATE_TIMEOUT_S)
+        peers, *tensor_groups = await self.actors.places(ranks, _CREATE_TIMEOUT_S)
         return replace(alone, tensor_groups=tuple(tensor_groups), peers=peers, nodes=self.nodes)
 
     async def _load(
@@ -239,13 +192,13 @@ class WorkerGroup:
     ) -> tuple[LeaderLink, list[dict[str, Any]]]:
         plans = [to_json(worker_plan(self._plan, rank, meetings, tables)) for rank in ranks]
         calls = [
-            self._call(rank, "load", "loading weights", _LOAD_TIMEOUT_S, plan)
+            self.actors.call(rank, "load", "loading weights", _LOAD_TIMEOUT_S, plan)
             for rank, plan in zip(ranks, plans, strict=True)
         ]
         accepting = asyncio.get_running_loop().run_in_executor(
             None, listener.accept_all, _LOAD_TIMEOUT_S
         )
-        watching = asyncio.ensure_future(self._watch_progress(ranks, on_progress))
+        watching = asyncio.ensure_future(self.actors.watch_progress(ranks, on_progress))
         try:
             infos = await all_or_first_error(calls)
         except BaseException:
@@ -264,27 +217,6 @@ class WorkerGroup:
                 group=rank // self._plan.tp_size,
             )
         return link, infos
-
-    def _park(self, ranks: Iterable[int]) -> None:
-        for rank in ranks:
-            self._parked[rank] = self._actors[rank].run.remote()
-
-    async def _watch_progress(self, ranks: Sequence[int], on_progress: OnProgress) -> None:
-        while True:
-            await asyncio.sleep(_POLL_S)
-            with suppress(RayActorError, TimeoutError, KeyError):
-                calls = [
-                    asyncio.wait_for(self._actors[rank].progress.remote(), 5.0) for rank in ranks
-                ]
-                states = await asyncio.gather(*calls)
-                phase, fraction = min(states, key=lambda state: state[1])
-                on_progress(phase, fraction)
-
-    async def _call(
-        self, rank: int, method: str, doing: str, timeout_s: float, *arguments: Any
-    ) -> Any:
-        ref = getattr(self._actors[rank], method).remote(*arguments)
-        return await call(ref, timeout_s, doing, rank)
 
 
 def _unheard(phase: str, fraction: float) -> None:

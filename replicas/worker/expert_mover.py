@@ -45,16 +45,21 @@ class ExpertMover:
         experts: the rank's layout.
         weights: what the model computes with.
         read_expert: gives an expert that this rank does not hold.
+        table: version of the placement that the rank has now.
     """
 
     def __init__(
-        self, experts: SpreadExperts, weights: ResidentWeights, read_expert: ReadExpert
+        self,
+        experts: SpreadExperts,
+        weights: ResidentWeights,
+        read_expert: ReadExpert,
+        table: int = 0,
     ) -> None:
         self._experts = experts
         self._weights = weights
         self._read_expert = read_expert
         self._lock = threading.Lock()
-        self._table = 0
+        self._table = table
         self._wanted = 0
         self._prepared: _Prepared | None = None
         self._failure: tuple[int, str] = (0, "")

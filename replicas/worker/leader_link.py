@@ -53,10 +53,16 @@ class LeaderLink:
         """The ranks at the other ends."""
         return tuple(self._peers)
 
+    def describe(self, rank: int) -> str:
+        """How messages name a rank."""
+        node = f" (node {self._nodes[rank]})" if self._nodes else ""
+        return f"Worker rank {rank} of {self._size}{node}"
+
     def merged(self, other: LeaderLink) -> LeaderLink:
-        """One link to the ranks of both, which are not to be used any more themselves."""
+        """One link to the ranks of both, which are not to be used any more themselves; where ranks
+        are is what the other, the newer one, says."""
         peers = self._peers | other._peers
-        return LeaderLink({rank: peers[rank] for rank in sorted(peers)}, self._size, self._nodes)
+        return LeaderLink({rank: peers[rank] for rank in sorted(peers)}, self._size, other._nodes)
 
     def drop(self, ranks: Iterable[int]) -> None:
         """Close the sockets of ranks that are lost or let go."""
@@ -103,7 +109,7 @@ class LeaderLink:
                 peer.send(FrameKind.PLAN, payload, timeout_s)
             except TimeoutError:
                 raise CollectiveTimeoutError(
-                    f"{self._name(rank)} did not take the step plan within {timeout_s:.0f} s."
+                    f"{self.describe(rank)} did not take the step plan within {timeout_s:.0f} s."
                 ) from None
             except OSError as error:
                 raise self._last_words(rank) from error
@@ -212,7 +218,7 @@ class LeaderLink:
 
     def _lost(self, rank: int, detail: str = "") -> WorkerDiedError:
         """The end of a rank; where peers watch each other, with what the first of them saw."""
-        cause = f"{self._name(rank)} is gone{detail}."
+        cause = f"{self.describe(rank)} is gone{detail}."
         account = self._account_of(rank) if self._nodes else None
         if account is not None:
             cause = f"{cause} {account.cause}"
@@ -232,10 +238,6 @@ class LeaderLink:
                 if kind is FrameKind.FAULT:
                     return self.fault(payload)
         return None
-
-    def _name(self, rank: int) -> str:
-        node = f" (node {self._nodes[rank]})" if self._nodes else ""
-        return f"Worker rank {rank} of {self._size}{node}"
 
     def _forget(self, fd: int) -> None:
         """Poll a socket no more; safe to call twice."""

@@ -8,6 +8,7 @@ What the model holds on to (the communicator) stays the same object throughout.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from cluster.base.env import default_cache_dir
 from cluster.base.errors import InternalError, PenstockError
@@ -27,6 +28,21 @@ TellFailure = Callable[[PenstockError, tuple[int, ...]], None]
 _FIRST_JOIN_S = 60.0
 _JOIN_S = 15.0
 """For ranks that live already: whoever is later than this is not coming."""
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedGroups:
+    """The groups of one gathering at one rank, met but not yet used."""
+
+    peers: ExpertPeers
+    tensor_group: Communicator | None
+    """None with ranks that are a tensor-parallel group each."""
+
+    def close(self) -> None:
+        """Leave them."""
+        if self.tensor_group is not None:
+            self.tensor_group.close()
+        self.peers.close()
 
 
 class LockstepGroups:
@@ -65,17 +81,20 @@ class LockstepGroups:
         self._tell = tell
 
     def join(self, gathering: Gathering) -> None:
-        """Meet the other members; all of them call it.
+        """`meet` and `use` in one; raises as `meet`."""
+        self.use(self.meet(gathering))
+
+    def meet(self, gathering: Gathering) -> JoinedGroups:
+        """Meet the other members; all of them call it. Changes nothing here, from any thread.
 
         Raises:
-            CollectiveTimeoutError, WorkerDiedError: not all members came; the rank is in no group.
+            CollectiveTimeoutError, WorkerDiedError: not all members came.
             InternalError: the first member cannot listen where the others look for it.
         """
         limit_s = _JOIN_S if self._has_met else _FIRST_JOIN_S
-        topology = RankTopology(gathering.nodes, gathering.members)
-        self._peers = peers = join_expert_peers(
+        peers = join_expert_peers(
             rank=gathering.members.index(self._plan.rank),
-            topology=topology,
+            topology=RankTopology(gathering.nodes, gathering.members),
             rendezvous=Rendezvous(
                 host=gathering.peers_host,
                 port=gathering.peers_port,
@@ -84,15 +103,31 @@ class LockstepGroups:
             ),
             timeout_s=self._plan.collective_timeout_s,
         )
-        peers.on_failure(self._report)
-        if self._watched is not None:
-            place = Rendezvous(
-                host=gathering.tensor_host,
-                port=gathering.tensor_port,
-                group=f"tp/{gathering.epoch}",
-                connect_timeout_s=limit_s,
-            )
-            self._watched.join(join_tensor_group(self._plan, place), peers.watch)
+        if self._watched is None:
+            return JoinedGroups(peers, None)
+        place = Rendezvous(
+            host=gathering.tensor_host,
+            port=gathering.tensor_port,
+            group=f"tp/{gathering.epoch}",
+            connect_timeout_s=limit_s,
+        )
+        try:
+            return JoinedGroups(peers, join_tensor_group(self._plan, place))
+        except BaseException:
+            peers.close()
+            raise
+
+    def use(self, groups: JoinedGroups) -> None:
+        """Be in these groups; those before must have been left.
+
+        Raises:
+            CollectiveTimeoutError, WorkerDiedError: they have failed already.
+        """
+        self._peers = groups.peers
+        groups.peers.on_failure(self._report)
+        groups.peers.watch.check()
+        if self._watched is not None and groups.tensor_group is not None:
+            self._watched.join(groups.tensor_group, groups.peers.watch)
         self._has_met = True
 
     def leave(self) -> None:

@@ -21,7 +21,7 @@ from cluster.base.errors import InternalError
 from moe.exchange.exchanges import Exchanges
 from moe.exchange.link_costs import LinkCosts
 from moe.exchange.wire import Combine, Dispatch, WireFormat
-from moe.expert_table import starting_tables
+from moe.expert_table import ExpertTable, starting_tables
 from moe.spread_experts import SpreadExperts
 from replicas.engine.scheduler_output import StepOutput
 from replicas.layers.weights import ResidentWeights
@@ -33,7 +33,7 @@ from replicas.worker import wire
 from replicas.worker.expert_mover import ExpertMover, ReadExpert, expert_name
 from replicas.worker.expert_state import ExpertState
 from replicas.worker.gathering import Gathered, Gathering
-from replicas.worker.lockstep_groups import LockstepGroups
+from replicas.worker.lockstep_groups import JoinedGroups, LockstepGroups
 from replicas.worker.model_runner import ModelRunner
 from replicas.worker.plan import WorkerPlan
 from replicas.worker.scheme_table import SchemeRow, scheme_table
@@ -102,6 +102,7 @@ class LockstepRank:
         self.facts: dict[str, object] = {
             "schemes": [] if groups.place.joins_later else self._schemes(),
             "experts": [dataclasses.asdict(table) for table in experts.tables],
+            "costs": costs.to_bytes() if costs is not None else b"",
         }
 
     @property
@@ -123,26 +124,42 @@ class LockstepRank:
         """Leave all groups; what peers wait for from this rank fails at once. May be repeated."""
         self._groups.leave()
 
-    def gather(self, gathering: Gathering) -> Gathered:
-        """Join the groups of a gathering and hold the experts that it says.
+    def meet(self, gathering: Gathering) -> JoinedGroups:
+        """See `LockstepGroups.meet`; from any thread."""
+        return self._groups.meet(gathering)
+
+    def gather(
+        self, gathering: Gathering, groups: JoinedGroups, check: Callable[[], None]
+    ) -> Gathered:
+        """Be in the groups of a gathering and hold the experts that it says.
 
         Experts are given up before others are read, so that the rank never holds more than either
         placement and the one being read.
 
+        Args:
+            groups: those it has met in.
+            check: called before each expert that is read; what it raises ends the gathering, and
+                the rank may be told of another one.
+
         Raises:
-            CollectiveTimeoutError, WorkerDiedError: not all members came; the rank is in no group.
+            CollectiveTimeoutError, WorkerDiedError: a member is lost.
             PenstockError: an expert could not be read.
         """
-        self._groups.join(gathering)
-        peers = self._groups.peers
-        exchanges = Exchanges(peers, peers.topology, self._format, sums=self._groups.sums)
+        self._groups.use(groups)
+        exchanges = Exchanges(
+            groups.peers, groups.peers.topology, self._format, sums=self._groups.sums
+        )
+        self._costs = LinkCosts.from_bytes(gathering.costs) if gathering.costs else None
+        if gathering.probes:
+            # Before any reading, which takes one member longer than another.
+            self._costs = exchanges.calibrate()
         member = gathering.members.index(self._rank)
         num_fetched = sum(
-            self._hold(table.layer, table.logical_by_rank[member]) for table in gathering.tables
+            self._hold(table, table.logical_by_rank[member], check) for table in gathering.tables
         )
         self._experts.rejoin(gathering.tables, exchanges, member)
         # A fetch of the former epoch ends in the former mover, where nobody looks.
-        self._mover = ExpertMover(self._experts, self._weights, self._read_expert)
+        self._mover = ExpertMover(self._experts, self._weights, self._read_expert, gathering.table)
         self._scheme = ""
         if gathering.forgets_rows:
             self._runner.forget_rows()
@@ -151,6 +168,7 @@ class LockstepRank:
             epoch=gathering.epoch,
             schemes=self._schemes(),
             num_fetched=num_fetched,
+            costs=self._costs.to_bytes() if self._costs is not None else b"",
         )
 
     def expert_state(self) -> ExpertState:
@@ -203,14 +221,19 @@ class LockstepRank:
         place = self._groups.place
         return scheme_table(place.exchange, self._experts.exchanges, place.max_rows, self._costs)
 
-    def _hold(self, layer: int, wanted: Sequence[int]) -> int:
-        """Hold exactly these experts of a layer; how many had to be read."""
-        held = set(self._experts.held(layer))
+    def _hold(self, table: ExpertTable, wanted: Sequence[int], check: Callable[[], None]) -> int:
+        """Hold exactly these experts of a layer; how many had to be read.
+
+        Goes by the weights that are there: a gathering may have ended half-way through this.
+        """
+        layer, everyone = table.layer, range(table.slots.num_experts)
+        held = {e for e in everyone if self._weights.holds(expert_name(layer, e))}
         dropped = [expert_name(layer, expert) for expert in sorted(held - set(wanted))]
         missing = sorted(set(wanted) - held)
         if dropped:
             self._weights.exchange({}, dropped)
         for expert in missing:
+            check()
             tensors = self._read_expert(layer, expert)
             self._weights.exchange({expert_name(layer, expert): tensors}, ())
         return len(missing)

@@ -131,6 +131,7 @@ class LockstepRanks:
         self.nodes = names
         self.processes: dict[int, ForkServerProcess] = {}
         self._questions: dict[int, Connection] = {}
+        self._asking = threading.Lock()
         listener = LinkListener(size=size, epoch="e", secret="s", host=HOST, nodes=names)
         meetings = Meetings(
             epoch="e",
@@ -186,10 +187,11 @@ class LockstepRanks:
 
     def expert_states(self) -> list[ExpertState]:
         """What each rank says of its experts."""
-        pipes = [self._questions[rank] for rank in self.link.ranks]
-        for pipe in pipes:
-            pipe.send(True)
-        return [pipe.recv() for pipe in pipes]
+        with self._asking:
+            pipes = [self._questions[rank] for rank in self.link.ranks]
+            for pipe in pipes:
+                pipe.send(True)
+            return [pipe.recv() for pipe in pipes]
 
     def signal(self, rank: int, signum: int) -> None:
         """Send a signal to one rank."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from cluster.base.errors import PenstockError
 from cluster.base.plan import ModelPlan
 from cluster.dist.rendezvous import pick_port
 from replicas.engine.engine_loop import Recovery
-from replicas.leader.expert_balancer import ExpertBalancer
 from replicas.leader.roster import Meeting, Muster, Roster
 from replicas.leader.worker_plans import Meetings, worker_plan
 from replicas.worker import roll_call
@@ -19,7 +19,13 @@ from tests.support.lockstep_ranks import HOST, LockstepRanks
 
 
 class SurvivingRanks(LockstepRanks):
-    """As `RankSide` does it, without Ray."""
+    """As `RankSide` does it, without Ray.
+
+    Attributes:
+        on_gather: called when the survivors have just been told to gather, with their number.
+        kills: whether ranks that are lost are ended; else as where a node is cut off.
+        noticed: when each loss was noticed, and as what.
+    """
 
     def __init__(self, plan: ModelPlan, nodes: Sequence[str] = ()) -> None:
         super().__init__(plan, nodes)
@@ -27,6 +33,9 @@ class SurvivingRanks(LockstepRanks):
         self.num_gatherings = 0
         self.num_fetched = 0
         self.recovery_s: list[float] = []
+        self.on_gather: Callable[[int], None] = lambda number: None
+        self.kills = True
+        self.noticed: list[tuple[float, PenstockError]] = []
 
     def serving(self) -> Sequence[int]:
         """Groups that have ranks."""
@@ -35,19 +44,51 @@ class SurvivingRanks(LockstepRanks):
     def recover(self, error: PenstockError) -> Recovery | None:
         """For `EngineLoop`: those that are left go on."""
         started_s = time.monotonic()
-        call = roll_call.halt(self.link, timeout_s=8.0)
-        muster = self.roster.without(call.present, tuple(self.balancer.tables.values()))
-        gone = set(self.link.ranks) - set(muster.members)
-        self.link.drop(gone)
-        for rank in gone:
-            self.processes[rank].kill()
-        self._gather(muster, forgets_rows=True)
-        self.recovery_s.append(time.monotonic() - started_s)
-        return Recovery(executor=self.executor, keeps_cache=True)
+        tables = tuple(self.balancer.tables.values())
+        for _ in range(self.plan.dp_size):
+            self.noticed.append((time.monotonic(), error))
+            call = roll_call.halt(self.link, 20.0, self.find_silent, tp_size=self.plan.tp_size)
+            muster = self.roster.without(call.present, tables)
+            gone = set(self.link.ranks) - set(muster.members)
+            self.link.drop(gone)
+            for rank in gone if self.kills else ():
+                self.processes[rank].kill()
+            try:
+                self._gather(muster, forgets_rows=True)
+            except PenstockError as another:
+                error = another
+                continue
+            self.recovery_s.append(time.monotonic() - started_s)
+            return Recovery(executor=self.executor, keeps_cache=True)
+        raise error
 
-    def start_missing(self) -> None:
-        """Begin processes for the ranks that are lost; returns when they are ready to join."""
-        lost = self.roster.lost
+    def find_silent(self, ranks: Collection[int], timeout_s: float) -> set[int]:
+        """As `RankActors.silent`."""
+        silent = set()
+        with self._asking:
+            for rank in ranks:
+                with contextlib.suppress(OSError):  # its process has ended
+                    self._questions[rank].send(True)
+            deadline_s = time.monotonic() + timeout_s
+            for rank in ranks:
+                pipe = self._questions[rank]
+                try:
+                    if pipe.poll(max(0.0, deadline_s - time.monotonic())):
+                        pipe.recv()
+                        continue
+                except (OSError, EOFError):
+                    pass  # ended
+                silent.add(rank)
+        return silent
+
+    def start_missing(self, nodes: Sequence[str] = ()) -> None:
+        """Begin processes for the ranks that are lost; returns when they are ready to join.
+
+        Args:
+            nodes: where all ranks are then; none: where they were.
+        """
+        lost = sorted(self.roster.lost)
+        self.nodes = tuple(nodes) or self.nodes
         listener = LinkListener(
             size=self.plan.num_ranks,
             epoch="later",
@@ -65,28 +106,32 @@ class SurvivingRanks(LockstepRanks):
             nodes=self.nodes,
         )
         for rank in lost:
-            self.start(worker_plan(self.plan, rank, meetings, self.roster.whole().tables))
+            self.start(worker_plan(self.plan, rank, meetings, self.roster.tables_by_rank()))
         self._newcomers = listener.accept_all(timeout_s=60)
         listener.close()
 
     def take_in(self) -> LockstepExecutor:
         """For `EngineLoop.widen`: newcomers and the others meet."""
-        call = roll_call.halt(self.link, timeout_s=8.0)
+        call = roll_call.halt(self.link, 8.0, self.find_silent, tp_size=self.plan.tp_size)
         assert not call.absent
         self.link = self.link.merged(self._newcomers)
+        self.roster.seat(self.nodes)
         self._gather(self.roster.whole(), forgets_rows=False)
         return self.executor
 
     def _gather(self, muster: Muster, *, forgets_rows: bool) -> None:
         self.num_gatherings += 1
+        balancer = self.balancer.regrouped(muster.tables, self.roster.nodes_of(muster))
         meeting = Meeting(
             epoch=f"e{self.num_gatherings}",
             peers=(HOST, pick_port(HOST)),
             tensor_groups={group: (HOST, pick_port(HOST)) for group in range(self.plan.dp_size)},
+            table=balancer.version,
         )
         told = self.roster.gatherings(muster, meeting, forgets_rows=forgets_rows)
-        answers = roll_call.gather(self.link, told, timeout_s=30.0)
+        self.on_gather(self.num_gatherings)
+        answers = roll_call.gather(self.link, told, 30.0, self.find_silent)
         self.num_fetched += sum(answer.num_fetched for answer in answers.values())
         self.roster.adopt(muster)
-        self.balancer = ExpertBalancer(muster.tables, self.roster.nodes_of(muster), max_moves=0)
+        self.balancer = balancer
         self.executor = LockstepExecutor(self.link, tp_size=self.plan.tp_size)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from cluster.base.plan import ModelPlan, from_json, to_json
+from cluster.base.plan import MemoryPlan, ModelPlan, from_json, to_json
 from replicas.leader.engine_parts import scheduler_config, scheme_chooser
-from replicas.leader.seating import bundles, seat_ranks, strategy
+from replicas.leader.seating import bundles, name_nodes, seat_ranks, strategy
 from replicas.leader.worker_plans import Meetings, worker_plan
 from replicas.worker.frames import LinkAddress
 from replicas.worker.plan import WorkerPlan
@@ -24,6 +24,32 @@ def test_a_tensor_parallel_group_is_one_bundle_so_that_it_shares_a_node() -> Non
     gpus = dataclasses.replace(DENSE, gpus_per_rank=1.0, leader_cpus=0.1)
     assert bundles(gpus) == [{"CPU": 0.1}, *[{"CPU": 1.0, "GPU": 1.0}] * 2]
     assert strategy(gpus) == "STRICT_PACK"
+
+
+def test_ray_reserves_the_memory_that_ranks_take_of_their_node() -> None:
+    memory = MemoryPlan(
+        weights_bytes=700, kv_bytes=200, workspace_bytes=100, available_bytes=0, shared_bytes=300
+    )
+    plan = dataclasses.replace(EXPERT, memory=memory)
+    assert [bundle.get("memory") for bundle in bundles(plan)] == [None, 1400.0, 1400.0, 1400.0]
+    dense = dataclasses.replace(DENSE, memory=dataclasses.replace(memory, shared_bytes=0))
+    assert [bundle.get("memory") for bundle in bundles(dense)] == [None, 1000.0, 1000.0]
+    # Weights on a device are not the node's memory.
+    gpus = dataclasses.replace(dense, device="cuda", gpus_per_rank=1.0)
+    assert all("memory" not in bundle for bundle in bundles(gpus))
+
+
+def test_a_node_keeps_its_name_and_one_that_takes_over_its_address_gets_another() -> None:
+    first = name_nodes(["i1", "i2"], {"i1": "10.0.0.1", "i2": "10.0.0.2"}, {})
+    assert first == {"i1": "10.0.0.1", "i2": "10.0.0.2"}
+    later = {"i1": "10.0.0.1", "i2": "10.0.0.2", "i3abcdefghi": "10.0.0.2", "i4": "10.0.0.4"}
+    assert name_nodes(["i1", "i3abcdefghi", "i4"], later, first) == {
+        **first,
+        "i3abcdefghi": "10.0.0.2/i3abcdef",
+        "i4": "10.0.0.4",
+    }
+    shared = name_nodes(["a2345678x", "b2345678x"], {"a2345678x": "h", "b2345678x": "h"}, {})
+    assert sorted(shared.values()) == ["h/a2345678", "h/b2345678"]
 
 
 def test_ranks_are_numbered_node_by_node() -> None:

@@ -50,7 +50,13 @@ class FakeRank:
                 told = wire.decode_gathering(payload)
                 self.gatherings.append(told)
                 self.link.send_gathered(
-                    Gathered(rank=self._rank, epoch=told.epoch, schemes=[], num_fetched=2)
+                    Gathered(
+                        rank=self._rank,
+                        epoch=told.epoch,
+                        schemes=[(64, "flat", "asked for")],
+                        num_fetched=2,
+                        costs=told.costs,
+                    )
                 )
 
 
@@ -62,7 +68,9 @@ class FakeGroup:
         self.facts: dict[str, Any] = {
             "schemes": [(64, "flat", "asked for")],
             "experts": [to_json(table) for table in TABLES],
+            "costs": b"measured",
         }
+        self.actors = self
         self.fakes: dict[int, FakeRank] = {}
         self.added: list[tuple[int, ...]] = []
         self.refuses_to_add = 0
@@ -91,6 +99,9 @@ class FakeGroup:
 
     async def places(self, ranks) -> list[tuple[str, int]]:
         return [(HOST, 1000 + rank) for rank in ranks]
+
+    async def silent(self, ranks, timeout_s) -> set[int]:
+        return {rank for rank in ranks if rank not in self.fakes or self.fakes[rank].is_deaf}
 
     async def wait_failure(self) -> PenstockError:
         await self.failing.wait()
