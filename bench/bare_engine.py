@@ -58,7 +58,7 @@ class BareEngine:
     def run(self, load: Load) -> LoadResult:
         """The closed loop of `bench.load` without anything in between."""
         self._runs += 1
-        waiting = list(enumerate(prompts(load)))[::-1]
+        waiting = [self._request(load, *each) for each in enumerate(prompts(load))][::-1]
         started_s = time.perf_counter()
         due_s = {client: started_s + client * load.stagger_s for client in range(load.concurrency)}
         pauses = {client: think_times(load, client) for client in due_s}
@@ -68,7 +68,9 @@ class BareEngine:
             now_s = time.perf_counter()
             for client in [client for client, at_s in due_s.items() if at_s <= now_s]:
                 if waiting:
-                    self._add(load, *waiting.pop(), live, _Live(client, due_s.pop(client)))
+                    coming = waiting.pop()
+                    live[coming.request_id] = _Live(client, due_s.pop(client))
+                    self._engine.add(coming)
             if not live:
                 time.sleep(max(0.0, min(due_s.values()) - now_s))
                 continue
@@ -90,17 +92,11 @@ class BareEngine:
                 ended.append(live.pop(delta.request_id))
         return ended
 
-    def _add(
-        self, load: Load, index: int, prompt: list[int], live: dict[str, _Live], request: _Live
-    ) -> None:
-        request_id = f"{self._runs}-{index}"
-        live[request_id] = request
-        self._engine.add(
-            GenerationRequest(
-                request_id=request_id,
-                prompt_token_ids=tuple(prompt),
-                params=SamplingParams(temperature=0.0, max_tokens=load.max_tokens, ignore_eos=True),
-            )
+    def _request(self, load: Load, index: int, prompt: list[int]) -> GenerationRequest:
+        return GenerationRequest(
+            request_id=f"{self._runs}-{index}",
+            prompt_token_ids=tuple(prompt),
+            params=SamplingParams(temperature=0.0, max_tokens=load.max_tokens, ignore_eos=True),
         )
 
 

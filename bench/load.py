@@ -24,6 +24,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from bench.grpc_wire import StreamingClient
 from bench.http_stream import stream_completion
@@ -95,13 +96,17 @@ def think_times(load: Load, client: int) -> Iterator[float]:
         yield pauses.uniform(0.0, 2 * load.think_s)
 
 
-Send = Callable[[list[int], float], Awaitable[RequestTrace]]
-"""Sends a prompt that was due at some time (`time.perf_counter`)."""
+Request = Any
+"""A prompt as a front takes it, made before the load begins: that is no part of anyone's answer."""
+
+Send = Callable[[Request, float], Awaitable[RequestTrace]]
+"""Sends a request that was due at some time (`time.perf_counter`)."""
 
 
 async def run(load: Load) -> LoadResult:
     """Send the load and wait for every answer."""
-    waiting = list(reversed(prompts(load)))
+    make = _completion if load.front == "http" else _message
+    waiting = [make(load, prompt) for prompt in reversed(prompts(load))]
     traces: list[RequestTrace] = []
     started_s = ended_s = 0.0
     async with _sender(load) as send:
@@ -148,8 +153,8 @@ async def _sender(load: Load) -> AsyncIterator[Send]:
         client.close()
 
 
-async def _over_http(load: Load, prompt: list[int], due_s: float) -> RequestTrace:
-    body = {
+def _completion(load: Load, prompt: list[int]) -> Request:
+    return {
         "model": load.model,
         "prompt": prompt,
         "max_tokens": load.max_tokens,
@@ -158,17 +163,23 @@ async def _over_http(load: Load, prompt: list[int], due_s: float) -> RequestTrac
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+def _message(load: Load, prompt: list[int]) -> Request:
+    sampling = pb.SamplingOptions(temperature=0, max_tokens=load.max_tokens, ignore_eos=True)
+    return pb.GenerateRequest(
+        model=load.model, token_ids=pb.TokenIds(ids=prompt), sampling=sampling
+    ).SerializeToString()
+
+
+async def _over_http(load: Load, body: Request, due_s: float) -> RequestTrace:
     answer = await stream_completion(load.target, body)
     return _checked(load, answer.num_tokens, (due_s, answer.first_s, answer.ended_s))
 
 
 async def _over_grpc(
-    client: StreamingClient, load: Load, prompt: list[int], due_s: float
+    client: StreamingClient, load: Load, request: Request, due_s: float
 ) -> RequestTrace:
-    sampling = pb.SamplingOptions(temperature=0, max_tokens=load.max_tokens, ignore_eos=True)
-    request = pb.GenerateRequest(
-        model=load.model, token_ids=pb.TokenIds(ids=prompt), sampling=sampling
-    ).SerializeToString()
     arrivals = await client.call(_GENERATE, request)
     ended_s = time.perf_counter()
     first_s = 0.0
