@@ -171,7 +171,6 @@ class ModelRunner:
         self._in_flight.append(step)
         return step
 
-    @torch.inference_mode()
     def finish(self, step: LaunchedStep) -> StepOutput:
         """Wait for the oldest step launched and not finished.
 
@@ -239,6 +238,7 @@ class ModelRunner:
         assert step.output is not None
         return step.output
 
+    @torch.inference_mode()
     def _collect(self, pending: PendingStep) -> StepOutput:
         pending.ended.wait()
         plan, answers = pending.plan, self._answers(pending.plan)
