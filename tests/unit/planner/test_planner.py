@@ -12,6 +12,7 @@ from cluster.base.errors import ConfigError
 from cluster.base.plan import ClusterPlan, from_json, to_json
 from cluster.base.spec import ClusterSpec
 from cluster.dist.topology import Topology
+from cluster.planner.explain import explain_reasons
 from cluster.planner.hub import Hub
 from cluster.planner.packing import RankNeed, empty_loads, least_loaded
 from cluster.planner.planner import make_plan
@@ -26,6 +27,24 @@ def test_kernels_are_the_users_or_say_what_auto_means(tmp_path: Path):
     assert (plain.kernels, plain.attention_backend) == ("auto", "auto")
     assert "compiled on each rank's node" in plain.reasons["kernels"]
     assert "cpu_paged" in plain.reasons["attention_backend"]
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"kernels": "torch", "attention_backend": "torch_ref"},
+        {"kernels": "native", "attention_backend": "cpu_paged"},
+        {},
+    ],
+)
+def test_the_plan_table_shows_what_computes(tmp_path: Path, wanted: dict[str, str]) -> None:
+    plan = plan_model(tmp_path, LAPTOP, **wanted)
+    tables = {table.title: table.rows for table in explain_reasons(plan)}
+    shown = {row[1]: row[2] for row in tables["Limits"] if row[0] == plan.models[0].name}
+    assert shown["kernels"] == wanted.get("kernels", "auto")
+    assert shown["attention backend"] == wanted.get("attention_backend", "auto")
+    decided = {row[1] for row in tables["Decisions"]} & {"kernels", "attention_backend"}
+    assert decided == (set() if wanted else {"kernels", "attention_backend"})
 
 
 def test_fp8_halves_the_weights_of_a_gpu_rank(tmp_path: Path):
