@@ -39,6 +39,21 @@ class StepShape(ctypes.Structure):
     )
 
 
+class InputsShape(ctypes.Structure):
+    """The C side's `Inputs`: a step's tokens and the tables they are looked up in."""
+
+    _fields_ = (
+        ("ids", _P),
+        ("positions", _P),
+        ("table", _P),
+        ("cos", _P),
+        ("sin", _P),
+        ("packed", _L),
+        ("tokens", _L),
+        ("angles", _L),
+    )
+
+
 class BlockShape(ctypes.Structure):
     """The C side's `Block`: one layer's attention, its packed weights and what surrounds them."""
 

@@ -21,7 +21,7 @@ from replicas.kernels.memory import HugePages, ScratchMemory
 
 PACKED = ".packed"
 """Suffix of the tensor with a packed weight's bytes, in its unit."""
-_ABI = 4
+_ABI = 5
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _SIGNATURES = {
@@ -38,10 +38,11 @@ _SIGNATURES = {
     "layers": [_P, _P, _P, _P, _P, _I],
     "layers_bytes": [_P, _L, _L],
 }
-_RESULTS = {"layers_bytes": _L}
+_RESULTS = {"layers": ctypes.c_bool, "layers_bytes": _L}
 DTYPES = tuple(SUFFIX)
 _Call = Callable[..., None]
 _Count = Callable[..., int]
+_Check = Callable[..., bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,7 @@ class Calls:
     write_slots: _Call
     attention: _Call
     attention_block: _Call
-    layers: _Call
+    layers: _Check
     layers_bytes: _Count
 
 

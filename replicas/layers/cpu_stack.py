@@ -1,4 +1,4 @@
-"""All layers of a model in one call of the compiled library, for weights that stay in memory.
+"""Embeddings and all layers of a model in one call of the compiled library, for resident weights.
 
 One parallel region for a whole step: no Python, no waking of threads and no calls of their own for
 the norms in between. The bits are those of the layers one by one, whose functions run.
@@ -10,9 +10,11 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from ctypes import addressof
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
+from cluster.base.errors import InternalError
 from moe.spec import MoeSpec
 from replicas.attention.backend import AttentionSpec
 from replicas.attention.cpu_block import (
@@ -21,11 +23,14 @@ from replicas.attention.cpu_block import (
     address,
     block_shape,
 )
-from replicas.kernels.cpu_shapes import LAYER_PARTS, LayerShape, StackShape
+from replicas.kernels.cpu_shapes import LAYER_PARTS, InputsShape, LayerShape, StackShape
 from replicas.kernels.loader import PACKED, CpuLibrary
-from replicas.layers.attention import StepContext
 from replicas.layers.cpu_mixture import CpuMixture
+from replicas.layers.rotary import Rotary
 from replicas.layers.weights import ResidentWeights, WeightProvider
+
+if TYPE_CHECKING:
+    from replicas.models.decoder import ForwardBatch
 
 _ATTENTION = tuple(f"{name}.weight{PACKED}" for name in ("qkv", "attention_out"))
 _MLP = tuple(f"{name}.weight{PACKED}" for name in ("up", "down"))
@@ -52,6 +57,9 @@ class _Known:
     kv_caches: Sequence[torch.Tensor]
     layers: ctypes.Array[LayerShape]
     mixtures: Sequence[CpuMixture | None]
+    embeddings: torch.Tensor
+    """(V, D), or packed."""
+    num_tokens: int
     shape: StackShape
 
 
@@ -72,47 +80,68 @@ class CpuLayerStack:
 
     def forward(
         self,
-        hidden_TD: torch.Tensor,
-        context: StepContext,
+        batch: ForwardBatch,
+        rotary: Rotary,
         weights: WeightProvider,
         kv_caches: Sequence[torch.Tensor],
     ) -> torch.Tensor | None:
         """Hidden states after the last norm, (T, D); writes this step's keys and values.
 
-        Works in place: `hidden_TD` is not to be used afterwards, unless nothing was done.
-
         Returns:
-            None when weights, caches or rows do not lie as this needs them: nothing was done.
+            None when weights or caches do not lie as this needs them: nothing was done.
+
+        Raises:
+            InternalError: a token id is not one of the table's.
         """
-        num_rows, dtype = hidden_TD.shape[0], self._setting.dtype
-        if hidden_TD.dtype != dtype or not hidden_TD.is_contiguous() or not num_rows:
-            return None
+        num_rows = batch.token_ids_T.shape[0]
         known = self._known
         if known is None or known.weights is not weights or known.kv_caches is not kv_caches:
             known = self._known = self._look_at(weights, kv_caches)
-        if known is None:
+        if known is None or not num_rows:
             return None
-        step = StepArguments(context.attention, context.cos_sin)
-        output_TD = torch.empty_like(hidden_TD)
-        calls, threads, stack = self._library.calls(dtype), torch.get_num_threads(), known.shape
-        scratch = self._library.scratch.at_least(
-            calls.layers_bytes(addressof(stack), num_rows, threads)
-        )
-        calls.layers(
-            addressof(stack),
+        table_2N1P = rotary.table(max(batch.attention.seq_lens))
+        step, inputs = StepArguments(batch.attention), self._inputs(batch, known, table_2N1P)
+        output_TD = torch.empty((num_rows, known.shape.width), dtype=self._setting.dtype)
+        calls, threads = self._library.calls(self._setting.dtype), torch.get_num_threads()
+        stack = addressof(known.shape)
+        scratch = self._library.scratch.at_least(calls.layers_bytes(stack, num_rows, threads))
+        all_known = calls.layers(
+            stack,
             addressof(step.shape),
-            hidden_TD.data_ptr(),
+            addressof(inputs),
             output_TD.data_ptr(),
             scratch,
             threads,
         )
+        if not all_known:
+            raise InternalError(
+                f"A token id is not one of the {inputs.tokens} rows of the table of embeddings."
+            )
         return output_TD
+
+    @staticmethod
+    def _inputs(batch: ForwardBatch, known: _Known, table_2N1P: torch.Tensor) -> InputsShape:
+        cos = table_2N1P.data_ptr()
+        return InputsShape(
+            batch.token_ids_T.data_ptr(),
+            batch.positions_T.data_ptr(),
+            known.embeddings.data_ptr(),
+            cos,
+            cos + table_2N1P.stride(0) * table_2N1P.itemsize,
+            known.embeddings.dim() > 2,
+            known.num_tokens,
+            table_2N1P.shape[3],
+        )
 
     def _look_at(self, weights: WeightProvider, kv_caches: Sequence[torch.Tensor]) -> _Known | None:
         if not isinstance(weights, ResidentWeights):
             return None
         setting = self._setting
         units = [weights.acquire(f"layer.{index}") for index in range(len(setting.blocks))]
+        table = weights.acquire("embed")
+        embeddings = table.get("tokens" + PACKED, table["tokens"])
+        if embeddings.dtype != setting.dtype or not embeddings.is_contiguous():
+            return None
         if not all(map(self._suits, units, kv_caches, setting.mixtures)):
             return None
         mixtures = [self._mixture(weights, index) for index in range(len(units))]
@@ -129,6 +158,8 @@ class CpuLayerStack:
             kv_caches=kv_caches,
             layers=layers,
             mixtures=mixtures,
+            embeddings=embeddings,
+            num_tokens=table["tokens"].shape[0],
             shape=self._shape(layers, units, mixtures, weights.acquire("norm")),
         )
 

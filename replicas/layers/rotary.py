@@ -40,11 +40,18 @@ class Rotary:
         """cos and sin of every token, (T, 1, P) each, in the model's dtype."""
         if not self._keeps_table:
             return self._compute(positions_T)
-        num_positions = int(positions_T.numpy().max(initial=-1)) + 1
+        table_2N1P = self.table(int(positions_T.numpy().max(initial=-1)) + 1)
+        cos_T1P, sin_T1P = table_2N1P[:, positions_T]
+        return cos_T1P, sin_T1P
+
+    def table(self, num_positions: int) -> torch.Tensor:
+        """cos and sin of at least so many positions from 0 on, (2, N, 1, P); on the CPU.
+
+        It lives until a longer one is asked for.
+        """
         if num_positions > self._table_2N1P.shape[1]:
             self._table_2N1P = self._longer_table(num_positions)
-        cos_T1P, sin_T1P = self._table_2N1P[:, positions_T]
-        return cos_T1P, sin_T1P
+        return self._table_2N1P
 
     def _longer_table(self, num_positions: int) -> torch.Tensor:
         """At least twice as long, in whole blocks of positions."""

@@ -102,11 +102,11 @@ class LlamaModel:
         self, batch: ForwardBatch, weights: WeightProvider, kv_caches: Sequence[torch.Tensor]
     ) -> torch.Tensor:
         """Hidden states after the final norm, (T, D)."""
-        hidden_TD, context = self.begin(batch, weights)
         if self._stack is not None:
-            output_TD = self._stack.forward(hidden_TD, context, weights, kv_caches)
+            output_TD = self._stack.forward(batch, self._rotary, weights, kv_caches)
             if output_TD is not None:
                 return output_TD
+        hidden_TD, context = self.begin(batch, weights)
         for index in range(self.arch.num_layers):
             hidden_TD = self.layer(index, hidden_TD, context, weights, kv_caches[index])
         return self.end(hidden_TD, weights)

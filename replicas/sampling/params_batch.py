@@ -105,6 +105,10 @@ class ParamsTable:
         wanted: IntArray = self._columns["prompt_logprobs"][slots_R]
         return wanted
 
+    def all_plain_greedy(self, slots_R: IntArray) -> bool:
+        """Whether each of these slots wants its largest logit and nothing else."""
+        return bool(self._columns["is_plain_greedy"][slots_R].all())
+
     def gather(
         self,
         slots_R: IntArray,

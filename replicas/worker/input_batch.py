@@ -82,6 +82,9 @@ def build_step_input(
             middle of a row.
     """
     slots = rows.slots(plan.keys)
+    decodes = all(plan.samples) and max(plan.num_scheduled_tokens) == 1
+    if decodes and newest is None and not plan.draft_token_ids:
+        return _decode_input(plan, rows, slots, device)
     scheduled = np.array(plan.num_scheduled_tokens, np.int64)
     computed = np.array(plan.num_computed_tokens, np.int64)
     drafted = np.fromiter(map(len, plan.draft_token_ids), np.int64, len(plan.draft_token_ids))
@@ -124,6 +127,45 @@ def build_step_input(
     )
 
 
+def _decode_input(
+    plan: SchedulerOutput, rows: RequestRows, slots: IntArray, device: torch.device
+) -> StepInput:
+    """The same of a step that only decodes, in few calls: a step's weights have swept the caches,
+    so that each of them costs what it costs the first time (measured: 0.28 ms for 0.04)."""
+    num_requests, block_size = len(slots), rows.block_size
+    positions = np.array(plan.num_computed_tokens, np.int64)
+    seq_lens, row_numbers = positions + 1, np.arange(num_requests + 1, dtype=np.int64)
+    requests = row_numbers[:-1]
+    _check(plan, rows, slots, seq_lens, 0)
+    _check_sampling(plan, rows, slots, seq_lens)
+    tables_RN = rows.block_tables_SN[slots, : max(plan.num_computed_tokens) // block_size + 1]
+    blocks, offsets = np.divmod(positions, block_size)
+    attention = AttentionMetadata(
+        query_start=tuple(range(num_requests + 1)),
+        seq_lens=tuple(seq_lens.tolist()),
+        query_start_R1=on_device(row_numbers, device),
+        seq_lens_R=on_device(seq_lens, device),
+        block_tables_RN=on_device(tables_RN, device),
+        slot_mapping_T=on_device(
+            tables_RN[requests, blocks] * np.int64(block_size) + offsets, device
+        ),
+    )
+    token_ids_T = rows.token_ids_SC[slots, positions].astype(np.int64)
+    return StepInput(
+        forward=ForwardBatch(
+            token_ids_T=on_device(token_ids_T, device),
+            positions_T=on_device(positions, device),
+            attention=attention,
+        ),
+        slots=slots,
+        query_start=row_numbers,
+        seq_lens=seq_lens,
+        sampling=requests,
+        sampled=SampledRows(request=requests, hidden_row=requests, position=seq_lens),
+        scored=_NO_SCORING,
+    )
+
+
 def _sampled_rows(
     sampling: IntArray, drafted: IntArray, seq_lens: IntArray, query_start: IntArray
 ) -> SampledRows:
@@ -146,7 +188,7 @@ def _prompt_scoring(
     query_start: IntArray,
 ) -> PromptScoring:
     """Prompt positions p in [computed + 1, seq_len] of the requests that want their logprobs."""
-    num_top_R = rows.prompt_logprobs(slots)
+    num_top_R = rows.params.prompt_logprobs(slots)
     if (num_top_R < 0).all():
         return _NO_SCORING
     end = np.minimum(seq_lens, rows.num_prompt_S[slots] - 1)
@@ -165,7 +207,7 @@ def _check(
     rows: RequestRows,
     slots: IntArray,
     seq_lens: IntArray,
-    drafted: IntArray,
+    drafted: IntArray | int,
 ) -> None:
     """Reading beyond a row would compute garbage into blocks that others may share."""
     capacity = rows.num_blocks_S[slots] * rows.block_size

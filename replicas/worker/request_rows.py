@@ -148,9 +148,10 @@ class RequestRows:
         """Key -> pooling, for live embedding requests."""
         return self._pooling
 
-    def prompt_logprobs(self, slots_R: IntArray) -> IntArray:
-        """Alternatives wanted per prompt position; -1 where prompt logprobs are off."""
-        return self._params.prompt_logprobs(slots_R)
+    @property
+    def params(self) -> ParamsTable:
+        """Sampling parameters by slot."""
+        return self._params
 
     def sampling_batch(self, slots_R: IntArray, num_tokens_R: IntArray) -> ParamsBatch:
         """What the sampler needs to know about rows whose next token stands at `num_tokens_R`."""

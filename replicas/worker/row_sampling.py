@@ -15,6 +15,7 @@ from replicas.kernels.select import compiled_draws
 from replicas.kernels.uploads import on_device
 from replicas.layers.weights import WeightProvider
 from replicas.models.decoder import DecoderModel
+from replicas.models.greedy_head import GreedyHead
 from replicas.sampling.acceptance import verdicts
 from replicas.sampling.params_batch import ParamsBatch
 from replicas.sampling.sampler import SampledRow, Sampler
@@ -45,6 +46,7 @@ class RowSampling:
         self._rows = rows
         self._is_output_rank = is_output_rank
         self._sampler = Sampler(compiled_draws(model.kernels))
+        self._greedy = GreedyHead.of(model)
 
     def now(
         self,
@@ -57,7 +59,9 @@ class RowSampling:
         sampling = inputs.sampling
         if not sampling.size:
             return
-        sampled = self._sampler.sample(*self._logits(inputs, hidden_TD))
+        sampled = self._greedy_rows(inputs, hidden_TD)
+        if sampled is None:
+            sampled = self._sampler.sample(*self._logits(inputs, hidden_TD))
         indices = sampling.tolist()
         drafts = [plan.draft(index) for index in indices] if plan.draft_token_ids else ()
         found = list(verdicts(drafts, sampled))
@@ -120,13 +124,26 @@ class RowSampling:
         if self._is_output_rank:
             answers.add_sampled(key, verdict)
 
+    def _greedy_rows(self, inputs: StepInput, hidden_TD: torch.Tensor) -> list[SampledRow] | None:
+        """Tokens without logits; None where these have to say."""
+        slots = inputs.slots[inputs.sampled.request]
+        if self._greedy is None or not self._rows.params.all_plain_greedy(slots):
+            return None
+        tokens = self._greedy.tokens(_wanted(inputs, hidden_TD), self._weights)
+        return None if tokens is None else [SampledRow(token_id=token_id) for token_id in tokens]
+
     def _logits(
         self, inputs: StepInput, hidden_TD: torch.Tensor
     ) -> tuple[torch.Tensor, ParamsBatch]:
         """Logits of the rows that sample, and how."""
         rows = inputs.sampled
-        # Of a step of decodes all rows are wanted, in order.
-        if len(rows.hidden_row) < len(hidden_TD):
-            hidden_TD = hidden_TD.index_select(0, on_device(rows.hidden_row, hidden_TD.device))
         batch = self._rows.sampling_batch(inputs.slots[rows.request], rows.position)
-        return self._model.logits(hidden_TD, self._weights), batch
+        return self._model.logits(_wanted(inputs, hidden_TD), self._weights), batch
+
+
+def _wanted(inputs: StepInput, hidden_TD: torch.Tensor) -> torch.Tensor:
+    """Hidden states of the rows that sample; of a step of decodes all, in order."""
+    hidden_row = inputs.sampled.hidden_row
+    if len(hidden_row) == len(hidden_TD):
+        return hidden_TD
+    return hidden_TD.index_select(0, on_device(hidden_row, hidden_TD.device))

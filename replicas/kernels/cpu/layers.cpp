@@ -1,10 +1,11 @@
-// All layers of a model and its last norm in one parallel region: between two products there is a
+// Embeddings, all layers of a model and its last norm in one parallel region: between two products there is a
 // barrier, and nothing else. The bits are those of the layers' separate calls, whose functions run.
 
 #include <chrono>
 #include <optional>
 
 #include "block.h"
+#include "inputs.h"
 #include "mixture.h"
 #include "mlp.h"
 
@@ -116,13 +117,17 @@ class Residual {
 template <typename S>
 struct StepMemory {
   StepMemory(const Stack<S>& stack, long rows, long threads, Workspace& memory)
-      : normed{memory.take<S>(Rows<S>::values(rows, stack.width)), rows, stack.width},
+      : hidden(memory.take<S>(rows * stack.width)),
+        cos(memory.take<S>(rows * stack.layers[0].block.shape.dim)),
+        sin(memory.take<S>(rows * stack.layers[0].block.shape.dim)),
+        normed{memory.take<S>(Rows<S>::values(rows, stack.width)), rows, stack.width},
         delta(memory.take<S>(rows * stack.width)),
         block(stack.layers[0].block, rows, memory),
         mlp(stack.mlp(stack.layers[0]), rows, memory) {
     if (stack.mixture == nullptr) return;
     mixture.emplace(*stack.mixture, rows, threads, memory);
   }
+  S *hidden, *cos, *sin;
   Rows<S> normed;
   S* delta;
   BlockRows<S> block;
@@ -173,17 +178,21 @@ const S* run_mixture(const Mixture<S>& mixture, const Rows<S>& input, const Step
 }
 
 template <typename S>
-void run_layers(const Stack<S>& stack, const Step& step, S* hidden, S* y, void* workspace,
+void run_layers(const Stack<S>& stack, Step step, const Inputs<S>& inputs, S* y, void* workspace,
                 int threads) {
   Workspace pieces(workspace);
   const StepMemory<S> memory(stack, step.rows, threads, pieces);
+  step.cos = inputs.cos == nullptr ? nullptr : memory.cos;
+  step.sin = inputs.cos == nullptr ? nullptr : memory.sin;
   const std::vector<Task> tasks = tasks_of(stack.layers[0].block.shape, step, threads);
   Team team(threads);
 #pragma omp parallel num_threads(threads)
   {
     const Part part = own_part(team);
     Watch watch(stack.seconds, part.index == 0 && stack.seconds != nullptr);
-    Residual<S> residual(hidden, memory.normed, part);
+    begin_rows(inputs, step.rows, stack.width, memory.hidden, memory.cos, memory.sin, part);
+    wait(part, EarlyReads(stack.layers[0].block.into(), part));
+    Residual<S> residual(memory.hidden, memory.normed, part);
     const S* added = nullptr;
     for (long index = 0; index < stack.count; ++index) {
       const Layer<S>& layer = stack.layers[index];
@@ -216,13 +225,16 @@ long layers_bytes(const Stack<S>& stack, long rows, long threads) {
 }  // namespace penstock
 
 using penstock::Bf16;
+using penstock::Inputs;
 using penstock::Stack;
 using penstock::Step;
 
 #define PK_LAYERS(suffix, S)                                                                       \
-  void pk_layers_##suffix(const Stack<S>* stack, const Step* step, S* hidden, S* y,                \
+  bool pk_layers_##suffix(const Stack<S>* stack, const Step* step, const Inputs<S>* inputs, S* y,  \
                           void* workspace, int threads) {                                          \
-    penstock::run_layers(*stack, *step, hidden, y, workspace, threads);                            \
+    if (!inputs->known(step->rows)) return false;                                                  \
+    penstock::run_layers(*stack, *step, *inputs, y, workspace, threads);                           \
+    return true;                                                                                   \
   }                                                                                                \
   long pk_layers_bytes_##suffix(const Stack<S>* stack, long rows, long threads) {                  \
     return penstock::layers_bytes(*stack, rows, threads);                                          \

@@ -5,6 +5,7 @@
 #include <malloc.h>
 #endif
 
+#include "inputs.h"
 #include "mlp.h"
 
 namespace penstock {
@@ -65,13 +66,8 @@ void gated_mlp(const S* x, const Mlp<S>& mlp, S* y, long rows, void* memory, int
 
 template <typename S>
 void embed(const int64_t* ids, const Matrix<S>& table, S* y, long rows, int threads) {
-  const long k = table.k;
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows > 4)
-  for (long row = 0; row < rows; ++row) {
-    const S* column = table.block(ids[row] / kLanes) + ids[row] % kLanes * kPack<S>;
-    for (long i = 0; i < k; ++i)
-      y[row * k + i] = column[i / kPack<S> * kLanes * kPack<S> + i % kPack<S>];
-  }
+  for (long row = 0; row < rows; ++row) unpack_row(table, ids[row], y + row * table.k);
 }
 
 }  // namespace
@@ -105,7 +101,7 @@ using penstock::Matrix;
 
 extern "C" {
 
-int pk_abi() { return 4; }
+int pk_abi() { return 5; }
 
 // Makes the process ready. False: the system keeps the matrix tiles, that this library was built for,
 // to itself.

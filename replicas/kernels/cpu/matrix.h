@@ -143,8 +143,10 @@ void write_rows(const float* sums, long sums_stride, const S* bias, long rows, l
 constexpr long kRowChunk = 96;      // sums of a chunk: 24 KiB on AVX-512
 constexpr long kDepthChunk = 1024;  // even; bf16 blocks of this depth are 128 KiB
 
-template <typename S, typename Y>
-void multiply(const Rows<S>& x, const Matrix<S>& w, Y* y, Part part) {
+// `write(sums, stride, top, rows, column, columns)` is called with sums of x W^T, some rows and columns
+// at a time: those of row `top` and the following ones, `stride` apart.
+template <typename S, typename Write>
+void multiply_each(const Rows<S>& x, const Matrix<S>& w, const Write& write, Part part) {
   Units units((w.blocks() + kVectors - 1) / kVectors, part);
   alignas(64) float sums[kRowChunk * kWidth];
   const auto group = [&](long first, long step, long columns) {
@@ -154,8 +156,7 @@ void multiply(const Rows<S>& x, const Matrix<S>& w, Y* y, Part part) {
       for (long depth = 0; depth < w.k; depth += kDepthChunk)
         tiles(x.data + top * w.k + depth, w.k, w.block(first) + depth * kLanes, step,
               std::min(kDepthChunk, w.k - depth), count, sums);
-      write_rows(sums, kWidth, w.bias ? w.bias + first * kLanes : nullptr, count, columns,
-                 y + top * w.n + first * kLanes, w.n);
+      write(sums, kWidth, top, count, first * kLanes, columns);
     }
   };
   for (long g = units.next(); g >= 0; g = units.next()) {
@@ -170,3 +171,17 @@ void multiply(const Rows<S>& x, const Matrix<S>& w, Y* y, Part part) {
 }  // namespace penstock
 
 #include "matrix_tiles.h"
+
+namespace penstock {
+
+template <typename S, typename Y>
+void multiply(const Rows<S>& x, const Matrix<S>& w, Y* y, Part part) {
+  const auto write = [&](const float* sums, long stride, long top, long rows, long column,
+                         long columns) {
+    write_rows(sums, stride, w.bias ? w.bias + column : nullptr, rows, columns,
+               y + top * w.n + column, w.n);
+  };
+  multiply_each(x, w, write, part);
+}
+
+}  // namespace penstock

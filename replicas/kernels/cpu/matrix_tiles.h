@@ -9,11 +9,11 @@
 
 namespace penstock {
 
-// y = x W^T + bias, from neighbouring blocks; a missing second one stands for the last there is.
-template <typename Y>
+// Sums of neighbouring blocks; a missing second one stands for the last there is.
+template <typename Write>
 struct Plain {
   const Matrix<Bf16>& w;
-  Y* y;
+  const Write& take;  // see `multiply_each`
 
   long pairs() const { return (w.blocks() + 1) / 2; }
   const Bf16* block(long pair, long side) const {
@@ -21,8 +21,7 @@ struct Plain {
   }
   void write(const float* sums, long stride, long top, long rows, long left, long end) const {
     const long column = left * 32;
-    write_rows(sums, stride, w.bias ? w.bias + column : nullptr, rows,
-               std::min(end * 32, w.n) - column, y + top * w.n + column, w.n);
+    take(sums, stride, top, rows, column, std::min(end * 32, w.n) - column);
   }
 };
 
@@ -145,9 +144,9 @@ void multiply_into(const Rows<Bf16>& x, const Output& output, Part part) {
   multiply_many(x, output, part);
 }
 
-template <typename Y>
-void multiply(const Rows<Bf16>& x, const Matrix<Bf16>& w, Y* y, Part part) {
-  multiply_into(x, Plain<Y>{w, y}, part);
+template <typename Write>
+void multiply_each(const Rows<Bf16>& x, const Matrix<Bf16>& w, const Write& write, Part part) {
+  multiply_into(x, Plain<Write>{w, write}, part);
 }
 
 }  // namespace penstock

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cluster.base.errors import InternalError
@@ -56,6 +56,7 @@ def request_shapes(draw: st.DrawFn) -> tuple[int, int, int]:
 
 
 @given(shapes=st.lists(request_shapes(), min_size=1, max_size=6))
+@example(shapes=[(5, 4, 1), (17, 16, 1), (1, 0, 1), (8, 7, 1)])  # decodes only
 def test_tensors_match_a_loop_over_tokens(shapes: list[tuple[int, int, int]]) -> None:
     inputs, _ = built(shapes, prompt_logprobs=2)
     tokens, positions, slots, scored, start = [], [], [], [], [0]

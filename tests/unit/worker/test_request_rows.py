@@ -222,4 +222,4 @@ def test_a_rank_that_does_not_answer_needs_no_logprobs_of_samples() -> None:
     slots = rows.slots((0,))
     batch = rows.sampling_batch(slots, rows.num_tokens_S[slots])
     assert batch.column("logprobs").tolist() == [-1]
-    assert rows.prompt_logprobs(slots).tolist() == [2]
+    assert rows.params.prompt_logprobs(slots).tolist() == [2]
