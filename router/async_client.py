@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -12,25 +11,16 @@ import grpc
 import grpc.aio
 
 from cluster.base.errors import CancelledError
+from router import client_calls as calls
 from router import client_codec as codec
 from router.api import EmbedOutput, ModelInfo, Piece, ScoreOutput
+from router.client_calls import Answer, UnaryCall, coded_errors
 from router.client_codec import Completion, MessageLike, PromptLike, RequestOptions
 from router.client_transport import channel_options
-from router.grpc.status_details import REQUEST_ID_KEY, error_from_status
-from router.proto import penstock_pb2 as pb
+from router.grpc.status_details import REQUEST_ID_KEY
 from router.proto import penstock_pb2_grpc as pb_grpc
 
 _NO_OPTIONS = RequestOptions()
-
-
-@contextmanager
-def _coded_errors() -> Iterator[None]:
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise error_from_status(
-            error.code(), error.details() or "", error.trailing_metadata()
-        ) from None
 
 
 class AsyncTokenStream(AsyncIterator[Piece]):
@@ -46,13 +36,13 @@ class AsyncTokenStream(AsyncIterator[Piece]):
         Raises:
             PenstockError: the request was refused.
         """
-        with _coded_errors():
+        with coded_errors():
             metadata = await self._call.initial_metadata()
         return str(dict(metadata or ()).get(REQUEST_ID_KEY, ""))
 
     async def __anext__(self) -> Piece:
         try:
-            with _coded_errors():
+            with coded_errors():
                 message = await self._call.read()
         except asyncio.CancelledError:
             if not self._cancelled:
@@ -137,9 +127,7 @@ class AsyncPenstockClient:
         **fields: Any,
     ) -> EmbedOutput:
         """Embed inputs; `fields`: pooling, normalize, dimensions, request_id."""
-        message = pb.EmbedRequest(model=model, inputs=codec.inputs(inputs), **fields)
-        with _coded_errors():
-            return codec.embed_from_proto(await self._stub.Embed(message, timeout=deadline_s))
+        return await self._ask(calls.embed(model, inputs, fields), deadline_s)
 
     async def score(
         self,
@@ -151,14 +139,7 @@ class AsyncPenstockClient:
         request_id: str = "",
     ) -> ScoreOutput:
         """Log-probabilities of each continuation's tokens after the prompt."""
-        message = pb.ScoreRequest(
-            model=model,
-            continuations=codec.inputs(continuations),
-            request_id=request_id,
-            **codec.prompt_fields(prompt),
-        )
-        with _coded_errors():
-            return codec.score_from_proto(await self._stub.Score(message, timeout=deadline_s))
+        return await self._ask(calls.score(model, prompt, continuations, request_id), deadline_s)
 
     async def tokenize(
         self,
@@ -170,15 +151,9 @@ class AsyncPenstockClient:
         deadline_s: float | None = None,
     ) -> tuple[list[int], list[str]]:
         """Token ids and printable tokens of a text, or of a conversation."""
-        message = pb.TokenizeRequest(
-            model=model,
-            text=text,
-            messages=codec.turns(messages or ()),
-            add_special_tokens=add_special_tokens,
+        return await self._ask(
+            calls.tokenize(model, text, messages, add_special_tokens), deadline_s
         )
-        with _coded_errors():
-            answer = await self._stub.Tokenize(message, timeout=deadline_s)
-        return list(answer.token_ids), list(answer.tokens)
 
     async def detokenize(
         self,
@@ -189,33 +164,28 @@ class AsyncPenstockClient:
         deadline_s: float | None = None,
     ) -> str:
         """Text of token ids."""
-        message = pb.DetokenizeRequest(
-            model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens
-        )
-        with _coded_errors():
-            return str((await self._stub.Detokenize(message, timeout=deadline_s)).text)
+        return await self._ask(calls.detokenize(model, token_ids, skip_special_tokens), deadline_s)
 
     async def models(self, *, deadline_s: float | None = None) -> list[ModelInfo]:
         """All served models."""
-        with _coded_errors():
-            answer = await self._stub.ListModels(pb.ListModelsRequest(), timeout=deadline_s)
-        return [codec.model_from_proto(entry) for entry in answer.models]
+        return await self._ask(calls.models(), deadline_s)
 
     async def cancel(self, request_id: str, *, deadline_s: float | None = None) -> bool:
         """Stop a running request; False when the gateway has none of that id."""
-        message = pb.CancelRequest(request_id=request_id)
-        with _coded_errors():
-            return bool((await self._stub.Cancel(message, timeout=deadline_s)).cancelled)
+        return await self._ask(calls.cancel(request_id), deadline_s)
 
     async def status(self, *, deadline_s: float | None = None) -> dict[str, Any]:
         """The cluster's status as plain data; keys as in the proto's StatusResponse."""
-        with _coded_errors():
-            answer = await self._stub.Status(pb.StatusRequest(), timeout=deadline_s)
-        return codec.status_from_proto(answer)
+        return await self._ask(calls.status(), deadline_s)
 
     async def close(self) -> None:
         """Close the connection; running streams end as cancelled."""
         await self._channel.close(None)
+
+    async def _ask(self, call: UnaryCall[Answer], deadline_s: float | None) -> Answer:
+        with coded_errors():
+            message = await getattr(self._stub, call.method)(call.message, timeout=deadline_s)
+        return call.read(message)
 
     async def __aenter__(self) -> AsyncPenstockClient:
         return self

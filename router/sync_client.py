@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import grpc
 
+from router import client_calls as calls
 from router import client_codec as codec
 from router.api import EmbedOutput, ModelInfo, Piece, ScoreOutput
+from router.client_calls import Answer, UnaryCall, coded_errors
 from router.client_codec import Completion, MessageLike, PromptLike, RequestOptions
 from router.client_transport import channel_options
-from router.grpc.status_details import REQUEST_ID_KEY, error_from_status
-from router.proto import penstock_pb2 as pb
+from router.grpc.status_details import REQUEST_ID_KEY
 from router.proto import penstock_pb2_grpc as pb_grpc
 
 _NO_OPTIONS = RequestOptions()
-
-
-@contextmanager
-def _coded_errors() -> Iterator[None]:
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise error_from_status(
-            error.code(), error.details() or "", error.trailing_metadata()
-        ) from None
 
 
 class TokenStream(Iterator[Piece]):
@@ -43,12 +33,12 @@ class TokenStream(Iterator[Piece]):
         Raises:
             PenstockError: the request was refused.
         """
-        with _coded_errors():
+        with coded_errors():
             metadata = dict(self._call.initial_metadata())
         return str(metadata.get(REQUEST_ID_KEY, ""))
 
     def __next__(self) -> Piece:
-        with _coded_errors():
+        with coded_errors():
             return codec.piece_from_proto(next(self._call))
 
     def result(self) -> list[Completion]:
@@ -124,9 +114,7 @@ class PenstockClient:
         **fields: Any,
     ) -> EmbedOutput:
         """Embed inputs; `fields`: pooling, normalize, dimensions, request_id."""
-        message = pb.EmbedRequest(model=model, inputs=codec.inputs(inputs), **fields)
-        with _coded_errors():
-            return codec.embed_from_proto(self._stub.Embed(message, timeout=deadline_s))
+        return self._ask(calls.embed(model, inputs, fields), deadline_s)
 
     def score(
         self,
@@ -138,14 +126,7 @@ class PenstockClient:
         request_id: str = "",
     ) -> ScoreOutput:
         """Log-probabilities of each continuation's tokens after the prompt."""
-        message = pb.ScoreRequest(
-            model=model,
-            continuations=codec.inputs(continuations),
-            request_id=request_id,
-            **codec.prompt_fields(prompt),
-        )
-        with _coded_errors():
-            return codec.score_from_proto(self._stub.Score(message, timeout=deadline_s))
+        return self._ask(calls.score(model, prompt, continuations, request_id), deadline_s)
 
     def tokenize(
         self,
@@ -157,15 +138,7 @@ class PenstockClient:
         deadline_s: float | None = None,
     ) -> tuple[list[int], list[str]]:
         """Token ids and printable tokens of a text, or of a conversation."""
-        message = pb.TokenizeRequest(
-            model=model,
-            text=text,
-            messages=codec.turns(messages or ()),
-            add_special_tokens=add_special_tokens,
-        )
-        with _coded_errors():
-            answer = self._stub.Tokenize(message, timeout=deadline_s)
-        return list(answer.token_ids), list(answer.tokens)
+        return self._ask(calls.tokenize(model, text, messages, add_special_tokens), deadline_s)
 
     def detokenize(
         self,
@@ -176,33 +149,28 @@ class PenstockClient:
         deadline_s: float | None = None,
     ) -> str:
         """Text of token ids."""
-        message = pb.DetokenizeRequest(
-            model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens
-        )
-        with _coded_errors():
-            return str(self._stub.Detokenize(message, timeout=deadline_s).text)
+        return self._ask(calls.detokenize(model, token_ids, skip_special_tokens), deadline_s)
 
     def models(self, *, deadline_s: float | None = None) -> list[ModelInfo]:
         """All served models."""
-        with _coded_errors():
-            answer = self._stub.ListModels(pb.ListModelsRequest(), timeout=deadline_s)
-        return [codec.model_from_proto(entry) for entry in answer.models]
+        return self._ask(calls.models(), deadline_s)
 
     def cancel(self, request_id: str, *, deadline_s: float | None = None) -> bool:
         """Stop a running request; False when the gateway has none of that id."""
-        message = pb.CancelRequest(request_id=request_id)
-        with _coded_errors():
-            return bool(self._stub.Cancel(message, timeout=deadline_s).cancelled)
+        return self._ask(calls.cancel(request_id), deadline_s)
 
     def status(self, *, deadline_s: float | None = None) -> dict[str, Any]:
         """The cluster's status as plain data; keys as in the proto's StatusResponse."""
-        with _coded_errors():
-            answer = self._stub.Status(pb.StatusRequest(), timeout=deadline_s)
-        return codec.status_from_proto(answer)
+        return self._ask(calls.status(), deadline_s)
 
     def close(self) -> None:
         """Close the connection; running streams end as cancelled."""
         self._channel.close()
+
+    def _ask(self, call: UnaryCall[Answer], deadline_s: float | None) -> Answer:
+        with coded_errors():
+            message = getattr(self._stub, call.method)(call.message, timeout=deadline_s)
+        return call.read(message)
 
     def __enter__(self) -> PenstockClient:
         return self
