@@ -1,4 +1,5 @@
-"""Names under which the parts of a cluster find each other in Ray; the dashboard shows them."""
+"""Names under which the parts of a cluster find each other: in Ray (the dashboard shows them), by
+address."""
 
 from __future__ import annotations
 
@@ -24,3 +25,8 @@ def engine_app(cluster: str, model: str) -> str:
 def worker_actor(cluster: str, model: str, replica_id: str, epoch: str, rank: int) -> str:
     """Name of one worker rank's actor; the epoch keeps a restart from meeting its predecessor."""
     return f"{cluster}/{model}/{replica_id}/{epoch}/rank-{rank}"
+
+
+def authority(host: str, port: int) -> str:
+    """`host:port` as URLs and gRPC targets spell it: an IPv6 address stands in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

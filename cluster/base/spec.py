@@ -94,7 +94,9 @@ class GatewaySpec(Section):
         default=8000, description="Port of the OpenAI-compatible HTTP front."
     )
     replicas: Annotated[int, Whole(1, 64)] = Field(
-        default=1, description="Gateway processes; all share both ports, and one may die."
+        default=1,
+        description="Gateway processes on the node where `penstock up` runs; all share both ports, "
+        "and one may die.",
     )
     limits: GatewayLimitsSpec = Field(
         default=GatewayLimitsSpec(), description="What a gateway accepts."

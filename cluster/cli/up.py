@@ -54,7 +54,7 @@ def _serve(plan: ClusterPlan, joined: RayRuntime | None, timeout_s: float) -> No
     with stop_on_signals(session.request_stop), display:
         with session.up(display.phase, display.progress) as state:
             display.ready(state, session.phases_s)
-            session.wait()
+            session.wait(display.changed)
         display.phase("stopped")
 
 

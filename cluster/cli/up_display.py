@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 
 from rich.console import Console
@@ -44,18 +45,20 @@ class UpDisplay:
 
     def progress(self, snapshot: Snapshot) -> None:
         """Show every replica's state."""
+        news = self._news(snapshot)
         if self._console.is_terminal:
             if self._live is None:
                 self._live = Live(console=self._console, refresh_per_second=8, transient=True)
                 self._live.start()
             self._live.update(self._table(snapshot))
             return
-        for record in snapshot.replicas:
-            line = f"{record.model} {record.replica_id[:_SHORT_ID]}: {record.state}"
-            line += f": {record.detail}" if record.detail else ""
-            if self._shown.get(record.replica_id) != line:
-                self._shown[record.replica_id] = line
-                self._console.print("  " + line, highlight=False, markup=False)
+        for line in news:
+            self._say("  " + line)
+
+    def changed(self, snapshot: Snapshot) -> None:
+        """Say what has changed since the last look, once everything was ready."""
+        for line in self._news(snapshot):
+            self._say(f"{time.strftime('%H:%M:%S')} {line}")
 
     def ready(self, state: RunState, phases_s: dict[str, float]) -> None:
         """Print where to send requests."""
@@ -79,6 +82,17 @@ class UpDisplay:
         if self._console.is_terminal:
             show("Ctrl-C takes it down.", highlight=False)
 
+    def _news(self, snapshot: Snapshot) -> list[str]:
+        """Lines of the replicas that are not as they were, and of those that are gone."""
+        now = {record.replica_id: _line(record) for record in snapshot.replicas}
+        news = [line for key, line in now.items() if self._shown.get(key) != line]
+        gone = [line for key, line in self._shown.items() if key not in now]
+        self._shown = now
+        return news + [f"{line.partition(': ')[0]}: gone" for line in gone]
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def _table(self, snapshot: Snapshot) -> Table:
         table = Table.grid(padding=(0, 2))
         for record in snapshot.replicas:
@@ -94,6 +108,15 @@ class UpDisplay:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+def _line(record: ReplicaRecord) -> str:
+    """A replica's state in words."""
+    line = f"{record.model} {record.replica_id[:_SHORT_ID]}"
+    if record.loss is not None and record.state is ReplicaState.READY:
+        ranks = ", ".join(map(str, record.loss.ranks))
+        return f"{line}: degraded: serves without rank {ranks}. {record.loss.cause}"
+    return f"{line}: {record.state}" + (f": {record.detail}" if record.detail else "")
 
 
 def _bar(record: ReplicaRecord) -> str:

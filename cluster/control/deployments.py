@@ -12,6 +12,7 @@ from ray.serve.api import RunTarget
 
 from cluster.base import names
 from cluster.base.plan import ClusterPlan, EngineKind, ModelPlan, to_json
+from cluster.control.ray_runtime import RayRuntime
 from offload.actor import OffloadWorkerActor
 from replicas.leader.actor import LeaderReplica
 from replicas.leader.seating import bundles, strategy
@@ -23,6 +24,8 @@ from router.app import GatewayReplica
 _HEALTH_PERIOD_S = 1.0
 _HEALTH_TIMEOUT_S = 10.0
 _DRAIN_S = 5.0
+_ON_NODE = 0.001
+"""Of the resource 1 that every node has under its own address: enough to be sent there."""
 _WORKERS = {
     EngineKind.TENSOR_PARALLEL: WorkerActor,
     EngineKind.OFFLOAD: OffloadWorkerActor,
@@ -55,13 +58,20 @@ def engine_target(cluster: str, model: ModelPlan, host: str) -> RunTarget:
     )
 
 
-def gateway_target(plan: ClusterPlan, dashboard_url: str) -> RunTarget:
-    """The Serve application of the gateway."""
+def gateway_target(plan: ClusterPlan, runtime: RayRuntime) -> RunTarget:
+    """The Serve application of the gateway: all its processes on this node, where `up` runs.
+
+    They share their ports, which only processes of one node can; and it is where the user is told
+    to connect to.
+    """
     deployment: Any = serve.deployment(
         GatewayReplica,
         name="gateway",
         num_replicas=plan.gateway.replicas,
-        ray_actor_options={"num_cpus": plan.gateway.cpus},
+        ray_actor_options={
+            "num_cpus": plan.gateway.cpus,
+            "resources": {runtime.node_resource: _ON_NODE},
+        },
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=_DRAIN_S,
@@ -69,7 +79,7 @@ def gateway_target(plan: ClusterPlan, dashboard_url: str) -> RunTarget:
         max_constructor_retry_count=3,
     )
     return RunTarget(
-        target=deployment.bind(to_json(plan), dashboard_url),
+        target=deployment.bind(to_json(plan), runtime.dashboard_url),
         name=names.gateway_app(plan.name),
         route_prefix=None,
     )

@@ -6,7 +6,6 @@ as `Snapshot`s for whoever displays it; failure of a replica surfaces with its r
 
 from __future__ import annotations
 
-import socket
 import time
 import urllib.request
 from collections.abc import Callable
@@ -102,7 +101,7 @@ class ClusterRun:
         engines = [
             deployments.engine_target(self.plan.name, model, host) for model in self.plan.models
         ]
-        gateway = deployments.gateway_target(self.plan, self.runtime.dashboard_url)
+        gateway = deployments.gateway_target(self.plan, self.runtime)
         serve.run_many([*engines, gateway], wait_for_applications_running=False)
 
     def wait_ready(self, timeout_s: float, on_progress: Callable[[Snapshot], None]) -> None:
@@ -134,7 +133,9 @@ class ClusterRun:
         gateway = self.plan.gateway
         return Snapshot(
             replicas=replicas,
-            gateway_ready=_is_ready(f"http://{gateway.host}:{gateway.http_port}/readyz"),
+            gateway_ready=_is_ready(
+                f"http://{names.authority(gateway.host, gateway.http_port)}/readyz"
+            ),
             waiting_for=self._waiting_for,
         )
 
@@ -192,30 +193,6 @@ class ClusterRun:
             if not any(app in serve.status().applications for app in self._apps):
                 return
             time.sleep(_POLL_S)
-
-
-def check_ports(plan: ClusterPlan) -> None:
-    """Refuse ports of this machine that something else already listens on.
-
-    Raises:
-        ConfigError: names the port and its key.
-    """
-    ports = [
-        (plan.gateway.host, plan.gateway.grpc_port, "gateway.grpc_port"),
-        (plan.gateway.host, plan.gateway.http_port, "gateway.http_port"),
-        ("127.0.0.1", plan.dashboard_port, "dashboard.port"),
-    ]
-    for host, port, key in ports:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise ConfigError(
-                    f"Cannot listen on {host}:{port} ({error.strerror}).",
-                    f"Stop what uses it (`ss -ltnp`), or set {key} to a free port.",
-                    param=key,
-                ) from error
 
 
 def _is_ready(url: str) -> bool:

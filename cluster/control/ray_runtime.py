@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private import worker as ray_worker
 from ray._private.worker import BaseContext
 
 from cluster.base import env
 from cluster.base.errors import ConfigError, UnavailableError
 from cluster.base.names import NAMESPACE
 
+_logger = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024
 _LOOPBACK = "127.0.0.1"
 _PROBE_S = 5.0
@@ -33,6 +35,8 @@ class RayRuntime:
     owned: bool
     token_auth: bool
     """Whether the dashboard asks for Ray's token."""
+    node_resource: str
+    """Ray's resource that only this node has."""
 
 
 def start_local(
@@ -112,7 +116,15 @@ def _runtime(context: BaseContext, *, owned: bool) -> RayRuntime:
         session_dir=info["session_dir"],
         owned=owned,
         token_auth=env.ray_token_auth(),
+        node_resource=_node_resource(),
     )
+
+
+def _node_resource() -> str:
+    """The `node:ADDRESS` of the node that this driver is on."""
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == here]
+    return f"node:{node['NodeManagerAddress']}"
 
 
 def _probe(address: str) -> None:
@@ -127,6 +139,16 @@ def _probe(address: str) -> None:
 
 
 def _quieten() -> None:
-    """Keep Ray's own narration off the terminal; its warnings stay."""
+    """Keep Ray's own narration off the terminal; its warnings stay.
+
+    What a raylet reports of dead workers goes to the log, at debug level: leaders and gateways say
+    what was lost and why, and `up` shows it. Ray has no switch for what it prints there.
+    """
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    ray_worker.print_to_stdstream = _log_of_ray
+
+
+def _log_of_ray(data: dict[str, Any], ignore_prefix: bool) -> None:
+    for line in data["lines"]:
+        _logger.debug("ray: %s", line, extra={"source": data.get("pid")})

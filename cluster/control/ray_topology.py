@@ -16,11 +16,11 @@ from cluster.dist.topology import Device, Node, Topology
 _GPU_BYTES_UNKNOWN = 16 << 30
 """Ray does not tell; the smallest data-centre card errs on the safe side."""
 
-_ACCELERATOR = "accelerator_type:"
-
 
 def ray_topology() -> Topology:
-    """All living nodes of the connected Ray cluster, the head first, then by node id.
+    """All living nodes of the connected Ray cluster: this one first, then by node id.
+
+    The planner books the gateways on the first node, which is where they are started.
 
     Raises:
         UnavailableError: Ray reports no living node.
@@ -28,7 +28,8 @@ def ray_topology() -> Topology:
     alive = [node for node in ray.nodes() if node["Alive"]]
     if not alive:
         raise UnavailableError("The Ray cluster has no living node.", "Check `ray status`.")
-    alive.sort(key=lambda node: ("node:__internal_head__" not in node["Resources"], node["NodeID"]))
+    here = ray.get_runtime_context().get_node_id()
+    alive.sort(key=lambda node: (node["NodeID"] != here, node["NodeID"]))
     return Topology(nodes=tuple(_node(node) for node in alive))
 
 

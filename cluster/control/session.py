@@ -11,16 +11,22 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
+from ray.exceptions import RayError
+
+from cluster.base import names
 from cluster.base.errors import CancelledError
 from cluster.base.plan import ClusterPlan
 from cluster.control import ray_runtime, run_state
-from cluster.control.lifecycle import ClusterRun, Snapshot, check_ports
+from cluster.control.lifecycle import ClusterRun, Snapshot
+from cluster.control.ports import check_dashboard_port, check_gateway_ports
 from cluster.control.ray_runtime import RayRuntime
 from cluster.control.run_state import RunState
 from cluster.planner.hardware import local_topology
+
+_WATCH_S = 1.0
 
 
 class ClusterSession:
@@ -37,6 +43,7 @@ class ClusterSession:
         self._joined = joined
         self._timeout_s = timeout_s
         self._stop = threading.Event()
+        self._run: ClusterRun | None = None
         self.phases_s: dict[str, float] = {}
         """Start-up ledger: seconds of each phase."""
 
@@ -57,7 +64,7 @@ class ClusterSession:
         """
         run_state.check_free(self._plan.name)
         runtime = self._runtime(on_phase)
-        run = ClusterRun(self._plan, runtime)
+        run = self._run = ClusterRun(self._plan, runtime)
         try:
             on_phase("deploying")
             started_s = time.monotonic()
@@ -76,9 +83,10 @@ class ClusterSession:
             run_state.remove(self._plan.name, os.getpid())
 
     def _runtime(self, on_phase: Callable[[str], None]) -> RayRuntime:
+        check_gateway_ports(self._plan)
         if self._joined is not None:
             return self._joined
-        check_ports(self._plan)
+        check_dashboard_port(self._plan)
         on_phase("starting Ray")
         started_s = time.monotonic()
         # What the plan was made with: replicas reserve parts of it.
@@ -89,10 +97,13 @@ class ClusterSession:
         self._mark("ray", started_s)
         return runtime
 
-    def wait(self) -> None:
-        """Block until `request_stop`."""
-        while not self._stop.wait(timeout=1.0):
-            pass
+    def wait(self, on_change: Callable[[Snapshot], None]) -> None:
+        """Block until `request_stop`; meanwhile tell `on_change` once a second how replicas are."""
+        while not self._stop.wait(timeout=_WATCH_S):
+            # The directory may be starting anew; the cluster serves without it.
+            with suppress(RayError, TimeoutError):
+                if self._run is not None:
+                    on_change(self._run.snapshot())
 
     def _progress(self, snapshot: Snapshot, on_progress: Callable[[Snapshot], None]) -> None:
         if self._stop.is_set():
@@ -108,8 +119,8 @@ class ClusterSession:
             name=self._plan.name,
             pid=os.getpid(),
             pid_started=run_state.process_started(os.getpid()),
-            grpc=f"{gateway.host}:{gateway.grpc_port}",
-            http=f"http://{gateway.host}:{gateway.http_port}",
+            grpc=names.authority(gateway.host, gateway.grpc_port),
+            http=f"http://{names.authority(gateway.host, gateway.http_port)}",
             dashboard_url=run.runtime.dashboard_url,
             dashboard_token=run.runtime.token_auth,
             ray_address=run.runtime.address,

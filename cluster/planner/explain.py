@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from cluster.base import names
 from cluster.base.plan import ClusterPlan, ExpertPlan, ModelPlan, SpeculationPlan
 from cluster.base.quantities import duration_text, size_text
 from cluster.planner.explain_streaming import frontier_tables, streaming_tables, zero3_tables
@@ -134,14 +135,13 @@ def _places(plan: ClusterPlan) -> Table:
 
 def _front(plan: ClusterPlan) -> Table:
     gateway = plan.gateway
-    host = f"[{gateway.host}]" if ":" in gateway.host else gateway.host
     return Table(
         title="Front",
         columns=("GRPC", "HTTP", "GATEWAYS", "DASHBOARD"),
         rows=(
             (
-                f"{host}:{gateway.grpc_port}",
-                f"http://{host}:{gateway.http_port}/v1",
+                names.authority(gateway.host, gateway.grpc_port),
+                f"http://{names.authority(gateway.host, gateway.http_port)}/v1",
                 str(gateway.replicas),
                 f"http://127.0.0.1:{plan.dashboard_port}",
             ),
