@@ -47,6 +47,8 @@ class BuildPlan:
     headers: Path | None = None
     """A second folder, whose headers the sources include."""
     lock_timeout_s: float = LOCK_TIMEOUT_S
+    compile_timeout_s: float = COMPILE_TIMEOUT_S
+    """Longest time of one run of the compiler."""
     without_tiles: bool = False
     """Leave matrix tiles (AMX) alone on processors that have them."""
 
@@ -139,23 +141,22 @@ def _compile(plan: BuildPlan, cache_dir: Path, key: str) -> Path:
             for unit, target in zip(units, objects, strict=True)
         ]
         with ThreadPoolExecutor() as compilers:
-            list(compilers.map(_run, commands))
+            list(compilers.map(lambda command: _run(command, plan.compile_timeout_s), commands))
         library = Path(folder, "library.so")
-        _run([plan.compiler, "-shared", *objects, *linked, "-o", str(library)])
+        link = [plan.compiler, "-shared", *objects, *linked, "-o", str(library)]
+        _run(link, plan.compile_timeout_s)
         target = cache_dir / f"{key}-{_digest(library)}.so"
         library.rename(target)
     return target
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], timeout_s: float) -> None:
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False
+            command, capture_output=True, text=True, timeout=timeout_s, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise KernelsUnavailableError(
-            f"{command[0]} took longer than {COMPILE_TIMEOUT_S:.0f} s"
-        ) from error
+        raise KernelsUnavailableError(f"{command[0]} took longer than {timeout_s:.0f} s") from error
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         first = next((line for line in lines if "error" in line), lines[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Mapping
 
 import pytest
@@ -15,12 +14,10 @@ from cluster.base.errors import InternalError
 from moe.exchange.base import Arrivals
 from moe.experts import DOWN, DOWN_BIAS, UP, UP_BIAS, ExpertRunner
 from moe.spec import GateSpec, MoeSpec
-from replicas.kernels.build import BuildPlan, build_library, find_compiler
 from replicas.kernels.cpu_ops import CpuKernels
-from replicas.kernels.loader import CpuLibrary
 from replicas.layers.mixture import ExpertUnits, KernelMath
 from replicas.layers.weights import ResidentWeights
-from tests.support.compiled_kernels import threads
+from tests.support.compiled_kernels import lesser_library, threads
 
 DTYPES = [torch.float32, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -234,21 +231,10 @@ def test_moved_experts_are_looked_up_anew(cpu_kernels: CpuKernels) -> None:
     assert torch.equal(runner.forward(arrivals, HELD[:2], units), first)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets of x86-64")
 @pytest.mark.parametrize("march", ["x86-64-v3", "x86-64-v4", "native"])
 @each_dtype
-def test_without_matrix_tiles(
-    tmp_path_factory: pytest.TempPathFactory,
-    cpu_kernels: CpuKernels,
-    march: str,
-    dtype: torch.dtype,
-) -> None:
-    cache = tmp_path_factory.getbasetemp() / "expert-instruction-sets"
-    without = march == "native"
-    plan = BuildPlan(compiler=find_compiler(), march=march, without_tiles=without)
-    if march == "x86-64-v4" and not cpu_kernels.library.isa.startswith(("avx512", "amx")):
-        pytest.skip("this processor has no AVX-512")
-    experts = layer(CpuKernels(CpuLibrary(build_library(plan, cache))), dtype, 50, 48)
+def test_without_matrix_tiles(cpu_kernels: CpuKernels, march: str, dtype: torch.dtype) -> None:
+    experts = layer(CpuKernels(lesser_library(march)), dtype, 50, 48)
     for rows in (1, 3, 40, 200):
         arrivals = experts.rows(rows, 3)
         with threads(2):

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.base.errors import InternalError
-from replicas.kernels.build import BuildPlan, build_library, find_compiler
 from replicas.kernels.cpu_ops import CpuKernels
-from replicas.kernels.loader import CpuLibrary
 from replicas.kernels.ops import HeadShape, HeadTensors, MlpNames
 from replicas.kernels.torch_ops import TORCH_KERNELS, silu_mlp_in_steps
-from tests.support.compiled_kernels import threads
+from tests.support.compiled_kernels import LEVELS, lesser_library, threads
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
@@ -219,15 +214,9 @@ def test_mlp_refuses_weights_that_do_not_fit(cpu_kernels: CpuKernels) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (40, 31), (70, 64), (129, 100), (33, 2100)])
-def test_without_matrix_tiles(
-    cpu_kernels: CpuKernels,
-    tmp_path_factory: pytest.TempPathFactory,
-    shape: tuple[int, int],
-) -> None:
+def test_without_matrix_tiles(cpu_kernels: CpuKernels, shape: tuple[int, int]) -> None:
     """The other bf16 path of the same machine: as near to the exact answer, rows as independent."""
-    cache = tmp_path_factory.getbasetemp() / "without-tiles"
-    plan = BuildPlan(compiler=find_compiler(), without_tiles=platform.machine() == "x86_64")
-    other = CpuKernels(CpuLibrary(build_library(plan, cache)))
+    other = CpuKernels(lesser_library())
     assert other.library.isa != "amx_bf16"
     hidden = noise(37, shape[1], dtype=torch.bfloat16)
     weight = noise(*shape, dtype=torch.bfloat16, seed=1)
@@ -240,21 +229,10 @@ def test_without_matrix_tiles(
             assert torch.equal(alone, ours[row : row + 1])
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets of x86-64")
-@pytest.mark.parametrize("march", ["x86-64", "x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("march", LEVELS)
 @each_dtype
-def test_other_instruction_sets(
-    cpu_kernels: CpuKernels,
-    tmp_path_factory: pytest.TempPathFactory,
-    march: str,
-    dtype: torch.dtype,
-) -> None:
-    needed = {"x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}.get(march, "sse2")
-    if needed not in Path("/proc/cpuinfo").read_text():
-        pytest.skip(f"this processor has no {needed}")
-    cache = tmp_path_factory.getbasetemp() / "instruction-sets"
-    plan = BuildPlan(compiler=find_compiler(), march=march)
-    other = CpuKernels(CpuLibrary(build_library(plan, cache)))
+def test_other_instruction_sets(cpu_kernels: CpuKernels, march: str, dtype: torch.dtype) -> None:
+    other = CpuKernels(lesser_library(march))
     assert other.library.isa != "avx512_bf16"
     hidden, weight = noise(13, 131, dtype=dtype), noise(77, 131, dtype=dtype, seed=1)
     tensors = other.pack("w", weight)

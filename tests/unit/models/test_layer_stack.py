@@ -9,15 +9,14 @@ from typing import cast
 import pytest
 import torch
 
-from cluster.base.env import default_cache_dir
 from replicas.kernels import select
-from replicas.kernels.build import BuildPlan, build_library, find_compiler
 from replicas.kernels.cpu_ops import CpuKernels
 from replicas.kernels.cpu_shapes import LAYER_PARTS
 from replicas.kernels.loader import CpuLibrary
 from replicas.layers.cpu_stack import CpuLayerStack
 from replicas.layers.weights import WeightProvider
 from replicas.models.llama import LlamaModel
+from tests.support.compiled_kernels import lesser_library
 from tests.support.stepping import Stepper
 from tests.support.tiny_models import prompt_tokens
 
@@ -35,9 +34,7 @@ def library(
     if request.param != "this machine's":
         if built.isa not in ("amx_bf16", "avx512_bf16", "avx512"):
             pytest.skip(f"{built.isa} is tested by itself")
-        march = "x86-64-v3" if request.param == "avx2" else "native"
-        plan = BuildPlan(compiler=find_compiler(), march=march, without_tiles=True)
-        built = CpuLibrary(build_library(plan, default_cache_dir() / "kernels"))
+        built = lesser_library("x86-64-v3" if request.param == "avx2" else "native")
     monkeypatch.setattr(select, "_library", lambda _: built)
     yield built
     torch.set_num_threads(1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-
 import pytest
 import torch
 from hypothesis import given
@@ -14,11 +12,9 @@ from offload.dequant_library import DequantLibrary
 from offload.precision import GROUP, Precision
 from offload.quant import ROWS, CodeLayout, dequantise, quantise
 from offload.quant_kernels import QuantKernels
-from replicas.kernels.build import BuildPlan, build_library, find_compiler
 from replicas.kernels.cpu_ops import CpuKernels
-from replicas.kernels.loader import CpuLibrary
 from replicas.kernels.torch_ops import TORCH_KERNELS
-from tests.support.compiled_kernels import threads
+from tests.support.compiled_kernels import lesser_library, threads
 
 QUANTISED = (Precision.INT8, Precision.INT4)
 
@@ -164,8 +160,7 @@ def test_numbers_at_the_ends_of_bf16_are_rounded_alike(
 @pytest.mark.parametrize("rows", [1, 40])
 def test_products_without_matrix_tiles(rows: int) -> None:
     """On a processor that has tiles: with kernels that were built without."""
-    plan = BuildPlan(compiler=find_compiler(), without_tiles=platform.machine() == "x86_64")
-    base = CpuKernels(CpuLibrary(build_library(plan, default_cache_dir() / "kernels")))
+    base = CpuKernels(lesser_library())
     kernels = QuantKernels(base, Precision.INT4, default_cache_dir() / "kernels")
     weight = noise(70, 130).bfloat16()
     quantised = quantise(weight, Precision.INT4, kernels.layout(torch.bfloat16))
