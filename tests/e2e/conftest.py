@@ -1,6 +1,5 @@
 """One real cluster for the folder: `penstock up` as a user runs it, two replicas of two ranks."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.running_cluster import free_ports
+from router.client import PenstockClient
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "models" / "demo-dense"
@@ -56,12 +56,17 @@ class RunningCluster:
     log: Path
 
     def status(self) -> dict:
-        answer = penstock("status", "--json", env=self.env)
-        assert answer.returncode == 0, answer.stderr
-        return json.loads(answer.stdout)
+        """What `penstock status --json` prints, without a process for every look."""
+        with PenstockClient(self.grpc) as client:
+            return client.status(deadline_s=10.0)
 
-    def replicas(self, state: str = "ready") -> list[dict]:
-        return [replica for replica in self.status()["replicas"] if replica["state"] == state]
+    def replicas(self, model: str | None = None) -> list[dict]:
+        """Replicas that are ready: those of one model, or all."""
+        return [
+            replica
+            for replica in self.status()["replicas"]
+            if replica["state"] == "ready" and model in (None, replica["model"])
+        ]
 
     def wait_for(self, condition, timeout_s: float = 60.0) -> None:
         deadline_s = time.monotonic() + timeout_s

@@ -1,4 +1,4 @@
-"""A model that streams two fifths of itself at a time, through gateway, gRPC and HTTP."""
+"""Models that stream their weights, through gateway, gRPC and HTTP: all in one cluster."""
 
 import grpc
 import openai
@@ -7,7 +7,7 @@ import transformers
 
 from router.proto import penstock_pb2 as pb
 from router.proto import penstock_pb2_grpc as pb_grpc
-from tests.e2e.conftest import MODEL, penstock, start_cluster, stop_cluster
+from tests.e2e.conftest import MIXTURE, MODEL, penstock, start_cluster, stop_cluster
 from tests.support.foreign_models import write_foreign
 from tests.support.greedy_answers import (
     NUM_TOKENS,
@@ -19,8 +19,10 @@ from tests.support.greedy_answers import (
 
 pytestmark = pytest.mark.e2e
 
-# In fp32 the weights take 11 MiB: two layers of 2.3 MiB are in memory at a time, and nothing else.
-# Keys and values are beside that, in a budget of their own, and pass through windows.
+# In fp32 the dense weights take 11 MiB: two layers of 2.3 MiB are in memory at a time, and nothing
+# else; keys and values are beside that, in a budget of their own, and pass through windows. The
+# mixture's weights take 13.3 MiB, of which 4.8 MiB are in memory at a time: embedding and head, a
+# ring for the layers' attention, and slots for a few of the 24 experts.
 OFFLOADED = """
 cluster: {{name: {name}}}
 dashboard: {{port: {dashboard}}}
@@ -52,6 +54,13 @@ models:
     offload: {{provider: auto}}
     kv_cache: {{memory: 1MiB}}
     limits: {{max_context: 128, max_step_tokens: 64, max_running_requests: 4}}
+  - name: mixture
+    path: MIXTURE
+    engine: offload
+    dtype: float32
+    offload: {{device_memory: 7680KiB, disk_path: packed-mixture, ring_slots: 2}}
+    kv_cache: {{memory: 512KiB}}
+    limits: {{max_context: 128, max_step_tokens: 32, max_running_requests: 4}}
 """
 
 
@@ -60,6 +69,7 @@ def cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("offload")
     write_foreign_demo(folder / "foreign")
     template = OFFLOADED.replace("FOREIGN", str(folder / "foreign"))
+    template = template.replace("MIXTURE", str(MIXTURE))
     running = start_cluster(folder, "offload", MODEL, template)
     yield running
     assert stop_cluster(running) == 0
@@ -77,6 +87,12 @@ def test_answers_of_a_streamed_model_equal_transformers(cluster):
     answers = transformers_answers(MODEL)
     check_tokens_over_grpc(cluster.grpc, "demo-dense", answers)
     check_texts_over_http(cluster.http, "demo-dense", answers)
+
+
+def test_answers_of_a_streamed_mixture_equal_transformers(cluster):
+    answers = transformers_answers(MIXTURE)
+    check_tokens_over_grpc(cluster.grpc, "mixture", answers)
+    check_texts_over_http(cluster.http, "mixture", answers)
 
 
 def test_a_model_that_transformers_computes_answers_as_transformers_does(cluster):
@@ -101,14 +117,11 @@ def test_a_model_that_transformers_computes_answers_as_transformers_does(cluster
             client.embeddings.create(model="foreign", input="a")
 
 
-def test_the_store_is_where_the_file_says_and_status_knows_the_replica(cluster):
-    packed = cluster.log.parent / "packed"
-    assert len(list(packed.glob("*-1of1.weights"))) == 1
-    assert {replica["model"] for replica in cluster.replicas()} == {
-        "demo-dense",
-        "resident",
-        "foreign",
-    }
+def test_the_stores_are_where_the_file_says_and_status_knows_the_replicas(cluster):
+    for store in ("packed", "packed-mixture"):
+        assert len(list((cluster.log.parent / store).glob("*-1of1.weights"))) == 1
+    models = {replica["model"] for replica in cluster.replicas()}
+    assert models == {"demo-dense", "resident", "foreign", "mixture"}
     assert penstock("status", env=cluster.env).returncode == 0
 
 
@@ -149,5 +162,5 @@ def test_copied_text_is_drafted_and_counted(cluster):
         request = pb.GenerateRequest(model="demo-dense", text="import os\n" * 8, sampling=sampling)
         for _ in pb_grpc.PenstockStub(channel).Generate(request, timeout=60):
             pass
-    (streamed,) = (r for r in cluster.replicas() if r["model"] == "demo-dense")
+    (streamed,) = cluster.replicas("demo-dense")
     assert 0 < int(streamed["accepted_draft_tokens"]) <= int(streamed["draft_tokens"])

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from tests.e2e.conftest import (
+    CLUSTER,
     MIXTURE,
     MODEL,
     PENSTOCK,
@@ -66,7 +67,8 @@ def answer_of_transformers(prompt: str, num_tokens: int) -> str:
 
 
 def test_a_mixture_of_experts_answers_and_ctrl_c_leaves_nothing_running(tmp_path):
-    cluster = start_cluster(tmp_path, "ctrl-c", MIXTURE)
+    one = CLUSTER.replace("replicas: 2", "replicas: 1")
+    cluster = start_cluster(tmp_path, "ctrl-c", MIXTURE, one)
     answer = penstock("generate", "import os\n", "--temperature", "0", "--max-tokens", "24",
                       env=cluster.env)  # fmt: skip
     assert answer.returncode == 0, answer.stderr
