@@ -55,6 +55,8 @@ class SamplingParams:
     logprobs: int | None = None
     """None: no logprobs. k >= 0: the chosen token's logprob and the k most likely ones."""
     prompt_logprobs: int | None = None
+    grammar: str = ""
+    """What the output has to match, in llguidance's form; empty: anything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

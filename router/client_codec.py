@@ -6,6 +6,7 @@ The inverse of `router/grpc/codec.py`; nothing here talks to the network.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -63,7 +64,19 @@ def sampling_message(fields: Mapping[str, Any]) -> pb.SamplingOptions:
     given = {name: value for name, value in fields.items() if value is not None}
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
+    if isinstance(output := given.get("structured_output"), Mapping):
+        given["structured_output"] = _structured_output(output)
     return pb.SamplingOptions(**given)
+
+
+def _structured_output(fields: Mapping[str, Any]) -> pb.StructuredOutput:
+    """From `json_schema` (a dict or its JSON), `regex`, `choices` (a list) or `lark`."""
+    forms = dict(fields)
+    if isinstance(forms.get("json_schema"), Mapping):
+        forms["json_schema"] = json.dumps(forms["json_schema"])
+    if "choices" in forms:
+        forms["choices"] = pb.Choices(texts=forms["choices"])
+    return pb.StructuredOutput(**forms)
 
 
 def generate_message(

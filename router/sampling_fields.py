@@ -16,6 +16,7 @@ from cluster.base.errors import InvalidRequestError
 from cluster.base.plan import LimitsPlan
 from router import field_checks as check
 from router.served_model import ServedModel
+from router.structured_output import output_grammar
 
 INT32_MAX = 2**31 - 1
 MAX_STOP_BYTES = 256
@@ -45,6 +46,7 @@ FIELDS = frozenset(
         "logprobs",
         "prompt_logprobs",
         "skip_special_tokens",
+        "structured_output",
     }
 )
 
@@ -91,10 +93,19 @@ def check_sampling(
         "logit_bias": _logit_bias(given.get("logit_bias", {}), model, limits),
         "stop_token_ids": _stop_token_ids(given.get("stop_token_ids", ()), model),
         "ignore_eos": check.boolean("ignore_eos", given.get("ignore_eos", False)),
+        "grammar": output_grammar(given.get("structured_output"), model),
     }
+    _check_end(params)
     return SamplingFields(
         params=params, max_tokens=max_tokens, text=_text_options(given, limits, params)
     )
+
+
+def _check_end(params: Mapping[str, Any]) -> None:
+    """A grammar says where the output ends, by an end token."""
+    for name in ("ignore_eos", "min_tokens"):
+        if params["grammar"] and params[name]:
+            raise check.bad_field(name, "contradicts a structured output", "Leave one out.")
 
 
 def _unknown_field(name: object) -> InvalidRequestError:

@@ -17,7 +17,7 @@ from offload.zero3.model import HookedWeights, Zero3Model
 from offload.zero3.start_check import NUM_TOKENS, check_model
 from replicas.kernels.memory import HugePages
 from replicas.models.context import torch_dtype
-from replicas.worker.assembly import OnLoaded, RankSpec, RunnerFactory
+from replicas.worker.assembly import OnLoaded, RankSpec, RunnerFactory, checkpoint_grammars
 from replicas.worker.device import out_of_memory_as_error
 from replicas.worker.model_runner import ModelRunner
 
@@ -59,6 +59,7 @@ def zero3_runner(plan: Zero3Plan, cache_dir: Path | None = None) -> RunnerFactor
             max_context=spec.max_context,
             is_output_rank=True,
             clock=time.perf_counter,
+            grammars=checkpoint_grammars(spec.model_path, model.arch.vocab_size),
         )
 
     return make

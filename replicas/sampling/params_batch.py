@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ import numpy.typing as npt
 from replicas.api import SamplingParams
 from replicas.sampling.ragged import IntArray, ragged_ranges
 from replicas.sampling.random import Float64Array, fold_seed, uniform
+
+if TYPE_CHECKING:
+    from replicas.sampling.grammars import Grammars
 
 _OFF = -1
 _COLUMNS = np.dtype(
@@ -31,6 +34,7 @@ _COLUMNS = np.dtype(
         ("no_repeat_ngram_size", np.int64),
         ("min_tokens", np.int64),
         ("has_logit_bias", np.bool_),
+        ("has_grammar", np.bool_),
         ("seed", np.uint64),
         ("choice_index", np.uint64),
         ("logprobs", np.int64),
@@ -77,6 +81,7 @@ class ParamsTable:
             params.no_repeat_ngram_size,
             params.min_tokens if ending_ids else 0,
             bool(params.logit_bias),
+            bool(params.grammar),
             fold_seed(params.seed),
             choice_index,
             _OFF if params.logprobs is None else params.logprobs,
@@ -97,7 +102,7 @@ class ParamsTable:
 
     def defers(self, slots_R: IntArray) -> bool:
         """Whether all of these rows can be sampled without the tokens before and without a look at
-        the result: no penalties on the history, no logprobs."""
+        the result: no penalties on the history, no grammar, no logprobs."""
         return bool(self._columns["defers"][slots_R].all())
 
     def prompt_logprobs(self, slots_R: IntArray) -> IntArray:
@@ -116,12 +121,14 @@ class ParamsTable:
         num_prompt_R: IntArray,
         num_tokens_R: IntArray,
         token_ids_SC: npt.NDArray[np.int32],
+        grammars: Grammars | None = None,
     ) -> ParamsBatch:
         """The batch of the given slots.
 
         Args:
             num_tokens_R: prompt + output tokens so far, which is the position to sample for.
             token_ids_SC: token ids by slot and position; referenced, not copied.
+            grammars: of the slots that are bound to one.
         """
         return ParamsBatch(
             columns_R=self._columns[slots_R],
@@ -131,6 +138,7 @@ class ParamsTable:
             token_ids_SC=token_ids_SC,
             logit_bias=self._logit_bias,
             min_token_ids=self._min_token_ids,
+            grammars=grammars,
         )
 
 
@@ -148,6 +156,7 @@ class ParamsBatch:
     token_ids_SC: npt.NDArray[np.int32]
     logit_bias: Mapping[int, BiasEntry]
     min_token_ids: Mapping[int, IntArray]
+    grammars: Grammars | None
 
     def __len__(self) -> int:
         return len(self.slots_R)
@@ -187,6 +196,7 @@ class ParamsBatch:
             token_ids_SC=self.token_ids_SC,
             logit_bias=self.logit_bias,
             min_token_ids=self.min_token_ids,
+            grammars=self.grammars,
         )
 
     def history(self, rows: IntArray, *, with_prompt: bool) -> tuple[IntArray, IntArray]:
@@ -200,6 +210,11 @@ class ParamsBatch:
     def tokens_of(self, row: int) -> npt.NDArray[np.int32]:
         """Prompt + output of one row."""
         return self.token_ids_SC[self.slots_R[row], : self.num_tokens_R[row]]
+
+    def output_of(self, row: int) -> list[int]:
+        """Output so far of one row."""
+        output: list[int] = self.tokens_of(row)[self.num_prompt_R[row] :].tolist()
+        return output
 
     def uniforms(self, rows: IntArray) -> Float64Array:
         """The random number of each row's next token, in [0, 1)."""
@@ -217,6 +232,7 @@ def _defers(params: SamplingParams) -> bool:
         and not params.no_repeat_ngram_size
         and params.logprobs is None
         and params.prompt_logprobs is None
+        and not params.grammar
     )
 
 
@@ -228,5 +244,6 @@ def _is_plain_greedy(params: SamplingParams) -> bool:
         and not params.no_repeat_ngram_size
         and not params.min_tokens
         and not params.logit_bias
+        and not params.grammar
         and params.logprobs is None
     )

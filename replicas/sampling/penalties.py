@@ -1,9 +1,9 @@
 """Changes to logits that depend on a request's own tokens and bias, before temperature.
 
-Order: repetition, presence + frequency, logit bias, no-repeat n-grams, minimum length. Everything
-is computed from the token history at hand, so there are no counts to lose in a preemption or a
-migration. Only the logits of tokens concerned are touched, never a dense (R, V) pass; raw logits
-are never written (they are still needed for logprobs).
+Order: repetition, presence + frequency, logit bias, no-repeat n-grams, minimum length, grammar.
+Everything is computed from the token history at hand, so there are no counts to lose in a
+preemption or a migration. Only the logits of tokens concerned are touched, never a dense (R, V)
+pass; raw logits are never written (they are still needed for logprobs).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def apply_penalties(logits_RV: torch.Tensor, batch: ParamsBatch) -> torch.Tensor
     ngram = batch.where(batch.column("no_repeat_ngram_size") != 0)
     num_output_R = batch.num_tokens_R - batch.num_prompt_R
     too_short = batch.where(num_output_R < batch.column("min_tokens"))
-    if not any(rows.size for rows in (repetition, counting, biased, ngram, too_short)):
+    bound = batch.where(batch.column("has_grammar"))
+    if not any(rows.size for rows in (repetition, counting, biased, ngram, too_short, bound)):
         return logits_RV
     out_RV = logits_RV.clone()
     if repetition.size:
@@ -44,6 +45,8 @@ def apply_penalties(logits_RV: torch.Tensor, batch: ParamsBatch) -> torch.Tensor
         _mask(out_RV, ngram, banned)
     if too_short.size:
         _mask(out_RV, too_short, [batch.min_token_ids[int(s)] for s in batch.slots_R[too_short]])
+    for row in bound.tolist():
+        _keep_to_grammar(out_RV, batch, row)
     return out_RV
 
 
@@ -82,6 +85,14 @@ def _add_bias(out_RV: torch.Tensor, batch: ParamsBatch, rows: IntArray) -> None:
     )
     values = _on(np.concatenate([values for _, values in entries]), out_RV)
     out_RV.index_put_(index, values, accumulate=True)
+
+
+def _keep_to_grammar(out_RV: torch.Tensor, batch: ParamsBatch, row: int) -> None:
+    allowed_V = None
+    if batch.grammars is not None:
+        allowed_V = batch.grammars.allowed(int(batch.slots_R[row]), batch.output_of(row))
+    if allowed_V is not None:
+        out_RV[row].masked_fill_(_on(~allowed_V, out_RV), -torch.inf)
 
 
 def _repeating_tokens(batch: ParamsBatch, row: int) -> IntArray:

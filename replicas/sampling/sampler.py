@@ -25,7 +25,9 @@ from replicas.sampling.ragged import IntArray
 from replicas.sampling.row_groups import row_groups
 
 NOT_FINITE = "The model produced logits that are not finite (NaN or infinity)."
-NOTHING_LEFT = "Bias, penalties and minimum length of the request exclude every token."
+NOTHING_LEFT = (
+    "Bias, penalties, minimum length and structured output of the request exclude every token."
+)
 _REASONS = {-1: NOT_FINITE, -2: NOTHING_LEFT}
 """What stands in the place of a token that could not be sampled."""
 

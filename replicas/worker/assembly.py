@@ -20,6 +20,8 @@ from replicas.models.context import torch_dtype
 from replicas.models.decoder import DecoderModel, LayeredModel
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.registry import build_model
+from replicas.sampling.grammars import Grammars
+from replicas.text.tokenizer_files import read_tokenizer_files
 from replicas.worker.decode_graphs import GraphedModel, GraphLimits
 from replicas.worker.device import GraphRecorder, async_device
 from replicas.worker.kv_tensors import KvCacheSpec, allocate_kv_caches
@@ -145,7 +147,13 @@ def build_runner(  # noqa: PLR0913 - where a rank is put together
         is_output_rank=communicator.rank == 0,
         clock=time.perf_counter,
         device=async_device(device),
+        grammars=checkpoint_grammars(spec.model_path, arch.vocab_size),
     )
+
+
+def checkpoint_grammars(model_path: str, vocab_size: int) -> Grammars:
+    """Grammars over a checkpoint's tokenizer, which is read when the first request has one."""
+    return Grammars(lambda: read_tokenizer_files(model_path).backend_json, vocab_size)
 
 
 def _with_graphs(

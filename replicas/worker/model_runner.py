@@ -17,6 +17,7 @@ elsewhere `launch` does everything.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -40,6 +41,9 @@ from replicas.worker.request_rows import RequestRows
 from replicas.worker.row_sampling import RowSampling
 from replicas.worker.step_answers import StepAnswers
 
+if TYPE_CHECKING:
+    from replicas.sampling.grammars import Grammars
+
 SayDone = Callable[[], None]
 
 
@@ -55,6 +59,7 @@ class ModelRunner:
         is_output_rank: whether this rank answers.
         clock: seconds, monotonic.
         device: of the caches, where it computes while the host goes on; None: it does not.
+        grammars: what outputs are bound to; None refuses requests that are.
     """
 
     def __init__(  # noqa: PLR0913 - where a rank is put together
@@ -68,6 +73,7 @@ class ModelRunner:
         is_output_rank: bool,
         clock: Callable[[], float],
         device: AsyncDevice | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self._model = model
         self._weights = weights
@@ -79,6 +85,7 @@ class ModelRunner:
         self._clock = clock
         self._ended: Mark | None = None
         self._max_context = max_context
+        self._grammars = grammars
         self.forget_rows()
 
     def forget_rows(self) -> None:
@@ -88,10 +95,13 @@ class ModelRunner:
         self._prompts = PromptOutputs(
             self._model, self._weights, is_output_rank=self._is_output_rank
         )
+        if self._grammars is not None:
+            self._grammars.clear_all()
         self._rows = RequestRows(
             vocab_size=self._model.arch.vocab_size,
             max_context=self._max_context,
             block_size=self._block_size,
+            grammars=self._grammars,
             wants_logprobs=self._is_output_rank,
         )
         self._sampling = RowSampling(

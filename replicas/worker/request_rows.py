@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from cluster.base.errors import InternalError
+from cluster.base.errors import InternalError, PenstockError
 from replicas.api import Pooling, SamplingParams
 from replicas.engine.scheduler_output import NewRequest, SchedulerOutput
 from replicas.sampling.params_batch import ParamsBatch, ParamsTable
 from replicas.sampling.ragged import IntArray
 from replicas.worker.pending_step import UNKNOWN, PendingTokens
 from replicas.worker.row_faults import RowFaults
+
+if TYPE_CHECKING:
+    from replicas.sampling.grammars import Grammars
 
 IntT = TypeVar("IntT", bound=np.signedinteger)
 
@@ -37,11 +40,18 @@ class RequestRows:
         vocab_size: token ids at or above it make a row faulty, see `RowFaults`.
         max_context: most tokens a request may ever hold.
         block_size: tokens per KV block.
+        grammars: what rows' outputs are bound to; None refuses requests with one.
         wants_logprobs: whether logprobs of sampled tokens are of use on this rank.
     """
 
     def __init__(
-        self, *, vocab_size: int, max_context: int, block_size: int, wants_logprobs: bool = True
+        self,
+        *,
+        vocab_size: int,
+        max_context: int,
+        block_size: int,
+        grammars: Grammars | None = None,
+        wants_logprobs: bool = True,
     ) -> None:
         self._vocab_size = vocab_size
         self._wants_logprobs = wants_logprobs
@@ -52,6 +62,7 @@ class RequestRows:
         self._faults = RowFaults()
         self._pooling: dict[int, Pooling] = {}
         self._params = ParamsTable(_FIRST_SLOTS)
+        self._grammars = grammars
         num_tokens = min(max_context, _FIRST_TOKENS)
         self.token_ids_SC = np.zeros((_FIRST_SLOTS, num_tokens), np.int32)
         self.block_tables_SN = np.zeros((_FIRST_SLOTS, -(-num_tokens // block_size)), np.int32)
@@ -160,6 +171,7 @@ class RequestRows:
             num_prompt_R=self.num_prompt_S[slots_R],
             num_tokens_R=num_tokens_R,
             token_ids_SC=self.token_ids_SC,
+            grammars=self._grammars,
         )
 
     def _slot(self, key: int) -> int:
@@ -176,21 +188,32 @@ class RequestRows:
         slot = self._free_slots.pop()
         self._slot_of[request.key] = slot
         self.num_prompt_S[slot] = request.num_prompt_tokens
-        error = self._fault(request)
-        params = request.params
-        if error:
+        if error := self._fault(request) or self._bind(slot, request):
             # The row takes part in the step all the same (its blocks are scheduled), as a
             # harmless stand-in: its tokens become 0 where they are out of range.
             self._faults.note(request.key, error)
-            params = SamplingParams(temperature=0.0)
+            self._params.put(slot, SamplingParams(temperature=0.0), request.choice_index, ())
+        if request.pooling is not None:
+            self._pooling[request.key] = request.pooling
+        self._append_tokens(slot, request.token_ids)
+
+    def _bind(self, slot: int, request: NewRequest) -> str:
+        """Note how the row is sampled; why it cannot be, or nothing."""
+        params = request.params
         ending_ids = (*request.eos_token_ids, *params.stop_token_ids)
         ending_ids = tuple(t for t in dict.fromkeys(ending_ids) if 0 <= t < self._vocab_size)
         if not self._wants_logprobs and params.logprobs is not None:
             params = dataclasses.replace(params, logprobs=None)
         self._params.put(slot, params, request.choice_index, ending_ids)
-        if request.pooling is not None:
-            self._pooling[request.key] = request.pooling
-        self._append_tokens(slot, request.token_ids)
+        if not params.grammar:
+            return ""
+        if self._grammars is None:
+            return "grammar: this rank has no tokenizer."
+        try:
+            self._grammars.put(slot, params.grammar, request.eos_token_ids)
+        except (ValueError, PenstockError) as error:
+            return f"grammar: {error}"
+        return ""
 
     def _fault(self, request: NewRequest) -> str:
         """Token ids are range-checked at the front; here they would reach memory."""
@@ -209,6 +232,8 @@ class RequestRows:
         self._faults.forget(key)
         self._pooling.pop(key, None)
         self._params.clear(slot)
+        if self._grammars is not None:
+            self._grammars.clear(slot)
         self.block_tables_SN[slot, : self.num_blocks_S[slot]] = 0
         self.num_tokens_S[slot] = self.num_prompt_S[slot] = self.num_blocks_S[slot] = 0
         self._free_slots.append(slot)

@@ -82,9 +82,19 @@ def sampling_fields(message: pb.SamplingOptions) -> dict[str, Any]:
             fields[descriptor.name] = dict(value)
         elif descriptor.name in ("stop", "stop_token_ids"):
             fields[descriptor.name] = list(value)
+        elif descriptor.name == "structured_output":
+            fields[descriptor.name] = _structured_output(value)
         else:
             fields[descriptor.name] = value
     return fields
+
+
+def _structured_output(message: pb.StructuredOutput) -> dict[str, Any]:
+    """The one form that was set."""
+    kind = message.WhichOneof("format")
+    if kind is None:
+        return {}
+    return {kind: list(message.choices.texts) if kind == "choices" else getattr(message, kind)}
 
 
 def text_or_ids(

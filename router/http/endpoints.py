@@ -34,6 +34,7 @@ from router.http.json_text import json_bytes
 from router.http.limits import HttpLimits
 from router.http.piece_source import PieceSource, start_generations
 from router.http.request_head import request_id_of
+from router.http.response_format import output_names
 from router.http.wire_fields import DETOKENIZE_FIELDS, chat_names, check_fields, names_on_the_wire
 
 _ShapeMaker = Callable[[Generation, ShapeOptions], AnswerShape]
@@ -58,13 +59,14 @@ class Endpoints:
         """POST /v1/completions."""
         body = await self._body(request)
         job = completion_job(body, self._limits, request_id_of(request.scope), _peer(request))
-        return await self._generate(request, job, CompletionShape, {})
+        return await self._generate(request, job, CompletionShape, output_names(body))
 
     async def chat(self, request: Request) -> ASGIApp:
         """POST /v1/chat/completions."""
         body = await self._body(request)
         job = chat_job(body, request_id_of(request.scope), _peer(request))
-        return await self._generate(request, job, ChatShape, chat_names(body))
+        names = chat_names(body) | output_names(body)
+        return await self._generate(request, job, ChatShape, names)
 
     async def embeddings(self, request: Request) -> ASGIApp:
         """POST /v1/embeddings."""

@@ -14,6 +14,7 @@ from cluster.base.plan import LimitsPlan
 from router import field_checks as check
 from router.api import GenerationInput, TextOrIds
 from router.http.chat_messages import chat_turns
+from router.http.response_format import structured_output
 from router.http.wire_fields import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
@@ -128,6 +129,7 @@ def _job(
 
 def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
     sampling = {inner: body.get(wire) for wire, inner in SAMPLING_FIELDS.items()}
+    sampling["structured_output"] = structured_output(body)
     # OpenAI-compatible servers take -1 for "off" too.
     if sampling["top_k"] == -1 and type(sampling["top_k"]) is int:
         sampling["top_k"] = 0

@@ -40,7 +40,11 @@ SAMPLING_FIELDS: Mapping[str, str] = {
 } | {"include_stop_str_in_output": "include_stop_in_output"}
 """Name on the wire -> name in `GenerationInput.sampling`."""
 
-_GENERATION = (*SAMPLING_FIELDS, "model", "stream", "stream_options", "user", "priority", "timeout")
+_GENERATION = (
+    *SAMPLING_FIELDS,
+    *("model", "stream", "stream_options", "user", "priority", "timeout"),
+    *("response_format", "structured_outputs"),
+)
 COMPLETION_FIELDS = frozenset({*_GENERATION, "prompt", "logprobs", "echo", "best_of"})
 CHAT_FIELDS = frozenset(
     {*_GENERATION, "messages", "logprobs", "top_logprobs", "max_completion_tokens"}
@@ -67,7 +71,6 @@ NOT_OFFERED: Mapping[str, tuple[Any, ...]] = {
     "prompt_cache_key": (),
     "prompt_embeds": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "safety_identifier": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -112,7 +115,7 @@ def unknown_field(name: str, allowed: frozenset[str], prefix: str = "") -> Inval
 
 
 def chat_names(body: Mapping[str, Any]) -> dict[str, str]:
-    """How errors name a chat body's fields: as the client wrote them."""
+    """How errors name a chat body's own fields: as the client wrote them."""
     newer = body.get("max_completion_tokens") is not None
     return {"logprobs": "top_logprobs"} | ({"max_tokens": "max_completion_tokens"} if newer else {})
 

@@ -6,6 +6,7 @@ The oracle is `transformers` on the same checkpoint in fp32.
 import concurrent.futures
 import json
 import os
+import re
 import signal
 import time
 
@@ -213,6 +214,32 @@ def test_leaving_frees_every_block(cluster, stub, way):
         ),
         5.0,
     )
+
+
+def test_an_answer_has_the_form_it_was_asked_for_on_both_fronts(stub, client):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 8}, "kind": {"enum": ["a", "b"]}},
+        "required": ["name", "kind"],
+        "additionalProperties": False,
+    }
+    wish = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}}
+    answer = client.chat.completions.create(
+        model="demo-dense",
+        messages=[{"role": "user", "content": "Name a thing."}],
+        response_format=wish,
+        max_tokens=100,
+        seed=5,
+        n=3,
+    )
+    ended = [each.message.content for each in answer.choices if each.finish_reason == "stop"]
+    assert ended
+    for text in ended:
+        assert list(json.loads(text)) == ["name", "kind"]
+    call = request("x = ", ignore_eos=False)
+    call.sampling.structured_output.regex = "[0-9]{3}-[0-9]{2}"
+    text = "".join(piece.text for piece in stub.Generate(call, timeout=60))
+    assert re.fullmatch("[0-9]{3}-[0-9]{2}", text)
 
 
 def test_errors_carry_code_cause_remedy_and_request_id_on_both_fronts(stub, client):

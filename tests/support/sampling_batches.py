@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from replicas.api import SamplingParams
+from replicas.sampling.grammars import Grammars
 from replicas.sampling.params_batch import ParamsBatch, ParamsTable
 
 
@@ -22,7 +23,7 @@ class RowCase:
     eos_token_ids: tuple[int, ...] = ()
 
 
-def batch_of(cases: Sequence[RowCase]) -> ParamsBatch:
+def batch_of(cases: Sequence[RowCase], grammars: Grammars | None = None) -> ParamsBatch:
     """Slots are handed out in reverse, so that a slot is never mistaken for a batch row."""
     table = ParamsTable(len(cases) + 2)
     longest = max((len(case.prompt) + len(case.output) for case in cases), default=1)
@@ -40,4 +41,5 @@ def batch_of(cases: Sequence[RowCase]) -> ParamsBatch:
         num_prompt_R=num_prompt,
         num_tokens_R=num_prompt + num_output,
         token_ids_SC=token_ids,
+        grammars=grammars,
     )

@@ -165,7 +165,7 @@ BAD_CHATS = [
     {"messages": [{"role": "user", "content": "\udfff"}]},
     {"tools": [{"type": "function", "function": {"name": "f"}}]},
     {"tool_choice": "required"},
-    {"response_format": {"type": "json_object"}},
+    {"response_format": {"type": "yaml"}},
     {"response_format": "json"},
     {"functions": [{}]},
     {"chat_template_kwargs": {"a": 1}},

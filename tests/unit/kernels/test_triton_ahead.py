@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from cluster.base.env import default_cache_dir
+
 pytest.importorskip("triton", reason="Triton's kernels need triton (part of the dev extra)")
 
 ROOT = Path(__file__).parents[3]
@@ -25,11 +27,12 @@ SPILLED_BYTES = 512
 
 @pytest.fixture(scope="module", params=list(SHARED_BYTES))
 def launches(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
 ) -> tuple[int, list[dict[str, Any]]]:
     """The architecture, and all launches compiled for it."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    # What has been compiled before is looked at again, not compiled again.
+    environment["TRITON_CACHE_DIR"] = str(default_cache_dir() / "triton")
     run = subprocess.run(
         [sys.executable, "-m", "tests.support.triton_ahead", str(request.param)],
         cwd=ROOT,
