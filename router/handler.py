@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from cluster.base.ids import is_client_id
 from cluster.base.plan import LimitsPlan
 from router import field_checks as check
+from router import prompt_checks
 from router.admission import Admission
 from router.api import (
     ChatTurn,
@@ -153,7 +154,7 @@ class GatewayHandler:
         """Token ids and their printable forms."""
         served = self._validator.model(model)
         if messages is not None:
-            prompt = Prompt(messages=self._validator.messages(messages))
+            prompt = Prompt(messages=prompt_checks.messages(messages))
         else:
             prompt = Prompt(text=check.text("text", text))
         special = check.boolean("add_special_tokens", add_special_tokens)
@@ -164,7 +165,7 @@ class GatewayHandler:
     async def detokenize(self, model: object, token_ids: object, skip_special: bool) -> str:
         """Text of token ids."""
         served = self._validator.model(model)
-        ids = self._validator.token_ids("token_ids", token_ids, served, MAX_DETOKENIZE_IDS)
+        ids = prompt_checks.token_ids("token_ids", token_ids, served, MAX_DETOKENIZE_IDS)
         skip = check.boolean("skip_special_tokens", skip_special)
         with fault_boundary("detokenize"):
             return served.tokenizer.decode(ids, skip_special_tokens=skip)

@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import Sequence
 
 from router.checked_requests import Prompt
+from router.prompt_checks import too_long
 from router.served_model import ServedModel
-from router.validate import too_long
 
 INLINE_CHARS = 16_384
 """Longer prompts are tokenised in a thread (a short one takes less time than the hand-over)."""

@@ -11,29 +11,23 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 
 from cluster.base.errors import (
-    ContextTooLongError,
     InvalidRequestError,
-    PenstockError,
     UnknownModelError,
 )
 from cluster.base.ids import is_client_id, new_request_id
 from cluster.base.plan import LimitsPlan
 from replicas.api import GenerationRequest, Pooling, SamplingParams
 from router import field_checks as check
-from router.api import ChatTurn, EmbedInput, GenerationInput, ScoreInput, TextOrIds
+from router import prompt_checks as prompts
+from router.api import EmbedInput, GenerationInput, ScoreInput
 from router.checked_requests import CheckedEmbed, CheckedGeneration, CheckedScore, Prompt
 from router.sampling_fields import INT32_MAX, check_sampling
 from router.served_model import ServedModel
 
 DEFAULT_COMPLETION_TOKENS = 16
 """What OpenAI's completions generate when max_tokens is unset."""
-MAX_MESSAGES = 1024
-MAX_NAME_BYTES = 256
 MAX_TIMEOUT_S = 86_400.0
 MAX_DIMENSIONS = 1 << 20
-
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""Accepted roles and what templates know them as ("developer" is OpenAI's newer "system")."""
 
 
 class Validator:
@@ -87,7 +81,7 @@ class Validator:
         return CheckedGeneration(
             request_id=request_id_or_new(raw.request_id),
             model=model,
-            prompt=self._generation_prompt(raw, model),
+            prompt=prompts.generation_prompt(raw, model),
             sampling=sampling,
             priority=check.integer("priority", raw.priority, -INT32_MAX - 1, INT32_MAX),
             echo=echo,
@@ -116,7 +110,7 @@ class Validator:
         return CheckedEmbed(
             request_id=request_id_or_new(raw.request_id),
             model=model,
-            inputs=self._inputs("inputs", raw.inputs, model),
+            inputs=self._prompts("inputs", raw.inputs, model),
             pooling=pooling,
             normalize=check.boolean("normalize", raw.normalize),
             dimensions=check.integer("dimensions", raw.dimensions, 0, MAX_DIMENSIONS),
@@ -129,28 +123,10 @@ class Validator:
         return CheckedScore(
             request_id=request_id_or_new(raw.request_id),
             model=model,
-            prompt=self._text_or_ids("prompt", raw.prompt, model),
-            continuations=self._inputs("continuations", raw.continuations, model),
+            prompt=prompts.text_or_ids("prompt", raw.prompt, model),
+            continuations=self._prompts("continuations", raw.continuations, model),
             timeout_s=self.timeout_s(raw.timeout_s),
         )
-
-    def messages(self, raw: object) -> tuple[ChatTurn, ...]:
-        """Check a conversation."""
-        entries = check.items("messages", raw, MAX_MESSAGES)
-        if not entries:
-            raise check.bad_field("messages", "must not be empty")
-        return tuple(_turn(f"messages[{at}]", entry) for at, entry in enumerate(entries))
-
-    def token_ids(
-        self, param: str, raw: object, model: ServedModel, limit: int | None = None
-    ) -> tuple[int, ...]:
-        """Check a list of ids of the model; by default as many as the context holds."""
-        if limit is None:
-            model = model.longest
-            limit = model.max_tokens_per_choice
-            if isinstance(raw, Sequence) and not isinstance(raw, str) and len(raw) > limit:
-                raise too_long(model, len(raw), 0, param)
-        return check.token_ids(param, raw, vocab_size=model.plan.vocab_size, limit=limit)
 
     def build_generation(
         self, checked: CheckedGeneration, prompt_ids: Sequence[int]
@@ -165,7 +141,7 @@ class Validator:
         params = dict(checked.sampling.params)
         max_tokens = self._max_tokens(checked, room)
         if max_tokens > room:
-            raise too_long(checked.model, len(prompt_ids), max_tokens, "max_tokens")
+            raise prompts.too_long(checked.model, len(prompt_ids), max_tokens, "max_tokens")
         if params["min_tokens"] > max_tokens:
             raise check.bad_field("min_tokens", f"must be at most max_tokens ({max_tokens})")
         if params["seed"] is None:
@@ -176,6 +152,9 @@ class Validator:
             params=SamplingParams(max_tokens=max_tokens, **params),
             priority=checked.priority,
         )
+
+    def _prompts(self, param: str, raw: object, model: ServedModel) -> tuple[Prompt, ...]:
+        return prompts.prompts(param, raw, model, self._limits.max_prompts_per_request)
 
     def least_tokens(self, checked: CheckedGeneration, prompt_ids: Sequence[int]) -> int:
         """Tokens that a place for the request must hold: with the output that was asked for, or
@@ -198,7 +177,7 @@ class Validator:
             )
         room = model.max_tokens_per_choice - len(prompt_ids)
         if room < 0:
-            raise too_long(model, len(prompt_ids), 0, param)
+            raise prompts.too_long(model, len(prompt_ids), 0, param)
         return room
 
     def _max_tokens(self, checked: CheckedGeneration, room: int) -> int:
@@ -210,35 +189,6 @@ class Validator:
             wanted = room if checked.prompt.messages is not None else DEFAULT_COMPLETION_TOKENS
         # At least 1: a prompt that fills the context is refused rather than answered with nothing.
         return max(1, min(wanted, room))
-
-    def _generation_prompt(self, raw: GenerationInput, model: ServedModel) -> Prompt:
-        given = [raw.text is not None, raw.token_ids is not None, raw.messages is not None]
-        if sum(given) != 1:
-            raise check.bad_field("prompt", "must be given exactly once, as text or token ids")
-        if raw.messages is not None:
-            return Prompt(messages=self.messages(raw.messages))
-        return self._text_or_ids("prompt", TextOrIds(text=raw.text, token_ids=raw.token_ids), model)
-
-    def _inputs(self, param: str, raw: object, model: ServedModel) -> tuple[Prompt, ...]:
-        entries = check.items(param, raw, self._limits.max_prompts_per_request)
-        if not entries:
-            raise check.bad_field(param, "must not be empty")
-        return tuple(
-            self._text_or_ids(f"{param}[{at}]", entry, model) for at, entry in enumerate(entries)
-        )
-
-    def _text_or_ids(self, param: str, raw: object, model: ServedModel) -> Prompt:
-        if not isinstance(raw, TextOrIds) or (raw.text is None) == (raw.token_ids is None):
-            raise check.bad_field(param, "must be given exactly once, as text or token ids")
-        if raw.text is not None:
-            text = check.text(param, raw.text)
-            if not text:
-                raise check.bad_field(param, "must not be empty")
-            return Prompt(text=text)
-        ids = self.token_ids(param, raw.token_ids, model)
-        if not ids:
-            raise check.bad_field(param, "must not be empty")
-        return Prompt(token_ids=ids)
 
 
 def request_id_or_new(raw: object) -> str:
@@ -258,35 +208,5 @@ def request_id_or_new(raw: object) -> str:
     )
 
 
-def _turn(param: str, raw: object) -> ChatTurn:
-    if not isinstance(raw, ChatTurn):
-        raise check.bad_field(param, "must be a message with role and content")
-    role = _ROLES.get(raw.role) if isinstance(raw.role, str) else None
-    if role is None:
-        raise InvalidRequestError(
-            f"{param}.role must be one of {', '.join(_ROLES)}, not '{check.shown(raw.role)}'.",
-            param=f"{param}.role",
-        )
-    return ChatTurn(
-        role=role,
-        content=check.text(f"{param}.content", raw.content),
-        name=check.text(f"{param}.name", raw.name, max_bytes=MAX_NAME_BYTES),
-    )
-
-
 def _prompt_param(prompt: Prompt) -> str:
     return "messages" if prompt.messages is not None else "prompt"
-
-
-def too_long(
-    model: ServedModel, num_prompt_tokens: int | str, max_tokens: int, param: str
-) -> PenstockError:
-    """The error for a prompt (and output) that does not fit, with the numbers."""
-    limit = model.max_tokens_per_choice
-    asked = f" plus max_tokens {max_tokens}" if max_tokens else ""
-    return ContextTooLongError(
-        f"The prompt's {num_prompt_tokens} tokens{asked} exceed the {limit} tokens that "
-        f"{model.plan.name!r} holds per request.",
-        "Shorten the prompt or lower max_tokens.",
-        param=param,
-    )

@@ -32,8 +32,10 @@ from router.api import (
     TopToken,
     Usage,
 )
+from router.checked_requests import Prompt
+from router.prompt_checks import token_ids as token_ids_of
 from router.served_model import ServedModel
-from router.validate import Prompt, Validator
+from router.validate import Validator
 
 SCRIPT = ("Hello", " w\u00f6rld", " \U0001f600", " line\u2028break", ' "quoted"\n', " end")
 MODEL = "tiny/model"
@@ -243,7 +245,7 @@ class ScriptedHandler:
 
     async def detokenize(self, model, token_ids, skip_special):
         served = self.validator.model(model)
-        ids = self.validator.token_ids("token_ids", token_ids, served)
+        ids = token_ids_of("token_ids", token_ids, served)
         return served.tokenizer.decode(ids, skip_special)
 
     def list_models(self):
