@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from google.protobuf.message import Message
 
+from cluster.base.errors import InvalidRequestError
 from replicas.api import FinishReason
 from router.api import (
     ChatTurn,
@@ -59,14 +61,18 @@ def sampling_message(fields: Mapping[str, Any]) -> pb.SamplingOptions:
     """Sampling keyword arguments as a message; None means unset.
 
     Raises:
-        TypeError, ValueError: a name is unknown or a value does not fit its type.
+        InvalidRequestError: a name is unknown or a value does not fit its type.
     """
     given = {name: value for name, value in fields.items() if value is not None}
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
     if isinstance(output := given.get("structured_output"), Mapping):
         given["structured_output"] = _structured_output(output)
-    return pb.SamplingOptions(**given)
+    message = pb.SamplingOptions()
+    for name, value in given.items():
+        with _refusals(name):
+            message.MergeFrom(pb.SamplingOptions(**{name: value}))
+    return message
 
 
 def _structured_output(fields: Mapping[str, Any]) -> pb.StructuredOutput:
@@ -76,7 +82,23 @@ def _structured_output(fields: Mapping[str, Any]) -> pb.StructuredOutput:
         forms["json_schema"] = json.dumps(forms["json_schema"])
     if "choices" in forms:
         forms["choices"] = pb.Choices(texts=forms["choices"])
-    return pb.StructuredOutput(**forms)
+    with _refusals("structured_output"):
+        return pb.StructuredOutput(**forms)
+
+
+@contextmanager
+def _refusals(param: str) -> Iterator[None]:
+    """Raise what the message type refuses as the error that the gateway would give.
+
+    Raises:
+        InvalidRequestError: naming `param`.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(
+            f"{param} cannot be sent: {error}.", "See the API reference.", param=param
+        ) from None
 
 
 def generate_message(
@@ -123,9 +145,11 @@ def turns(messages: Iterable[MessageLike]) -> list[pb.ChatMessage]:
 
 def prompt_fields(prompt: PromptLike) -> dict[str, Any]:
     """The oneof member for text or ids."""
-    if isinstance(prompt, str):
-        return {"text": prompt}
-    return {"token_ids": pb.TokenIds(ids=prompt)}
+    with _refusals("prompt"):
+        if isinstance(prompt, str):
+            prompt.encode()  # a lone surrogate is no text
+            return {"text": prompt}
+        return {"token_ids": pb.TokenIds(ids=prompt)}
 
 
 def inputs(prompts: Iterable[PromptLike]) -> list[pb.EmbedInput]:

@@ -10,12 +10,13 @@ import click
 
 from cluster.base.errors import UnavailableError
 from cluster.cli.console import console
+from cluster.cli.seconds import timeout_option
 from cluster.control import run_state
 
 
 @click.command()
 @click.argument("cluster", required=False)
-@click.option("--timeout", default=60.0, show_default=True, help="Seconds to wait for the end.")
+@timeout_option(60.0, "Seconds to wait for the end.")
 def down(cluster: str | None, timeout: float) -> None:
     """Take CLUSTER down (the only running one if not named) and wait until it is gone."""
     state = run_state.only(cluster)

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from cluster.cli.seconds import timeout_option
+
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 _FLAGS = (
@@ -25,7 +27,7 @@ _FLAGS = (
     click.option("--model", "-m", help="Model name; the only served one if not given."),
     click.option("--cluster", help="A cluster of this machine, by name."),
     click.option("--address", metavar="HOST:PORT", help="A gateway's gRPC address."),
-    click.option("--timeout", default=300.0, show_default=True, help="Seconds for a whole answer."),
+    timeout_option(300.0, "Seconds for a whole answer."),
 )
 _CONNECTION = frozenset({"model", "cluster", "address", "timeout"})
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from cluster.base.quantities import size_text
 from cluster.cli.console import console
+from cluster.cli.seconds import timeout_option
 from cluster.control.target import grpc_target
 from router.client import PenstockClient
 
@@ -22,7 +23,7 @@ _COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "faile
 @click.argument("cluster", required=False)
 @click.option("--address", metavar="HOST:PORT", help="A gateway's gRPC address.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (proto StatusResponse).")
-@click.option("--timeout", default=10.0, show_default=True, help="Seconds to wait for an answer.")
+@timeout_option(10.0, "Seconds to wait for an answer.")
 def status(cluster: str | None, address: str | None, as_json: bool, timeout: float) -> None:
     """Show what runs: CLUSTER on this machine, or whatever answers at --address."""
     with PenstockClient(grpc_target(address, cluster)) as client:
@@ -44,19 +45,16 @@ def status(cluster: str | None, address: str | None, as_json: bool, timeout: flo
 
 def _models(answer: dict[str, Any]) -> Table:
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for heading in ("MODEL", "FAMILY", "ENGINE", "READY", "CONTEXT", "SHARED"):
+    shares = any(int(model["shared_weight_bytes"]) for model in answer["models"])
+    for heading in ("MODEL", "FAMILY", "ENGINE", "READY", "CONTEXT", *(("SHARED",) * shares)):
         table.add_column(heading)
     for model in answer["models"]:
         ready = f"{model['ready_replicas']}/{model['replicas']}"
         colour = "green" if model["ready_replicas"] >= model["replicas"] else "yellow"
-        table.add_row(
-            model["name"],
-            model["family"],
-            model["engine"],
-            f"[{colour}]{ready}[/]",
-            str(model["max_context"]),
-            size_text(shared) if (shared := int(model["shared_weight_bytes"])) else "-",
-        )
+        shared = int(model["shared_weight_bytes"])
+        row = (model["name"], model["family"], model["engine"], f"[{colour}]{ready}[/]")
+        size = (size_text(shared) if shared else "-",) * shares
+        table.add_row(*row, str(model["max_context"]), *size)
     return table
 
 

@@ -14,6 +14,7 @@ from cluster.base.errors import UnavailableError
 from cluster.base.load import load_cluster_file
 from cluster.base.plan import ClusterPlan
 from cluster.cli.console import console, print_warning
+from cluster.cli.seconds import timeout_option
 from cluster.cli.up_display import UpDisplay
 from cluster.control import ray_runtime, run_state
 from cluster.control.ray_runtime import RayRuntime
@@ -29,7 +30,7 @@ from cluster.planner.plan_file import plan_file
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--address", metavar="ADDRESS", help="Join this Ray cluster (or 'auto').")
 @click.option("--detach", "-d", is_flag=True, help="Return when ready; end with `penstock down`.")
-@click.option("--timeout", default=600.0, show_default=True, help="Seconds start-up may take.")
+@timeout_option(600.0, "Seconds start-up may take.")
 def up(file: Path, address: str | None, detach: bool, timeout: float) -> None:
     """Run the cluster that FILE describes until Ctrl-C."""
     if detach:

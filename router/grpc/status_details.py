@@ -48,6 +48,19 @@ _BY_STATUS: tuple[tuple[grpc.StatusCode, type[PenstockError]], ...] = (
 )
 
 
+_WITHOUT_DETAILS: dict[grpc.StatusCode, tuple[str, str]] = {
+    grpc.StatusCode.DEADLINE_EXCEEDED: (
+        "There was no whole answer within the deadline of the call.",
+        "Allow more time, or ask for fewer tokens.",
+    ),
+    grpc.StatusCode.UNAVAILABLE: (
+        "No gateway answers: {}.",
+        "Check the address, and with `penstock status` that the cluster runs.",
+    ),
+}
+"""Cause and remedy of what the caller's own gRPC library noticed; `{}` is what it says."""
+
+
 def trailing_metadata(error: PenstockError, request_id: str) -> Metadata:
     """What goes out beside the status of a failed call."""
     metadata: list[tuple[str, str | bytes]] = [
@@ -103,7 +116,8 @@ def error_from_status(
                 return error
     for status, cls in _BY_STATUS:
         if status is code:
-            return cls(text or code.name)
+            cause, remedy = _WITHOUT_DETAILS.get(code, ("{}", ""))
+            return cls(cause.format(text.rstrip(".") or code.name), remedy)
     return InternalError(f"{code.name}: {text}")
 
 

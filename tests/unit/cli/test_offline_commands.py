@@ -184,3 +184,11 @@ def test_help_imports_no_command():
                           "if m.startswith('cluster.cli.') and m != 'cluster.cli.main'] + "
                           "[m for m in ('pydantic', 'rich') if m in sys.modules]")  # fmt: skip
     assert "HEAVY []" in _python(code, "--help").stdout
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "nan", "inf", "soon", "1e9"])
+@pytest.mark.parametrize("command", ["up x.yaml", "status", "generate x", "chat", "down"])
+def test_a_timeout_is_a_time_that_passes(command: str, value: str):
+    result = _run(*command.split(), "--timeout", value)
+    assert result.exit_code == 2
+    assert f"{value!r} is no number of seconds above 0" in result.stderr

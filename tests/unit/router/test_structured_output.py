@@ -39,7 +39,7 @@ def test_an_empty_message_is_refused(model):
 
 
 def test_the_client_refuses_a_form_it_does_not_know():
-    with pytest.raises(ValueError, match="yaml"):
+    with pytest.raises(InvalidRequestError, match="yaml"):
         sampling_message({"structured_output": {"yaml": "a: 1"}})
 
 
