@@ -30,9 +30,16 @@ from moe.exchange.exchanges import Exchanges
 from moe.exchange.link_costs import LinkCosts
 from moe.exchange.wire import WireFormat
 from moe.expert_slots import ExpertSlots
-from replicas.kernels.select import select_row_sums
+from replicas.kernels.select import select_row_work
 
-_LEAD_S = 0.03
+_LEAD_S = 0.06
+# Processors that have idled begin slowly and with empty caches: a layer took twice as long as one
+# of a model does, between whose exchanges processors work. So they are kept at work, as if they
+# went through weights, until all of them have to rest for a common start.
+_SWEPT_BYTES = 4 * 2**20
+_REST_S = 0.01
+# Often enough for the lead, seldom enough not to take processors from ranks that are still at work.
+_POLL_S = 0.01
 _SETTLE_S = 0.12
 _PATIENCE_S = 60.0
 
@@ -45,6 +52,7 @@ class Conductor:
             self._memory = mmap.mmap(file.fileno(), 8 * (1 + 2 * size))
         self._rank, self._size = rank, size
         self._turn = 0.0
+        self._weights = torch.ones(_SWEPT_BYTES // 4)
 
     def meet(self) -> None:
         """Return when all ranks are here; rank 0 leads."""
@@ -59,6 +67,8 @@ class Conductor:
             self._set(0, time.monotonic() + _LEAD_S)
         self._until(lambda: self._get(0) > time.monotonic() - _LEAD_S)
         moment_s = self._get(0)
+        while time.monotonic() < moment_s - _REST_S:
+            self._weights.sum()
         time.sleep(max(0.0, moment_s - time.monotonic()))
         return moment_s
 
@@ -74,7 +84,7 @@ class Conductor:
         while not done():
             if time.monotonic() > give_up_s:
                 raise TimeoutError("another rank of the benchmark is lost")
-            time.sleep(0.001)
+            time.sleep(_POLL_S)
 
     def _get(self, index: int) -> float:
         value: float = struct.unpack_from("=d", self._memory, 8 * index)[0]
@@ -108,7 +118,7 @@ class Bench:
             self._topology,
             self._format,
             slot_rows=plan["slot_rows"],
-            sums=select_row_sums(default_cache_dir() / "kernels"),
+            row_work=select_row_work(default_cache_dir() / "kernels"),
         )
         self._answers = torch.empty((0, plan["dim"]), dtype=torch.float64)
         slots = ExpertSlots.even(plan["experts"], size)
@@ -125,7 +135,8 @@ class Bench:
             costs = self._exchanges.calibrate()
             for case in link["cases"]:
                 found = self._case(case, costs)
-                answers.append({"link": link["name"], **case, **found})
+                local = self._plan["local"]
+                answers.append({"link": link["name"], "local": local, **case, **found})
             answers[-1]["costs"] = dataclasses.asdict(costs)
         self._conductor.meet()
         self._peers.close()

@@ -64,14 +64,15 @@ class SharedBoxes:
     def tell(self, peer: int, index: int, note: Note) -> None:
         """See `NodeMemory.tell`."""
         data = _NOTE.pack(index, *note)
-        with self._watch.waiting("a note to a rank of its node"):
-            try:
-                if peer in self._untold[index]:
-                    self._untold[index].discard(peer)
-                    socket.send_fds(self._links[peer], [data], [self._descriptors[index]])
-                else:
-                    self._links[peer].send(data)
-            except OSError as error:
+        try:
+            if peer in self._untold[index]:
+                self._untold[index].discard(peer)
+                socket.send_fds(self._links[peer], [data], [self._descriptors[index]])
+            else:
+                self._links[peer].send(data)
+        except OSError as error:
+            # A note fits its socket, so sending is no wait; but the watch says what has happened.
+            with self._watch.waiting("a note to a rank of its node"):
                 raise RuntimeError(f"note to member {peer}: {error}") from error
 
     def hear(self, peer: int, what: str) -> tuple[torch.Tensor, Note]:

@@ -13,7 +13,6 @@ works the costs out and gives them to all, so that all choose alike.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -36,7 +35,7 @@ _LARGE_BYTES = 128 * 1024
 _DIM = 1024
 _NUM_ROWS = 128
 _BUDGET_S = 0.08
-"""For each of the timings; there are up to thirteen."""
+"""For each of the timings; there are up to seven."""
 _MAX_IN_A_ROW = 20
 _ANSWER_BYTES = 1024
 _LEAST_S = 1e-7
@@ -146,7 +145,7 @@ class Probe:
     """
 
     def __init__(self, peers: Peers) -> None:
-        self._world = peers.world
+        self._peers = peers
 
     def exchange(self, group: PeerGroup, num_bytes: int) -> float:
         """Seconds of an all-to-all that all groups of a kind make at once."""
@@ -164,20 +163,34 @@ class Probe:
         return self._row_of(max(2, min(_MAX_IN_A_ROW, int(_BUDGET_S / once_s))), action)
 
     def _row_of(self, times: int, action: Callable[[], None]) -> float:
-        self._everybody(b"ready")
         action()  # ranks leave the line above at different times: this one takes that up
         begin_s = time.perf_counter()
         for _ in range(times):
             action()
-        own = json.dumps((time.perf_counter() - begin_s) / times).encode()
-        return max(_LEAST_S, *(float(json.loads(answer)) for answer in self._everybody(own)))
+        (longest_s,) = self.slowest([(time.perf_counter() - begin_s) / times])
+        return longest_s
+
+    def slowest(self, own_s: Sequence[float]) -> list[float]:
+        """The longest of all ranks' times, each, at all of them.
+
+        Within the node and then along the rail, which has a rank of every node: on a network that
+        is slow to answer this is two delays, where a ring over all ranks takes many.
+        """
+        longest = torch.tensor(own_s, dtype=torch.float64)
+        for group in (self._peers.node, self._peers.rail):
+            if group.size == 1:
+                continue
+            sent = longest.repeat(group.size).view(torch.uint8)
+            received = torch.empty_like(sent)
+            splits = [longest.nbytes] * group.size
+            group.all_to_all(received, sent, splits, splits).wait("calibration")
+            longest = received.view(torch.float64).view(group.size, -1).amax(dim=0)
+        return longest.clamp(min=_LEAST_S).tolist()
 
     def agree(self, costs: LinkCosts) -> LinkCosts:
         """Rank 0's."""
-        return LinkCosts.from_bytes(self._everybody(costs.to_bytes())[0])
-
-    def _everybody(self, own: bytes) -> list[bytes]:
-        return self._world.all_gather_bytes(own.ljust(_ANSWER_BYTES), "calibration")
+        own = costs.to_bytes().ljust(_ANSWER_BYTES)
+        return LinkCosts.from_bytes(self._peers.world.all_gather_bytes(own, "calibration")[0])
 
 
 class _RowWork:

@@ -63,10 +63,11 @@ def choose(
         max_nodes: nodes a token may visit (group-limited routing); 0: any number.
     """
     traffic = traffic_of(rows, format, max_nodes)
-    expected = {
-        scheme: simulate(scheme, topology, traffic, costs, slot_rows) + costs.own_s(scheme, rows)
-        for scheme in schemes_of(topology)
-    }
+    expected = {}
+    for scheme in schemes_of(topology):
+        virtual_s = simulate(scheme, topology, traffic, costs, slot_rows)
+        # Far from the rows of the probe its line must not outweigh what the links need.
+        expected[scheme] = max(virtual_s / 2, virtual_s + costs.own_s(scheme, rows))
     best = min(expected, key=expected.__getitem__)
     figures = ", ".join(f"{scheme} {1e3 * time_s:.3g} ms" for scheme, time_s in expected.items())
     shape = "+".join(str(len(ranks)) for ranks in topology.nodes)

@@ -28,7 +28,7 @@ from moe.exchange.schemes import DEFAULT_SLOT_ROWS, Scheme
 from moe.exchange.shared_hop import SharedHop
 from moe.exchange.wire import Combine, WireFormat
 from moe.expert_slots import ExpertSlots
-from moe.row_sums import RowSums, TorchRowSums
+from moe.row_moves import RowWork
 
 
 class Exchanges:
@@ -40,7 +40,7 @@ class Exchanges:
         format: of rows on the wire, wide enough for every layer.
         slot_rows: rows per peer that `preposted` sends without a second round; memory is
             `slot_rows * row_bytes` per peer on rail and node.
-        sums: what packs and adds partial sums; torch's if not given.
+        row_work: what plans, takes apart and adds rows; torch's if not given.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Exchanges:
         format: WireFormat,
         *,
         slot_rows: int = DEFAULT_SLOT_ROWS,
-        sums: RowSums | None = None,
+        row_work: RowWork | None = None,
     ) -> None:
         if slot_rows < 1:
             raise ConfigError("A slot holds at least one row.", param="slot_rows")
@@ -58,7 +58,7 @@ class Exchanges:
         self.topology = topology
         self.format = format
         self.slot_rows = slot_rows
-        self._sums = sums or TorchRowSums()
+        self._row_work = row_work or RowWork()
         self._scheme = Scheme.FLAT
         self._world = CountedHop(peers.world)
         self._rank = peers.world.rank
@@ -88,7 +88,7 @@ class Exchanges:
 
     def calibrate(self) -> LinkCosts:
         """Measure the links, about a second; all ranks call it together and get the same."""
-        costs = calibrate(self.peers, self.topology, self._slots, self._sums)
+        costs = calibrate(self.peers, self.topology, self._slots, self._row_work.sums)
         probe = Probe(self.peers)
         layers = LayerProbe(probe, self.topology, self.format, self.slot_rows, self._rank)
         scheme = self._scheme
@@ -108,7 +108,7 @@ class Exchanges:
                 f"A placement over {slots.num_ranks} ranks does not fit a group of "
                 f"{self.topology.num_ranks}."
             )
-        where = SlotHomes(slots, self._rank)
+        where = SlotHomes(slots, self._rank, self.format, self._row_work.moves)
         return LayerExchange(
             self, {scheme: self._build(scheme, where, f"layer {layer}") for scheme in Scheme}
         )
@@ -118,15 +118,12 @@ class Exchanges:
         legs = self._legs(scheme)
         if len(legs) == 1:
             name = Scheme.FLAT if scheme is Scheme.HIERARCHICAL else scheme
-            return OneHopExchange(
-                name=name, leg=legs[0], where=where, format=self.format, layer=layer
-            )
+            return OneHopExchange(name=name, leg=legs[0], where=where, layer=layer)
         return TwoHopExchange(
             name=scheme,
             legs=(legs[0], legs[1]),
             route=self._route,
             where=where,
-            format=self.format,
             layer=layer,
         )
 
@@ -153,7 +150,7 @@ class Exchanges:
             hops = [self._world]
         combines = [self.format.combine, Combine.FP32]
         return [
-            Leg(hop, answers_for(self.format.dim, combine, self._sums))
+            Leg(hop, answers_for(self.format.dim, combine, self._row_work.sums))
             for hop, combine in zip(hops, combines, strict=False)
         ]
 

@@ -17,6 +17,7 @@ from moe.exchange.hops import Trip
 from moe.exchange.wire import WireFormat
 from moe.expert_slots import ExpertSlots
 from moe.plan import NOWHERE, RowPlan
+from moe.row_moves import RowMoves
 
 
 class SlotHomes:
@@ -25,17 +26,28 @@ class SlotHomes:
     Args:
         slots: of the layer.
         rank: this rank in the whole group.
+        format: of rows on the wire.
+        moves: what plans and takes apart rows.
     """
 
-    def __init__(self, slots: ExpertSlots, rank: int) -> None:
+    def __init__(self, slots: ExpertSlots, rank: int, format: WireFormat, moves: RowMoves) -> None:
         self.first = slots.firsts[rank]
         self.num_local = slots.counts[rank]
-        # One entry more, reached by index -1, for what is nowhere.
-        self._rank_S = torch.tensor([*slots.rank_of_slot, NOWHERE])
+        self.format = format
+        self.moves = moves
+        self.rank_S = torch.tensor([*slots.rank_of_slot, NOWHERE])
+        """One entry more, reached by index -1, for what is nowhere."""
 
-    def ranks(self, expert_TK: torch.Tensor) -> torch.Tensor:
-        """The rank of each physical expert; `NOWHERE` stays."""
-        return self._rank_S[expert_TK]
+    def unpack(self, pieces: Sequence[torch.Tensor], ticket: object) -> Arrivals:
+        """What a rank computes with, from the rows that reached it; a copy of them."""
+        rows = self.moves.split(self.format, pieces)
+        return Arrivals(
+            hidden_AD=rows.hidden_AD,
+            slot_AK=rows.expert_AK - self.first,
+            weight_AK=rows.weight_AK,
+            num_local=self.num_local,
+            ticket=ticket,
+        )
 
 
 class OneHopExchange:
@@ -45,26 +57,23 @@ class OneHopExchange:
         name: of the scheme.
         leg: over all ranks.
         where: the layer's experts.
-        format: of rows on the wire.
         layer: how errors name it.
     """
 
-    def __init__(
-        self, *, name: str, leg: Leg, where: SlotHomes, format: WireFormat, layer: str
-    ) -> None:
+    def __init__(self, *, name: str, leg: Leg, where: SlotHomes, layer: str) -> None:
         self.name = name
         self._leg = leg
         self._where = where
-        self._format = format
         self._layer = layer
 
     def dispatch(
         self, hidden_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> OneHopPending:
         """Start to send each row once to every rank it visits."""
-        plan = RowPlan.build(self._where.ranks(expert_TK), self._leg.hop.group.size)
-        trip = self._leg.open(self._format.pack(hidden_TD, expert_TK, weight_TK), plan)
-        return OneHopPending(plan, trip, self._where, self._format, f"{self._layer} dispatch")
+        where = self._where
+        plan = where.moves.plan(expert_TK, where.rank_S, self._leg.hop.group.size)
+        trip = self._leg.open(where.format.pack(hidden_TD, expert_TK, weight_TK), plan)
+        return OneHopPending(plan, trip, where, f"{self._layer} dispatch")
 
     def combine(self, partial_AD: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:
         """Partial sums home, added and rounded once."""
@@ -87,25 +96,8 @@ class OneHopPending:
     plan: RowPlan
     trip: Trip
     where: SlotHomes
-    format: WireFormat
     what: str
 
     def wait(self) -> Arrivals:
         """The arrived rows and their local experts."""
-        return unpack_arrivals(
-            self.trip.arrive(self.what), self.where, self.format, _Ticket(self.plan, self.trip)
-        )
-
-
-def unpack_arrivals(
-    pieces: Sequence[torch.Tensor], where: SlotHomes, format: WireFormat, ticket: object
-) -> Arrivals:
-    """What a rank computes with, from the rows that reached it; a copy of them."""
-    routing = format.routing(pieces)
-    return Arrivals(
-        hidden_AD=format.hidden(pieces),
-        slot_AK=format.experts(routing) - where.first,
-        weight_AK=format.weights(routing),
-        num_local=where.num_local,
-        ticket=ticket,
-    )
+        return self.where.unpack(self.trip.arrive(self.what), _Ticket(self.plan, self.trip))

@@ -16,9 +16,8 @@ import torch
 from cluster.dist.rank_topology import RankTopology
 from moe.exchange.answers import Leg
 from moe.exchange.base import Arrivals
-from moe.exchange.flat import SlotHomes, unpack_arrivals
-from moe.exchange.hops import Trip
-from moe.exchange.wire import WireFormat
+from moe.exchange.flat import SlotHomes
+from moe.exchange.hops import Trip, whole
 from moe.plan import NOWHERE, RowPlan
 
 
@@ -50,13 +49,13 @@ class Route:
             + [NOWHERE]
         )
 
-    def rail_members(self, rank_TK: torch.Tensor) -> torch.Tensor:
-        """From the ranks of a row's experts to the rail members that forward to them."""
-        return self._rail_member_W[rank_TK]
+    def rail_members(self, rank_S: torch.Tensor) -> torch.Tensor:
+        """From the ranks of a layer's experts to the rail members that forward to them."""
+        return self._rail_member_W[rank_S]
 
-    def node_members(self, rank_TK: torch.Tensor) -> torch.Tensor:
-        """From the ranks of a row's experts to those on this node, by local index."""
-        return self._node_member_W[rank_TK]
+    def node_members(self, rank_S: torch.Tensor) -> torch.Tensor:
+        """From the ranks of a layer's experts to those on this node, by local index."""
+        return self._node_member_W[rank_S]
 
 
 class TwoHopExchange:
@@ -67,7 +66,6 @@ class TwoHopExchange:
         legs: along the rail and inside the node.
         route: this rank's place.
         where: the layer's experts.
-        format: of rows on the wire.
         layer: how errors name it.
     """
 
@@ -78,35 +76,38 @@ class TwoHopExchange:
         legs: tuple[Leg, Leg],
         route: Route,
         where: SlotHomes,
-        format: WireFormat,
         layer: str,
     ) -> None:
         self.name = name
         self._rail, self._node = legs
         self._route = route
         self._where = where
-        self._format = format
+        self._rail_member_S = route.rail_members(where.rank_S)
+        self._node_member_S = route.node_members(where.rank_S)
         self._layer = layer
 
     def dispatch(
         self, hidden_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> TwoHopPending:
         """Start to send each row once to every node it visits."""
-        members = self._route.rail_members(self._where.ranks(expert_TK))
-        plan = RowPlan.build(members, self._route.num_rail_members)
-        trip = self._rail.open(self._format.pack(hidden_TD, expert_TK, weight_TK), plan)
+        where = self._where
+        plan = where.moves.plan(expert_TK, self._rail_member_S, self._route.num_rail_members)
+        trip = self._rail.open(where.format.pack(hidden_TD, expert_TK, weight_TK), plan)
         return TwoHopPending(self, plan, trip)
 
     def forward(self, plan: RowPlan, trip: Trip) -> Arrivals:
         """The second half of a dispatch: wait for the rail, pass on inside the node, wait."""
         pieces = trip.arrive(f"{self._layer} dispatch between nodes")
-        expert_AK = self._format.experts(self._format.routing(pieces))
-        members = self._route.node_members(self._where.ranks(expert_AK))
-        inner_plan = RowPlan.build(members, self._route.num_node_members)
-        inner_trip = self._node.open(torch.cat(pieces), inner_plan)
+        where = self._where
+        inner_plan = where.moves.plan(
+            where.moves.experts(where.format, pieces),
+            self._node_member_S,
+            self._route.num_node_members,
+        )
+        inner_trip = self._node.open(whole(pieces), inner_plan)
         arrived = inner_trip.arrive(f"{self._layer} dispatch inside the node")
         ticket = _Ticket(plan, trip, inner_plan, inner_trip)
-        return unpack_arrivals(arrived, self._where, self._format, ticket)
+        return where.unpack(arrived, ticket)
 
     def combine(self, partial_AD: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:
         """Partial sums home: added per node by the forwarder, then per row by the source."""

@@ -133,6 +133,11 @@ class _CountedTrip:
         return arrived
 
 
+def whole(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows in one piece; copied only if there are several."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+
+
 def swap_more(
     trip: Trip, rows_FX: torch.Tensor, from_F: torch.Tensor, to_G: torch.Tensor, what: str
 ) -> torch.Tensor:

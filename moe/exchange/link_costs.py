@@ -33,7 +33,8 @@ class LinkCosts:
     """The same for a hop over slots."""
 
     own: tuple[tuple[str, float, float], ...] = ()
-    """By scheme, what a layer takes besides all that: seconds, and seconds per row of a rank."""
+    """By scheme, what a layer takes besides all that: seconds, and seconds per row of a rank; of
+    either sign (see probe_layers.py)."""
 
     def own_s(self, scheme: str, rows: int) -> float:
         """The time of processors that no message waits for in the simulation."""

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from cluster.base.errors import ConfigError
-from moe.row_sums import RowSums, TorchRowSums
+from moe.row_moves import RowWork
 from replicas.kernels.build import BuildPlan, KernelsUnavailableError, build_library, find_compiler
 from replicas.kernels.cpu_draws import CpuDraws
 from replicas.kernels.cpu_ops import CpuKernels
+from replicas.kernels.cpu_row_moves import CpuRowMoves
 from replicas.kernels.cpu_row_sums import CpuRowSums
 from replicas.kernels.loader import CpuLibrary, TilesRefusedError
 from replicas.kernels.ops import Kernels
@@ -54,13 +55,14 @@ def select_kernels(requested: str, dtype: torch.dtype, device: str, cache_dir: P
     return _triton("triton", dtype, device)
 
 
-def select_row_sums(cache_dir: Path) -> RowSums:
-    """What packs and adds partial sums between ranks: compiled, else torch's."""
+def select_row_work(cache_dir: Path) -> RowWork:
+    """What plans, takes apart and adds rows that travel between ranks: compiled, else torch's."""
     try:
-        return CpuRowSums(_library(cache_dir))
+        library = _library(cache_dir)
     except KernelsUnavailableError as error:
-        _log.warning("sums between ranks: torch, because %s", error)
-        return TorchRowSums()
+        _log.warning("rows between ranks: torch, because %s", error)
+        return RowWork()
+    return RowWork(moves=CpuRowMoves(library), sums=CpuRowSums(library))
 
 
 def compiled_draws(kernels: Kernels) -> CpuDraws | None:

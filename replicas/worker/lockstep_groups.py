@@ -17,8 +17,8 @@ from cluster.dist.expert_peers import ExpertPeers, join_expert_peers
 from cluster.dist.rank_topology import RankTopology
 from cluster.dist.rendezvous import Rendezvous
 from cluster.dist.watched_communicator import WatchedCommunicator
-from moe.row_sums import RowSums
-from replicas.kernels.select import select_row_sums
+from moe.row_moves import RowWork
+from replicas.kernels.select import select_row_work
 from replicas.worker.gathering import Gathering
 from replicas.worker.plan import ExpertRankPlan, WorkerPlan
 from replicas.worker.tensor_rank import join_tensor_group
@@ -53,8 +53,8 @@ class LockstepGroups:
             raise InternalError("This rank has no place in an expert-parallel replica.")
         self.place: ExpertRankPlan = plan.experts
         # Before any meeting: it may have to be compiled, and later waits are short.
-        self.sums: RowSums = select_row_sums(default_cache_dir() / "kernels")
-        """What packs and adds partial sums on their way between ranks."""
+        self.row_work: RowWork = select_row_work(default_cache_dir() / "kernels")
+        """What handles rows on their way between ranks."""
         self._plan = plan
         self._watched: WatchedCommunicator | None = None
         self.communicator: Communicator = SingleRank()

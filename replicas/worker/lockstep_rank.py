@@ -64,7 +64,7 @@ def spread_experts(groups: LockstepGroups, plan: WorkerPlan) -> tuple[SpreadExpe
     )
     exchanges = None
     if not place.joins_later:
-        exchanges = Exchanges(groups.peers, groups.peers.topology, format, sums=groups.sums)
+        exchanges = Exchanges(groups.peers, groups.peers.topology, format, row_work=groups.row_work)
     return SpreadExperts(tables, exchanges, plan.rank, place.capacity_factor), format
 
 
@@ -147,7 +147,7 @@ class LockstepRank:
         """
         self._groups.use(groups)
         exchanges = Exchanges(
-            groups.peers, groups.peers.topology, self._format, sums=self._groups.sums
+            groups.peers, groups.peers.topology, self._format, row_work=self._groups.row_work
         )
         self._costs = LinkCosts.from_bytes(gathering.costs) if gathering.costs else None
         if gathering.probes:

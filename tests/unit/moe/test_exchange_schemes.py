@@ -14,6 +14,9 @@ from moe.exchange.exchanges import Exchanges
 from moe.exchange.reference import partial_sums, reference_pairs, reference_sums
 from moe.exchange.schemes import Scheme
 from moe.exchange.wire import Combine, Dispatch, WireFormat
+from moe.row_moves import RowWork
+from replicas.kernels.cpu_row_moves import CpuRowMoves
+from replicas.kernels.cpu_row_sums import CpuRowSums
 from tests.support.routed_rows import (
     DIM,
     TOP_K,
@@ -46,12 +49,12 @@ def inputs_of(topology, slots, counts, routes, *, whole, dtype=torch.float32):
     return inputs
 
 
-def run_layers(topology, cases, wire=None, slot_rows=SLOT_ROWS, *, shared=True):
+def run_layers(topology, cases, wire=None, slot_rows=SLOT_ROWS, *, shared=True, row_work=None):
     """All cases, one after the other, over one group; per case and rank (pairs, sums)."""
     wire = wire or WireFormat(dim=DIM, dtype=torch.float32, top_k=TOP_K)
 
     def body(rank, peers):
-        exchanges = Exchanges(peers, topology, wire, slot_rows=slot_rows)
+        exchanges = Exchanges(peers, topology, wire, slot_rows=slot_rows, row_work=row_work)
         answers = []
         for scheme, slots, inputs in cases:
             exchanges.use(scheme)
@@ -98,6 +101,15 @@ def test_whole_numbers_come_back_bit_equal(topology, shared):
     assert (overflows > 0) == has_slots, "the second round must have been taken"
 
 
+@pytest.fixture(params=["torch", "compiled"])
+def row_work(request):
+    """What handles rows on their way."""
+    if request.param == "torch":
+        return RowWork()
+    library = request.getfixturevalue("cpu_kernels").library
+    return RowWork(moves=CpuRowMoves(library), sums=CpuRowSums(library))
+
+
 @pytest.mark.parametrize(
     ("dtype", "kind"),
     [(torch.float32, "near"), (torch.bfloat16, "near"), (torch.float32, "far apart")],
@@ -105,7 +117,7 @@ def test_whole_numbers_come_back_bit_equal(topology, shared):
 @pytest.mark.parametrize(
     "topology", TOPOLOGIES, ids=lambda t: "-".join(map(str, map(len, t.nodes)))
 )
-def test_real_numbers_come_back_bit_equal(topology, dtype, kind):
+def test_real_numbers_come_back_bit_equal(topology, dtype, kind, row_work):
     cases, expected = [], []
     for where, routes in (("even", "random"), ("scattered", "skewed"), ("replicated", "random")):
         slots = placement(where, topology)
@@ -117,7 +129,7 @@ def test_real_numbers_come_back_bit_equal(topology, dtype, kind):
         cases += [(scheme, slots, inputs) for scheme in Scheme]
         expected += [sums] * len(Scheme)
     wire = WireFormat(dim=DIM, dtype=dtype, top_k=TOP_K)
-    answers, _, hub = run_layers(topology, cases, wire)
+    answers, _, hub = run_layers(topology, cases, wire, row_work=row_work)
     for case, by_rank, sums in zip(cases, answers, expected, strict=True):
         for rank, (_, got) in enumerate(by_rank):
             assert torch.equal(got, sums[rank]), (case[0], rank)
