@@ -204,12 +204,14 @@ def test_a_lost_rank_ends_a_poll_and_collect_names_it():
 
 def test_a_rank_knows_how_long_it_waited_for_its_plan():
     leader, (worker,) = open_links(1)
-    executor = LinkExecutor(leader)
-    executor.submit(PLAN)
-    time.sleep(0.05)
-    worker.receive_plan()
-    assert worker.waited_s < 0.04, "it was there"
-    threading.Timer(0.1, executor.submit, [dataclasses.replace(PLAN, step=8)]).start()
+    waits = []
+    for _ in range(5):  # a busy machine may hold up one of them
+        leader.send_plan(wire.encode(PLAN), 1.0)
+        time.sleep(0.02)
+        worker.receive_plan()
+        waits.append(worker.waited_s)
+    assert min(waits) < 0.01, "they were there"
+    threading.Timer(0.3, leader.send_plan, [wire.encode(PLAN), 1.0]).start()
     worker.receive_plan()
     assert worker.waited_s > 0.05
 
