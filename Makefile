@@ -50,6 +50,7 @@ demo: $(STAMP)  ## start a small cluster, stream tokens over gRPC and HTTP, shut
 	@$(RUN) examples/demo.py
 
 test: $(STAMP)  ## the whole test suite, in the random order that SEED gives
+	@echo "kernels that tests load: compiled once, which takes minutes"
 	@$(RUN) -m tests.support.compiled_kernels
 	$(RUN) -m pytest --randomly-seed=$(SEED) --durations=10 $(TESTS)
 

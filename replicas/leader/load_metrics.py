@@ -1,6 +1,6 @@
 """The leader's series in Ray's metrics: flushed once a second from engine totals, never per token.
 
-They appear as `ray_penstock_*` at the node's metrics port and in the dashboard's Grafana panels.
+They appear as `ray_penstock_*` at the node's metrics port, where Prometheus finds them.
 """
 
 from __future__ import annotations
