@@ -90,6 +90,19 @@ class MixtureBlock:
         weights = no_rows_0D.new_empty(shape, dtype=torch.float32)
         self._finish(exchange, exchange.dispatch(no_rows_0D, nowhere, weights).wait(), experts)
 
+    def likely(self, hidden_TD: torch.Tensor, tensors: Tensors) -> list[int]:
+        """The logical experts that rows like these visit, those with most weight first.
+
+        Args:
+            hidden_TD, tensors: as for `forward`.
+        """
+        ids_TK, weights_TK = self._route(hidden_TD, tensors)
+        total_E = torch.bincount(
+            ids_TK.flatten(), weights_TK.flatten(), minlength=self._spec.gate.num_experts
+        )
+        order_E = torch.argsort(total_E, descending=True, stable=True)
+        return order_E[: int(torch.count_nonzero(total_E))].tolist()
+
     @property
     def _exchange(self) -> Exchange:
         return self._parts.layout.exchange(self._parts.layer)

@@ -3,7 +3,7 @@
 Weighted outputs are settled and their sums exact (`moe/exact_sums.py`), so a row's sum depends
 neither on the slots nor on the ranks its experts lie in. A row is computed by itself: its bits
 depend neither on the rows beside it nor on how many there are (as far as the linears keep that
-promise). Experts are taken in ascending logical id, which is the order of their weights.
+promise). Experts may be taken in any order.
 
 Two ways with the same bits: all experts in one call, where the kernels can and the weights stay in
 place, which was never slower in any measured shape; else one expert after another.
@@ -46,6 +46,11 @@ class GroupedExperts(Protocol):
 class ExpertMath(Protocol):
     """What an expert is computed with."""
 
+    @property
+    def on_host(self) -> ExpertMath:
+        """The same for weights that lie in host memory."""
+        ...
+
     def linear(
         self,
         input_TI: torch.Tensor,
@@ -86,11 +91,15 @@ class ExpertWeights(Protocol):
 
     def acquire(self, expert: int) -> Mapping[str, torch.Tensor]:
         """`gate_up.weight` (2F, D), or (F, D) of experts that are not gated, `down.weight` (D, F)
-        and biases, valid until released."""
+        and biases, valid until released; where they lie, the expert is computed."""
         ...
 
-    def announce(self, experts: Sequence[int]) -> None:
-        """These are acquired next, one after the other in this order."""
+    def announce(self, experts: Sequence[int], rows: Sequence[int]) -> Sequence[int]:
+        """These are acquired next, one after the other, each for so many rows.
+
+        Returns:
+            The order that waits least, as indices into `experts`: any is right.
+        """
         ...
 
     def lasting(self, held: tuple[int, ...], make: Make[Made]) -> Made | None:
@@ -140,8 +149,9 @@ class ExpertRunner:
         offsets = pairs.offsets_L1.tolist()
         order = sorted(range(len(held)), key=held.__getitem__)
         visited = [slot for slot in order if offsets[slot] < offsets[slot + 1]]
-        weights.announce([held[slot] for slot in visited])
-        for slot in visited:
+        rows = [offsets[slot + 1] - offsets[slot] for slot in visited]
+        for index in weights.announce([held[slot] for slot in visited], rows):
+            slot = visited[index]
             own = slice(offsets[slot], offsets[slot + 1])
             row_M, weight_M = pairs.row_M[own], pairs.weight_M[own]
             with _acquired(weights, held[slot]) as tensors:
@@ -155,9 +165,14 @@ class ExpertRunner:
         return self._math.grouped(experts, held, down_bias=self._down_bias)
 
     def _expert(self, hidden_MD: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        gate_up_MF = self._math.linear(hidden_MD, tensors, UP, tensors.get(UP_BIAS))
+        """The expert's output (M, D) fp32, where the rows are, computed where its weights are."""
+        home = next(tensor.device for tensor in tensors.values() if not tensor.is_meta)
+        math = self._math if home == hidden_MD.device else self._math.on_host
+        rows_MD = hidden_MD.to(home)
+        gate_up_MF = math.linear(rows_MD, tensors, UP, tensors.get(UP_BIAS))
         bias_D = tensors.get(DOWN_BIAS) if self._down_bias else None
-        return self._math.linear(self._math.gate(gate_up_MF), tensors, DOWN, bias_D, wide=True)
+        output_MD = math.linear(math.gate(gate_up_MF), tensors, DOWN, bias_D, wide=True)
+        return output_MD.to(hidden_MD.device)
 
 
 @contextmanager

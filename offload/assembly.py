@@ -15,6 +15,7 @@ from cluster.base.quantities import size_text
 from offload.checkpoint_store import READER, CheckpointStore
 from offload.expert_cache import ExpertCache
 from offload.homes import KvHome
+from offload.host_experts import HostExperts
 from offload.kv_windows import KvWindows
 from offload.layout import Store
 from offload.opening import Opening, Runtime
@@ -147,12 +148,18 @@ def open_weights(
         if placement.experts:
             slots = placement.expert_slots
             link = opening.link(slots, placement.expert_slot_bytes, pinned)
-            experts = ExpertCache(placement.experts, slots, link)
+            costs = plan.host_experts
+            host = None if costs is None else HostExperts(store, _routed(pinned), costs)
+            experts = ExpertCache(placement.experts, slots, link, host)
         # Last: units that arrive make pages, and the slots' huge pages would wait for them.
         resident = opening.resident(placement.resident)
         closing = opened.pop_all()
     _log_placement(placement, reader)
     return StreamedWeights(resident, ring, experts, reader=reader, on_close=closing.close)
+
+
+def _routed(pinned: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    return {unit: memory for unit, memory in pinned.items() if ".expert." in unit}
 
 
 def _check(plan: OffloadPlan, request: WeightsRequest) -> None:
@@ -181,6 +188,12 @@ def _check(plan: OffloadPlan, request: WeightsRequest) -> None:
             "A CPU rank has one memory: units cannot stay in the host's.",
             "Make them resident.",
             param="host_units",
+        )
+    if plan.host_experts is not None and not plan.host_units:
+        raise ConfigError(
+            "No experts lie in host memory that could be computed there.",
+            "Leave host_experts out.",
+            param="host_experts",
         )
 
 

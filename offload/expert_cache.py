@@ -1,53 +1,65 @@
 """Units that are read when they are asked for: routed experts, of which a token visits a few.
 
-The units used most, lately, stay: each use counts one and all counts halve from time to time (least
-frequently used with aging, as in the web caches of Arlitt et al., 2000). A unit that is held is
-never evicted, nor is one that was announced and not used yet.
+The units used most, lately, stay (`offload/cache_slots.py`). A unit that is held is never evicted,
+nor is one that was announced and not used yet.
 
 Who knows what a layer visits announces it, and what is missing is read in that order, a few units
 ahead of their use: more would evict earlier what others still find. A layer that visits nearly all
 of its experts foretells that the next one does too: its experts then stream like a ring's units.
+Else the next layer's are guessed, and read once nothing that was announced is left to read; what
+such reads may cost `offload/expert_forecast.py` decides. A wrong guess costs bytes, nothing else.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cluster.base.errors import InternalError
+from offload.cache_slots import CacheSlots
+from offload.expert_guesses import Guesses
 from offload.link import Link, LinkStats
 
 if TYPE_CHECKING:
     import torch
 
+    from offload.host_experts import HostExperts
+
 _MAX_AHEAD = 8
-"""Units that are announced, read or being read, and not used yet."""
+"""Units that are announced or guessed, read or being read, and not used yet."""
 _NEARLY_ALL = 0.9
 """Part of a layer's experts from which on the next layer's are read before they are asked for."""
-_AGE_EVERY_SLOTS = 16
-"""Counts halve after so many uses per slot."""
 
 
 class ExpertCache:
-    """Slots that hold whichever units were useful; one thread calls it."""
+    """Slots that hold whichever units were useful; one thread calls it.
 
-    def __init__(self, units: Iterable[str], num_slots: int, link: Link) -> None:
-        units = tuple(units)
+    Args:
+        host: units that may be computed where they lie instead; None: none.
+    """
+
+    def __init__(
+        self, units: Sequence[str], num_slots: int, link: Link, host: HostExperts | None = None
+    ) -> None:
         self._units = frozenset(units)
-        self._next_layer = _next_layers(units)
+        self._layers = _by_layer(units)
         self._link = link
-        self._where: dict[str, int] = {}
-        self._unit_in: list[str | None] = [None] * num_slots
-        self._holders = [0] * num_slots
+        self._host = host
+        self._slots = CacheSlots(num_slots, link)
+        self._guesses = Guesses()
+        self._streams_all = False
         self._announced: set[str] = set()
         self._foretold: set[str] = set()
+        self._there: frozenset[str] = frozenset()  # computed by the host
         self._ahead: set[str] = set()
         self._upcoming: deque[str] = deque()
-        self._counts: dict[str, float] = {}
-        self._uses_until_aging = _AGE_EVERY_SLOTS * num_slots
         self.num_hits = 0
+        """Visits that found their unit in a slot."""
         self.num_misses = 0
+        """Visits that took a read, early or not."""
+        self.num_on_host = 0
+        """Visits that the host computes."""
 
     def __contains__(self, unit: str) -> bool:
         return unit in self._units
@@ -57,20 +69,54 @@ class ExpertCache:
         """What the link has done."""
         return self._link.stats
 
-    def announce(self, units: Iterable[str]) -> None:
-        """These units come next, in this order: start to read what is missing."""
+    @property
+    def num_early_useful(self) -> int:
+        """Units that were read for a guess, and used."""
+        return self._guesses.num_useful
+
+    @property
+    def num_early_wasted(self) -> int:
+        """Units that were read for a guess, and evicted unused."""
+        return self._guesses.num_wasted
+
+    def announce(self, units: Sequence[str], rows: Sequence[int] = ()) -> list[int]:
+        """These units come next, each for so many rows: start to read what is missing.
+
+        Returns:
+            The order that waits least, as indices into `units`: what is here, what the host
+            computes while the link is busy, then the rest as it is read.
+        """
         wanted = [unit for unit in units if unit in self._units]
+        self._guesses.answer(_layer(wanted[0]) if wanted else "", frozenset(wanted))
         self._foretold = set(wanted)
         self._ahead &= self._foretold
-        self._announced = {unit for unit in wanted if unit in self._where}
-        self.num_hits += len(self._announced)
-        self.num_misses += len(wanted) - len(self._announced)
-        self._upcoming = deque(unit for unit in wanted if unit not in self._where)
+        here = {unit for unit in wanted if unit in self._slots}
+        self._announced = set(here)
+        self._there = self._left_to_host(dict(zip(units, rows, strict=False)))
+        for unit in wanted:
+            self._visit(unit)
+        self._upcoming = deque(unit for unit in wanted if unit not in here | self._there)
         if wanted:
             layer = _layer(wanted[0])
-            members, following = self._next_layer[layer]
-            if len(wanted) >= _NEARLY_ALL * members:
-                self._upcoming.extend(following)
+            self._streams_all = len(wanted) >= _NEARLY_ALL * len(self._layers[layer])
+            if self._streams_all and not self._there:
+                self._upcoming.extend(self._layers[_next(self._layers, layer)])
+        self._read_ahead()
+        turn = {unit: 0 if unit in here else 1 if unit in self._there else 2 for unit in wanted}
+        return sorted(range(len(units)), key=lambda index: turn.get(units[index], 0))
+
+    def wants_guess(self, layer: str) -> bool:
+        """Whether it would help to know what `layer`, the next one, will probably visit."""
+        if self._streams_all:
+            return False
+        is_short = any(unit not in self._slots for unit in self._layers.get(layer, ()))
+        return is_short and self._guesses.wants(layer)
+
+    def foresee(self, units: Sequence[str]) -> None:
+        """The next layer will probably ask for these, the likeliest first."""
+        known = [unit for unit in units if unit in self._units]
+        missing = [unit for unit in known if unit not in self._slots]
+        self._guesses.take(_layer(known[0]) if known else "", known, missing[:_MAX_AHEAD])
         self._read_ahead()
 
     def acquire(self, unit: str) -> Mapping[str, torch.Tensor]:
@@ -80,26 +126,25 @@ class ExpertCache:
             InternalError: all slots are held.
             WeightStreamError, CorruptWeightsError: as `Link.wait`.
         """
-        self._count(unit)
-        slot = self._where.get(unit)
+        self._slots.count(unit)
         if unit not in self._foretold:
-            self.num_hits += slot is not None
-            self.num_misses += slot is None
+            self._visit(unit)
+        if self._host is not None and unit in self._there:
+            return self._host.tensors(unit)
+        slot = self._slots.slot_of(unit)
         if slot is None:
-            if self._upcoming and self._upcoming[0] == unit:
-                self._upcoming.popleft()
-            slot = self._victim()
-            if slot is None:
-                slot = self._revoke()
+            slot = self._make_room(unit)
             self._load(unit, slot)
         try:
             self._link.wait(unit, slot)
         except BaseException:
-            self._forget(unit)
+            self._slots.forget(unit)
+            self._gone(unit)
             raise
         self._announced.discard(unit)
         self._ahead.discard(unit)
-        self._holders[slot] += 1
+        self._guesses.used(unit)
+        self._slots.hold(slot)
         return self._link.tensors(unit, slot)
 
     def release(self, unit: str) -> None:
@@ -108,10 +153,8 @@ class ExpertCache:
         Raises:
             InternalError: the unit is not held.
         """
-        slot = self._where.get(unit)
-        if slot is None or not self._holders[slot]:
-            raise InternalError(f"{unit} is released and not held.")
-        self._holders[slot] -= 1
+        if unit not in self._there:
+            self._slots.release(unit)
         self._read_ahead()
 
     def close(self) -> None:
@@ -122,68 +165,86 @@ class ExpertCache:
         """Start reads of what is announced, as far ahead as is useful and slots allow."""
         while self._upcoming and len(self._ahead) < _MAX_AHEAD:
             unit = self._upcoming[0]
-            if unit not in self._where:
-                slot = self._victim()
+            if unit not in self._slots:
+                slot = self._slots.victim(kept=self._announced, last=self._guesses.expected)
                 if slot is None:
                     return
                 self._load(unit, slot)
                 self._ahead.add(unit)
             self._announced.add(self._upcoming.popleft())
+        if not self._upcoming:
+            self._read_guesses()
+
+    def _read_guesses(self) -> None:
+        """Start reads of what is guessed, as far as that pays."""
+        guesses = self._guesses
+        while (unit := guesses.next()) is not None:
+            if unit in self._slots:
+                guesses.skip()
+                continue
+            slot = self._slots.victim(kept=self._announced | guesses.expected)
+            if slot is None or len(self._ahead | guesses.pending) >= _MAX_AHEAD:
+                return
+            self._load(guesses.reading(), slot)
+
+    def _left_to_host(self, rows: Mapping[str, int]) -> frozenset[str]:
+        """Of what is in no slot, what the host computes.
+
+        One that was used more than what would go for it is fetched: it will be found next time.
+        """
+        if self._host is None:
+            return frozenset()
+        missing = {unit: count for unit, count in rows.items() if unit not in self._slots}
+        chosen = self._host.chosen(missing)
+        return frozenset(
+            unit for unit in chosen if not self._slots.is_better(unit, kept=self._announced)
+        )
+
+    def _visit(self, unit: str) -> None:
+        """Count a visit; a read that came early was needed all the same."""
+        if unit in self._there:
+            self.num_on_host += 1
+        elif unit in self._slots and not self._guesses.is_early(unit):
+            self.num_hits += 1
+        else:
+            self.num_misses += 1
+            self._guesses.missed()
+
+    def _make_room(self, unit: str) -> int:
+        """A slot for what is asked for now, also one that was meant for later."""
+        if self._upcoming and self._upcoming[0] == unit:
+            self._upcoming.popleft()
+        slot = self._slots.victim(kept=self._announced, last=self._guesses.expected)
+        if slot is None:
+            slot = self._slots.victim(kept=())
+        if slot is None:
+            raise InternalError("All slots of the expert cache are held at the same time.")
+        return slot
 
     def _load(self, unit: str, slot: int) -> None:
-        if (held := self._unit_in[slot]) is not None:
-            self._forget(held)
-        self._link.submit(unit, slot)
-        self._where[unit] = slot
-        self._unit_in[slot] = unit
+        evicted = self._slots.load(unit, slot)
+        if evicted is not None:
+            self._gone(evicted)
 
-    def _forget(self, unit: str) -> None:
-        slot = self._where.pop(unit)
-        self._unit_in[slot] = None
+    def _gone(self, unit: str) -> None:
         self._announced.discard(unit)
         self._ahead.discard(unit)
-        self._link.evict(slot)
-
-    def _victim(self) -> int | None:
-        """An empty slot, else the one whose unit was useful least; None: all are needed."""
-        free = [
-            slot
-            for slot, unit in enumerate(self._unit_in)
-            if not self._holders[slot] and unit not in self._announced
-        ]
-        return min(free, key=self._worth, default=None)
-
-    def _revoke(self) -> int:
-        """A slot that was announced for later: what is asked for now goes first."""
-        free = [slot for slot, holders in enumerate(self._holders) if not holders]
-        if not free:
-            raise InternalError("All slots of the expert cache are held at the same time.")
-        return min(free, key=self._worth)
-
-    def _worth(self, slot: int) -> float:
-        unit = self._unit_in[slot]
-        return -1.0 if unit is None else self._counts.get(unit, 0.0)
-
-    def _count(self, unit: str) -> None:
-        self._counts[unit] = self._counts.get(unit, 0.0) + 1.0
-        self._uses_until_aging -= 1
-        if self._uses_until_aging <= 0:
-            self._uses_until_aging = _AGE_EVERY_SLOTS * len(self._unit_in)
-            self._counts = {name: count / 2 for name, count in self._counts.items() if count > 0.1}
+        self._guesses.gone(unit)
 
 
 def _layer(unit: str) -> str:
-    return unit.rpartition(".")[0]
+    """`layer.3` of `layer.3.expert.7`."""
+    return unit.rpartition(".expert.")[0]
 
 
-def _next_layers(units: Sequence[str]) -> dict[str, tuple[int, tuple[str, ...]]]:
-    """Of each layer its number of units and the units of the one that comes after it."""
+def _by_layer(units: Sequence[str]) -> dict[str, tuple[str, ...]]:
     layers: dict[str, list[str]] = {}
     for unit in units:
         layers.setdefault(_layer(unit), []).append(unit)
+    return {name: tuple(members) for name, members in layers.items()}
+
+
+def _next(layers: Mapping[str, tuple[str, ...]], layer: str) -> str:
+    """The layer after; the first after the last."""
     names = list(layers)
-    following = names[1:] + names[:1]
-    return {
-        name: (len(layers[name]), tuple(layers[after]))
-        for name, after in zip(names, following, strict=True)
-    }
+    return names[(names.index(layer) + 1) % len(names)]

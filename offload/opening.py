@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from offload.residents import ArrivingUnits, copy_records, read_records, record_
 from offload.shared_units import SharedUnits
 from replicas.worker.device import pin_host_memory
 
-_MAX_AIO_SLOTS = 16
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,12 +131,7 @@ class Opening:
         Raises:
             ConfigError: there is no memory for them.
         """
-        engine = self._runtime.wrap_engine(self._streaming_engine(num_slots))
-        self._opened.callback(engine.close)
-        try:
-            memory = engine.allocate(num_slots * slot_bytes)
-        except (ReaderUnavailableError, OSError) as error:
-            raise _no_memory(error, num_slots * slot_bytes) from error
+        engine, memory = self._slots(num_slots, slot_bytes)
         host = HostLink(
             self._store,
             engine,
@@ -161,17 +157,33 @@ class Opening:
         self._opened.callback(link.close)
         return link
 
+    def _slots(self, num_slots: int, slot_bytes: int) -> tuple[ReadEngine, torch.Tensor]:
+        """The chosen reader and the memory that it fills; `direct` where so much of it cannot be
+        locked, as an expert cache may need."""
+        engine = self._runtime.wrap_engine(self._engines[self._reader](num_slots))
+        self._opened.callback(engine.close)
+        try:
+            return engine, engine.allocate(num_slots * slot_bytes)
+        except ReaderUnavailableError as error:
+            if "direct" not in self._engines or self._reader == "direct":
+                raise _no_memory(error, num_slots * slot_bytes) from error
+            _log.info("%d slots are read by direct, not by %s: %s", num_slots, self._reader, error)
+        except OSError as error:
+            raise _no_memory(error, num_slots * slot_bytes) from error
+        return self._plain_slots(num_slots, slot_bytes)
+
+    def _plain_slots(self, num_slots: int, slot_bytes: int) -> tuple[ReadEngine, torch.Tensor]:
+        try:
+            engine = self._runtime.wrap_engine(self._engines["direct"](num_slots))
+            self._opened.callback(engine.close)
+            return engine, engine.allocate(num_slots * slot_bytes)
+        except (ReaderUnavailableError, OSError) as error:
+            raise _no_memory(error, num_slots * slot_bytes) from error
+
     def _copier(self, num_slots: int) -> Copier | None:
         if self._runtime.copier is not None:
             return self._runtime.copier(self._device, num_slots)
         return None if self._device.type == "cpu" else DeviceCopier(self._device, num_slots)
-
-    def _streaming_engine(self, num_slots: int) -> ReadEngine:
-        """The chosen reader; for many slots, of which each takes a thread in `aio`, `direct`."""
-        if self._reader == "aio" and num_slots > _MAX_AIO_SLOTS:
-            with suppress(ReaderUnavailableError):
-                return self._engines["direct"](num_slots)
-        return self._engines[self._reader](num_slots)
 
     def _plain_engine(self, num_slots: int) -> ReadEngine:
         """A reader whose memory outlives it, as that of `aio` does not."""

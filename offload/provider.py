@@ -14,9 +14,12 @@ from cluster.base.errors import InternalError
 from offload.expert_cache import ExpertCache
 from offload.link import LinkStats
 from offload.ring import Ring
+from replicas.engine.weight_traffic import WeightTraffic
 
 if TYPE_CHECKING:
     import torch
+
+    from replicas.layers.weights import Tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,12 @@ class StreamStats:
     num_expert_hits: int = 0
     """Visits of streamed experts that found them in a slot; the others are misses."""
     num_expert_misses: int = 0
+    num_experts_on_host: int = 0
+    """Visits that the host computed, where that was sooner than to fetch the expert."""
+    num_early_useful: int = 0
+    """Experts that were read because a gate's guess named them, and used."""
+    num_early_wasted: int = 0
+    """The same, and evicted unused."""
 
 
 class StreamedWeights:
@@ -69,10 +78,17 @@ class StreamedWeights:
             return tensors
         return self._home(unit).acquire(unit)
 
-    def announce(self, units: Sequence[str]) -> None:
-        """These experts are asked for next, in this order; others' places are not for them."""
-        if self._experts is not None:
-            self._experts.announce(units)
+    def announce(self, units: Sequence[str], rows: Sequence[int]) -> Sequence[int]:
+        """See `AnnouncedWeights`; these are experts, and others' places are not for them."""
+        return range(len(units)) if self._experts is None else self._experts.announce(units, rows)
+
+    def foresee(self, layer: str, guess: Callable[[Tensors], Sequence[int]]) -> None:
+        """See `ForeseeingWeights`; only for a layer whose own tensors stay, others come later."""
+        if self._experts is None or not self._experts.wants_guess(layer):
+            return
+        tensors = self._resident.get(layer)
+        if tensors is not None:
+            self._experts.foresee([f"{layer}.expert.{expert}" for expert in guess(tensors)])
 
     def release(self, unit: str) -> None:
         """The unit's memory may be reused; what comes next starts to load."""
@@ -89,6 +105,22 @@ class StreamedWeights:
             num_jumps=0 if self._ring is None else self._ring.num_jumps,
             num_expert_hits=0 if self._experts is None else self._experts.num_hits,
             num_expert_misses=0 if self._experts is None else self._experts.num_misses,
+            num_experts_on_host=0 if self._experts is None else self._experts.num_on_host,
+            num_early_useful=0 if self._experts is None else self._experts.num_early_useful,
+            num_early_wasted=0 if self._experts is None else self._experts.num_early_wasted,
+        )
+
+    @property
+    def traffic(self) -> WeightTraffic:
+        """The same for the engine's metrics."""
+        stats = self.stats
+        return WeightTraffic(
+            read_bytes=stats.ring.num_bytes + stats.experts.num_bytes,
+            wait_s=stats.ring.wait_s + stats.experts.wait_s,
+            expert_hits=stats.num_expert_hits,
+            expert_misses=stats.num_expert_misses,
+            early_useful=stats.num_early_useful,
+            early_wasted=stats.num_early_wasted,
         )
 
     def close(self) -> None:

@@ -60,8 +60,16 @@ class QuantKernels:
     def __init__(self, base: Kernels, precision: Precision, cache_dir: Path) -> None:
         self.base = base
         self._precision = precision
+        self._cache_dir = cache_dir
         self._packed = _packed_rows(base, cache_dir)
         self.name = f"{base.name}+{precision.value}" + ("" if self._packed else " in rows")
+
+    @property
+    def on_host(self) -> QuantKernels:
+        """See `Kernels.on_host`; codes lie there as they do here."""
+        if self.base.on_host is self.base:
+            return self
+        return QuantKernels(self.base.on_host, self._precision, self._cache_dir)
 
     def layout(self, dtype: torch.dtype) -> CodeLayout:
         """How codes of a weight in `dtype` must lie for these kernels."""

@@ -150,6 +150,24 @@ DRAFT_TOKENS = _counter(
 ACCEPTED_DRAFT_TOKENS = _counter(
     "accepted_draft_tokens_total", _LEADER, "Guessed tokens that were right."
 )
+STREAMED_BYTES = _counter(
+    "streamed_weight_bytes_total", _LEADER, "Weights that an offload replica's first rank has read."
+)
+STREAM_WAIT_SECONDS = _counter(
+    "streamed_weight_wait_seconds_total", _LEADER, "What its steps lost waiting for weights."
+)
+STREAMED_EXPERT_HITS = _counter(
+    "streamed_expert_hits_total", _LEADER, "Visits of streamed experts that found them in memory."
+)
+STREAMED_EXPERT_MISSES = _counter(
+    "streamed_expert_misses_total", _LEADER, "Visits of streamed experts that took a read."
+)
+EARLY_EXPERTS_USED = _counter(
+    "early_experts_used_total", _LEADER, "Experts read before their layer asked, and used."
+)
+EARLY_EXPERTS_WASTED = _counter(
+    "early_experts_wasted_total", _LEADER, "Experts read before their layer asked, for nothing."
+)
 
 LOST_RANKS = Metric(
     name="penstock_lost_ranks",
@@ -212,5 +230,11 @@ METRICS: tuple[Metric, ...] = (
     EXPERT_IMBALANCE,
     DRAFT_TOKENS,
     ACCEPTED_DRAFT_TOKENS,
+    STREAMED_BYTES,
+    STREAM_WAIT_SECONDS,
+    STREAMED_EXPERT_HITS,
+    STREAMED_EXPERT_MISSES,
+    EARLY_EXPERTS_USED,
+    EARLY_EXPERTS_WASTED,
 )
 """Every metric, gateway's first."""

@@ -120,6 +120,9 @@ class OffloadPlan:
     """Micro-batches whose blocks of a layer are on the device at one time; 0 unless streamed."""
     kv_window_blocks: int = 0
     """Blocks of one window."""
+    host_experts: HostExpertsPlan | None = None
+    """Routed experts among `host_units` may be computed by the host's cores; None: never. Their
+    results may differ from the device's in the last bits, so tokens then depend on the load."""
     precision: str = "native"
     """Number format of streamed linear weights: `native`, or a quantised one."""
     reader: str = "auto"
@@ -128,6 +131,20 @@ class OffloadPlan:
     """Checksums: `first` (the first read of each record) or `always`."""
     read_timeout_s: float = 30.0
     """A record that is not there after this long is an error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostExpertsPlan:
+    """What decides whether an expert in host memory is computed there or fetched."""
+
+    link_bytes_per_s: float
+    """Host memory to device."""
+    host_bytes_per_s: float
+    """What the host's cores read of their own memory."""
+    host_flops_per_s: float
+    """What they multiply."""
+    call_s: float = 5e-5
+    """For each expert, whatever its size: calls, waiting for rows, sending them back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

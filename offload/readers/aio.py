@@ -2,9 +2,11 @@
 
 What its C++ does not forgive is kept from it here: it ends the process when a file is shorter than
 a read, when a handle goes while it reads, or when memory cannot be locked, and it takes a failed
-read for a good one (guard words find that). `wait` is per handle, so every slot has its own, and a
-thread of ours waits, because it knows no deadline. Memory has to come from its own allocator, else
-every read is copied; the pages are then made huge, which it does not do and which matters most.
+read for a good one (guard words find that). `wait` is per handle, so every read under way has its
+own, and a thread of ours waits, because it knows no deadline. A handle has a thread and two kernel
+contexts: there are as many as reads under way, not as slots (a cache has hundreds). Memory has to
+come from its own allocator, else every read is copied; the pages are then made huge, which it does
+not do and which matters most.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import logging
 import os
 import queue
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +35,9 @@ _SINGLE_SUBMIT = True
 """Requests submitted together are merged by the kernel into few large ones, which a disk serves
 less of at a time: 2.1 GB/s against 2.4 GB/s one by one (virtio)."""
 _THREADS_PER_HANDLE = 1
+_MAX_HANDLES = 16
+"""Reads under way at a time; a further one waits for the oldest."""
+_HANDLE_TIMEOUT_S = 30.0
 _CLOSE_TIMEOUT_S = 10.0
 _AIO_LIMITS = (Path("/proc/sys/fs/aio-nr"), Path("/proc/sys/fs/aio-max-nr"))
 _log = logging.getLogger(__name__)
@@ -49,22 +55,26 @@ class AioEngine:
 
     def __init__(self, path: Path, num_slots: int, cache_dir: Path) -> None:
         self._path = path
-        _check_limits(num_slots)
+        num_handles = min(num_slots, _MAX_HANDLES)
+        _check_limits(num_handles)
         _check_direct(path)
         module = load_ops(cache_dir)
         self._handles: list[Any] = [
             module.aio_handle(_BLOCK_BYTES, _QUEUE_DEPTH, _SINGLE_SUBMIT, True, _THREADS_PER_HANDLE)
-            for _ in range(num_slots)
+            for _ in range(num_handles)
         ]
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for number in range(num_handles):
+            self._free.put(number)
         self._ended = [threading.Event() for _ in range(num_slots)]
         for event in self._ended:
             event.set()
         self._blocks: list[torch.Tensor] = []
-        self._waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[_Read | None] = queue.SimpleQueue()
         # The thread keeps the handles: if it hangs in one, that one must never be destroyed.
         self._thread = threading.Thread(
             target=_wait_for_reads,
-            args=(self._waiting, self._handles, self._ended),
+            args=(self._waiting, self._handles, self._free),
             name="weights",
             daemon=True,
         )
@@ -96,10 +106,18 @@ class AioEngine:
             raise WeightStreamError(f"{self._path} cannot be read ({error}).") from error
         if offset + buffer.numel() > size:
             raise WeightStreamError(f"{self._path} ends at byte {size}, before a record does.")
-        if self._handles[slot].async_pread(buffer, str(self._path), offset) != 0:
+        try:
+            number = self._free.get(timeout=_HANDLE_TIMEOUT_S)
+        except queue.Empty:
+            raise ReadTimeoutError(
+                f"No read of {self._path} has ended for {_HANDLE_TIMEOUT_S:g} s.",
+                "Look at the disk.",
+            ) from None
+        if self._handles[number].async_pread(buffer, str(self._path), offset) != 0:
+            self._free.put(number)
             raise WeightStreamError(f"{self._path} cannot be opened for asynchronous reads.")
         self._ended[slot].clear()
-        self._waiting.put(slot)
+        self._waiting.put(_Read(handle=number, ended=self._ended[slot]))
 
     def wait(self, slot: int, timeout_s: float) -> None:
         """See `ReadEngine`."""
@@ -124,13 +142,22 @@ class AioEngine:
         self._handles.clear()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """One under way: number of its handle, and what to set when it has ended."""
+
+    handle: int
+    ended: threading.Event
+
+
 def _wait_for_reads(
-    waiting: queue.SimpleQueue[int | None], handles: list[Any], ended: list[threading.Event]
+    waiting: queue.SimpleQueue[_Read | None], handles: list[Any], free: queue.SimpleQueue[int]
 ) -> None:
     """Wait for reads in the order of their submission, until told to stop."""
-    while (slot := waiting.get()) is not None:
-        handles[slot].wait()
-        ended[slot].set()
+    while (read := waiting.get()) is not None:
+        handles[read.handle].wait()
+        free.put(read.handle)
+        read.ended.set()
 
 
 def load_ops(cache_dir: Path) -> ModuleType:
@@ -157,7 +184,7 @@ def _import(name: str, path: Path) -> ModuleType:
     return module
 
 
-def _check_limits(num_slots: int) -> None:
+def _check_limits(num_handles: int) -> None:
     """Two contexts a handle; creating one beyond the system's limit ends the process."""
     try:
         used, limit = (int(path.read_text()) for path in _AIO_LIMITS)
@@ -165,7 +192,7 @@ def _check_limits(num_slots: int) -> None:
         return
     # The kernel counts requests per processor and doubles them.
     events = 2 * max(_QUEUE_DEPTH, 4 * (os.cpu_count() or 1))
-    wanted = num_slots * (1 + _THREADS_PER_HANDLE) * events
+    wanted = num_handles * (1 + _THREADS_PER_HANDLE) * events
     if used + wanted > limit:
         raise ReaderUnavailableError(
             f"fs.aio-max-nr is {limit}, {used} are in use and {wanted} more are needed"

@@ -119,6 +119,11 @@ class LockstepOutput:
         return 0.0
 
     @property
+    def traffic(self) -> None:
+        """Ranks that share experts hold all of their weights."""
+        return None
+
+    @property
     def sign_s(self) -> float:
         """No sign is counted on: one group's says nothing of the others."""
         return 0.0

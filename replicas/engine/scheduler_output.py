@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from replicas.api import Pooling, SamplingParams, TokenLogprob
+from replicas.engine.weight_traffic import WeightTraffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,3 +118,5 @@ class StepOutput:
     was there already."""
     timings_s: dict[str, float] = field(default_factory=dict)
     """Where the step's time went: input_build, forward, sample."""
+    traffic: WeightTraffic | None = None
+    """What the rank's weights have moved since its start; None: they stay."""

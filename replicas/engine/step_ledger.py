@@ -5,7 +5,9 @@ Constant memory; the loop thread writes, any thread may read a snapshot.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from replicas.engine.weight_traffic import WeightTraffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,8 @@ class StepTimes:
     update_s: float = 0.0
     worker_s: float = 0.0
     max_execute_s: float = 0.0
+    traffic: WeightTraffic = field(default_factory=WeightTraffic)
+    """Of the output rank."""
 
 
 class StepLedger:
@@ -47,6 +51,7 @@ class StepLedger:
         execute_s: float,
         update_s: float,
         worker_s: float,
+        traffic: WeightTraffic | None = None,
     ) -> None:
         """Count one finished step."""
         old = self._times
@@ -59,4 +64,5 @@ class StepLedger:
             update_s=old.update_s + update_s,
             worker_s=old.worker_s + worker_s,
             max_execute_s=max(old.max_execute_s, execute_s),
+            traffic=traffic or old.traffic,
         )

@@ -182,5 +182,6 @@ class StepRunner(Generic[PlanT, OutputT]):
             execute_s=executed_s - flight.started_s - flight.overlapped_s,
             update_s=update_s,
             worker_s=output.duration_s,
+            traffic=output.traffic,
         )
         return deltas

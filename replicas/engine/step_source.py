@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 
 from cluster.base.errors import PenstockError
 from replicas.api import GenerationDelta, GenerationRequest, ReplicaStats
+from replicas.engine.weight_traffic import WeightTraffic
 
 
 class PlannedStep(Protocol):
@@ -46,6 +47,11 @@ class AnsweredStep(Protocol):
     @property
     def idle_s(self) -> float:
         """How long the workers stood idle before the step."""
+        ...
+
+    @property
+    def traffic(self) -> WeightTraffic | None:
+        """What the workers' weights have moved since their start; None: they stay."""
         ...
 
 

@@ -32,6 +32,11 @@ class CpuKernels:
         self._gates = CpuGates(library)
         self._gelu = CpuGelu(library)
 
+    @property
+    def on_host(self) -> CpuKernels:
+        """See `Kernels.on_host`."""
+        return self
+
     @staticmethod
     def why_not(dtype: torch.dtype, device: str) -> list[str]:
         """All reasons why these kernels cannot serve a model; empty when they can."""

@@ -54,6 +54,11 @@ class Kernels(Protocol):
 
     name: str
 
+    @property
+    def on_host(self) -> Kernels:
+        """What computes with this set's weights where they lie in host memory."""
+        ...
+
     def pack(self, name: str, weight_OI: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors that stand for the linear weight `name` in its unit."""
         ...

@@ -20,6 +20,11 @@ class TorchKernels:
 
     name = "torch"
 
+    @property
+    def on_host(self) -> TorchKernels:
+        """See `Kernels.on_host`: torch computes wherever tensors are."""
+        return self
+
     def pack(self, name: str, weight_OI: torch.Tensor) -> dict[str, torch.Tensor]:
         """The weight as it is."""
         return {name: weight_OI}

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 import torch
 
 from cluster.base.env import triton_interpreter
+from cluster.base.errors import InternalError
 from moe.experts import GroupedExperts
 from moe.spec import GateSpec
 from replicas.kernels.expert_ops import ExpertSet
 from replicas.kernels.fp8 import Fp8Weights
-from replicas.kernels.ops import HeadShape, HeadTensors, MlpNames
+from replicas.kernels.ops import HeadShape, HeadTensors, Kernels, MlpNames
 from replicas.kernels.torch_ops import TORCH_KERNELS, silu_mlp_in_steps, split_heads
 from replicas.kernels.triton_experts import TritonExperts
 
@@ -42,6 +43,17 @@ class TritonKernels:
         self.name = "triton, fp8" if fp8 else "triton"
         self._programs = row_kernels
         self._fp8 = Fp8Weights(self._quantise_rows) if fp8 else None
+
+    @property
+    def on_host(self) -> Kernels:
+        """See `Kernels.on_host`; other sums, so other last bits.
+
+        Raises:
+            InternalError: fp8 weights are not computed with there.
+        """
+        if self._fp8 is not None:
+            raise InternalError("Fp8 weights cannot be computed with on the host.")
+        return TORCH_KERNELS
 
     @staticmethod
     def why_not(dtype: torch.dtype, device: str, *, fp8: bool = False) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +13,10 @@ from torch.nn import functional
 from moe.experts import GroupedExperts, Made, Make, Tensors
 from replicas.kernels.expert_ops import ExpertSet
 from replicas.layers.activations import activation, kernel_activation
-from replicas.layers.weights import AnnouncedWeights, ResidentWeights
+from replicas.layers.weights import AnnouncedWeights, ForeseeingWeights, ResidentWeights
 
 if TYPE_CHECKING:
+    from moe.block import MixtureBlock
     from moe.spec import MoeSpec
     from replicas.kernels.ops import Kernels
     from replicas.layers.weights import WeightProvider
@@ -70,6 +72,7 @@ class KernelMath:
     def __init__(self, kernels: Kernels, spec: MoeSpec, activation_name: str) -> None:
         self._kernels = kernels
         self._spec = spec
+        self._activation_name = activation_name
         silu = bool(spec.glu_limit) or activation(activation_name) is functional.silu
         self._in_one_call = silu and spec.gated
         self.linear = kernels.linear
@@ -77,6 +80,14 @@ class KernelMath:
         self.gate: Gate = between(kernels, spec, activation_name)
         if spec.glu_limit:
             self.gate = ClampedGlu(kernels=kernels, limit=spec.glu_limit, alpha=spec.glu_alpha)
+
+    @cached_property
+    def on_host(self) -> KernelMath:
+        """See `ExpertMath.on_host`."""
+        kernels = self._kernels.on_host
+        if kernels is self._kernels:
+            return self
+        return KernelMath(kernels, self._spec, self._activation_name)
 
     def grouped(
         self, experts: Sequence[Tensors], held: Sequence[int], *, down_bias: bool
@@ -120,21 +131,56 @@ class SharedExperts:
         return self._kernels.linear(inner_TF, tensors, "down.weight", down_bias_D, wide=True)
 
 
-class ExpertUnits:
-    """`ExpertWeights` of one layer from a provider of units."""
+class Foresight:
+    """What a layer's mixture will probably visit, seen from the layer before it.
 
-    def __init__(self, weights: WeightProvider, layer: int) -> None:
+    Args:
+        norm: the one before the mixture; hidden states and the layer's tensors -> normed.
+    """
+
+    def __init__(
+        self, layer: int, norm: Callable[[torch.Tensor, Tensors], torch.Tensor], block: MixtureBlock
+    ) -> None:
+        self._layer = f"layer.{layer}"
+        self._norm = norm
+        self._block = block
+
+    def tell(self, hidden_TD: torch.Tensor, weights: WeightProvider) -> None:
+        """Let the provider read early what the mixture's gate makes of the residual stream, (T, D),
+        which the rest of this layer and the attention in between have yet to change."""
+        if isinstance(weights, ForeseeingWeights):
+            weights.foresee(
+                self._layer,
+                lambda tensors: self._block.likely(self._norm(hidden_TD, tensors), tensors),
+            )
+
+
+class ExpertUnits:
+    """`ExpertWeights` of one layer from a provider of units.
+
+    Args:
+        announced: called when the layer's own experts have been announced.
+    """
+
+    def __init__(
+        self, weights: WeightProvider, layer: int, announced: Callable[[], None] | None = None
+    ) -> None:
         self._weights = weights
         self._prefix = f"layer.{layer}.expert."
+        self._announced = announced
 
     def acquire(self, expert: int) -> Mapping[str, torch.Tensor]:
         """The expert's tensors, valid until released."""
         return self._weights.acquire(f"{self._prefix}{expert}")
 
-    def announce(self, experts: Sequence[int]) -> None:
+    def announce(self, experts: Sequence[int], rows: Sequence[int]) -> Sequence[int]:
         """See `ExpertWeights.announce`."""
+        order: Sequence[int] = range(len(experts))
         if isinstance(self._weights, AnnouncedWeights):
-            self._weights.announce([f"{self._prefix}{expert}" for expert in experts])
+            order = self._weights.announce([f"{self._prefix}{expert}" for expert in experts], rows)
+        if self._announced is not None:
+            self._announced()
+        return order
 
     def release(self, expert: int) -> None:
         """The step is done with this expert."""

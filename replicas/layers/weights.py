@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast, runtime_checkable
 if TYPE_CHECKING:
     import torch
 
+    Tensors = Mapping[str, torch.Tensor]
+
 Made = TypeVar("Made")
 
 
@@ -94,8 +96,24 @@ class WeightProvider(Protocol):
 class AnnouncedWeights(Protocol):
     """A provider that can use to know what comes."""
 
-    def announce(self, units: Sequence[str]) -> None:
-        """These units are asked for next, in this order."""
+    def announce(self, units: Sequence[str], rows: Sequence[int]) -> Sequence[int]:
+        """These units are asked for next, each for so many rows.
+
+        Returns:
+            The order that waits least, as indices into `units`.
+        """
+        ...
+
+
+@runtime_checkable
+class ForeseeingWeights(Protocol):
+    """A provider that reads early what a later layer will probably ask for."""
+
+    def foresee(self, layer: str, guess: Callable[[Tensors], Sequence[int]]) -> None:
+        """`guess` of that layer's own tensors gives experts, the likeliest first.
+
+        It is called at once or not at all: only where to know would help.
+        """
         ...
 
 

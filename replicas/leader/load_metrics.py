@@ -64,4 +64,10 @@ def leader_values(stats: ReplicaStats, times: StepTimes) -> Mapping[Metric, floa
         table.ENGINE_TOKENS: stats.generated_tokens,
         table.DRAFT_TOKENS: stats.draft_tokens,
         table.ACCEPTED_DRAFT_TOKENS: stats.accepted_draft_tokens,
+        table.STREAMED_BYTES: times.traffic.read_bytes,
+        table.STREAM_WAIT_SECONDS: times.traffic.wait_s,
+        table.STREAMED_EXPERT_HITS: times.traffic.expert_hits,
+        table.STREAMED_EXPERT_MISSES: times.traffic.expert_misses,
+        table.EARLY_EXPERTS_USED: times.traffic.early_useful,
+        table.EARLY_EXPERTS_WASTED: times.traffic.early_wasted,
     }

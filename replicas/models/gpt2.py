@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from replicas.layers.attention import StepContext
 from replicas.layers.linear import PlainMlp
-from replicas.layers.mixture import ExpertUnits
+from replicas.layers.mixture import ExpertUnits, Foresight
 from replicas.layers.norms import LayerNorm
 from replicas.layers.vocab import VocabEmbedding, VocabHead
 from replicas.layers.weights import WeightProvider, acquired
@@ -26,13 +26,23 @@ from replicas.models.weight_units import weight_units
 class Gpt2Layer:
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, arch: ArchConfig, context: ModelContext, index: int) -> None:
+    def __init__(
+        self, arch: ArchConfig, context: ModelContext, index: int, following: Gpt2Layer | None
+    ) -> None:
         self._attention_norm = LayerNorm("attention_norm", arch.norm_eps)
         self._attention = context.self_attention(arch, index)
         self._mlp_norm = LayerNorm("mlp_norm", arch.norm_eps)
         self._mlp = PlainMlp(arch.activation, context.communicator, context.kernels)
         self._mixture = context.mixture(arch, index)
         self._index = index
+        self._next = None if following is None else following.foresight
+
+    @property
+    def foresight(self) -> Foresight | None:
+        """How the layer before sees what this one's mixture will visit; None in a dense layer."""
+        if self._mixture is None:
+            return None
+        return Foresight(self._index, self._mlp_norm.forward, self._mixture)
 
     def forward(
         self,
@@ -62,9 +72,16 @@ class Gpt2Layer:
         hidden_TD = hidden_TD + self._attention.forward(normed_TD, context, tensors, kv_2NBGP)
         normed_TD = self._mlp_norm.forward(hidden_TD, tensors)
         if self._mixture is None:
+            self._look_ahead(hidden_TD, weights)
             return hidden_TD + self._mlp.forward(normed_TD, tensors)
-        experts = ExpertUnits(weights, self._index)
+        experts = ExpertUnits(
+            weights, self._index, announced=lambda: self._look_ahead(hidden_TD, weights)
+        )
         return hidden_TD + self._mixture.forward(normed_TD, tensors, experts)
+
+    def _look_ahead(self, hidden_TD: torch.Tensor, weights: WeightProvider) -> None:
+        if self._next is not None:
+            self._next.tell(hidden_TD, weights)
 
 
 class Gpt2Model:
@@ -82,7 +99,10 @@ class Gpt2Model:
         held = context.held_experts(arch)
         self.units = weight_units(arch, communicator.rank, communicator.size, held)
         self._embedding = VocabEmbedding(communicator, context.kernels)
-        self._layers = [Gpt2Layer(arch, context, index) for index in range(arch.num_layers)]
+        self._layers: list[Gpt2Layer] = []
+        for index in reversed(range(arch.num_layers)):
+            following = self._layers[0] if self._layers else None
+            self._layers.insert(0, Gpt2Layer(arch, context, index, following))
         self._norm = LayerNorm("norm", arch.norm_eps)
         self._head = VocabHead(arch.vocab_size, communicator, context.kernels)
 

@@ -15,7 +15,7 @@ from cluster.base.errors import ConfigError
 from replicas.layers.activations import activation
 from replicas.layers.attention import StepContext
 from replicas.layers.linear import GatedMlp
-from replicas.layers.mixture import ExpertUnits
+from replicas.layers.mixture import ExpertUnits, Foresight
 from replicas.layers.norms import RmsNorm
 from replicas.layers.rotary import Rotary
 from replicas.layers.vocab import VocabEmbedding, VocabHead
@@ -29,13 +29,23 @@ from replicas.models.weight_units import weight_units
 class LlamaLayer:
     """x + attention(norm(x)), then x + mlp(norm(x)), the MLP dense or a mixture of experts."""
 
-    def __init__(self, arch: ArchConfig, context: ModelContext, index: int) -> None:
+    def __init__(
+        self, arch: ArchConfig, context: ModelContext, index: int, following: LlamaLayer | None
+    ) -> None:
         self._attention_norm = RmsNorm("attention_norm", arch.norm_eps, context.kernels)
         self._attention = context.attention(arch, index)
         self._mlp_norm = RmsNorm("mlp_norm", arch.norm_eps, context.kernels)
         self._mlp = GatedMlp(activation(arch.activation), context.communicator, context.kernels)
         self._mixture = context.mixture(arch, index)
         self._index = index
+        self._next = None if following is None else following.foresight
+
+    @property
+    def foresight(self) -> Foresight | None:
+        """How the layer before sees what this one's mixture will visit; None in a dense layer."""
+        if self._mixture is None:
+            return None
+        return Foresight(self._index, self._mlp_norm.forward, self._mixture)
 
     def forward(
         self,
@@ -65,9 +75,16 @@ class LlamaLayer:
         attended_TD = self._attention.forward(normed_TD, context, tensors, kv_2NBGP)
         hidden_TD, normed_TD = self._mlp_norm.add_forward(hidden_TD, attended_TD, tensors)
         if self._mixture is None:
+            self._look_ahead(hidden_TD, weights)
             return hidden_TD + self._mlp.forward(normed_TD, tensors)
-        experts = ExpertUnits(weights, self._index)
+        experts = ExpertUnits(
+            weights, self._index, announced=lambda: self._look_ahead(hidden_TD, weights)
+        )
         return hidden_TD + self._mixture.forward(normed_TD, tensors, experts)
+
+    def _look_ahead(self, hidden_TD: torch.Tensor, weights: WeightProvider) -> None:
+        if self._next is not None:
+            self._next.tell(hidden_TD, weights)
 
 
 class LlamaModel:
@@ -88,7 +105,10 @@ class LlamaModel:
         self.units = weight_units(arch, communicator.rank, communicator.size, held)
         self._rotary = Rotary(arch.rope, context.dtype, context.device)
         self._embedding = VocabEmbedding(communicator, context.kernels)
-        self._layers = [LlamaLayer(arch, context, index) for index in range(arch.num_layers)]
+        self._layers: list[LlamaLayer] = []
+        for index in reversed(range(arch.num_layers)):
+            following = self._layers[0] if self._layers else None
+            self._layers.insert(0, LlamaLayer(arch, context, index, following))
         self._norm = RmsNorm("norm", arch.norm_eps, context.kernels)
         self._head = VocabHead(arch.vocab_size, communicator, context.kernels)
         self._stack = context.layer_stack(arch)

@@ -23,6 +23,7 @@ import torch
 
 from cluster.base.errors import InternalError
 from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
+from replicas.engine.weight_traffic import traffic_of
 from replicas.layers.weights import WeightProvider
 from replicas.models.decoder import DecoderModel
 from replicas.worker.decode_graphs import GraphedModel
@@ -260,16 +261,14 @@ class ModelRunner:
             duration_s=pending.ended.seconds_since(pending.began),
             idle_s=0.0 if before is None else pending.began.seconds_since(before),
             timings_s=pending.host_s,
+            traffic=traffic_of(self._weights),
         )
 
     def _run(
         self, plan: SchedulerOutput, started_s: float, on_nearly_done: SayDone | None, idle_s: float
     ) -> StepOutput:
-        """A whole step, from its inputs to its answers.
-
-        On a device the time of the forward pass shows up where the host first waits for it,
-        which is under `sample`.
-        """
+        """A whole step, from its inputs to its answers; on a device the time of the forward pass
+        shows up where the host first waits for it, under `sample`."""
         self._ended = None
         if not plan.keys:
             duration_s = self._clock() - started_s
@@ -297,6 +296,7 @@ class ModelRunner:
                 "forward": computed_s - built_s,
                 "sample": ended_s - computed_s,
             },
+            traffic=traffic_of(self._weights),
         )
 
     def _answers(self, plan: SchedulerOutput) -> StepAnswers:

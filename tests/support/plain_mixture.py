@@ -15,6 +15,11 @@ from moe.spec import GateSpec, MoeSpec
 class SiluMath:
     """`ExpertMath` in plain torch."""
 
+    @property
+    def on_host(self) -> SiluMath:
+        """Torch computes everywhere."""
+        return self
+
     def linear(
         self,
         input_TI: torch.Tensor,
@@ -63,8 +68,9 @@ class HeldExperts:
         """Back again."""
         self.open.remove(expert)
 
-    def announce(self, experts) -> None:
-        """All of them are here."""
+    def announce(self, experts, rows):
+        """All of them are here; taken backwards, which must not matter."""
+        return range(len(experts))[::-1]
 
     def lasting(self, held: tuple[int, ...], make: Make[Made]) -> Made | None:
         """They come and go."""

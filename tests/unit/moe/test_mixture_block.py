@@ -77,7 +77,7 @@ def test_slots_change_no_bit_and_the_sum_is_right(rows: int, order: list[int]) -
     source = HeldExperts(experts)
     output_TD = _block(layout=Slots(tuple(order)), sliced=False).forward(hidden_TD, TENSORS, source)
     assert torch.equal(output_TD, _block().forward(hidden_TD, TENSORS, HeldExperts(experts)))
-    assert source.acquired == sorted(source.acquired), "not in ascending logical order"
+    assert source.acquired == sorted(source.acquired, reverse=True), "not in the order asked for"
     assert not source.open
     logits_TE = hidden_TD @ TENSORS["router.weight"].T
     expected = plain_mixture(hidden_TD, logits_TE, SPEC, experts)

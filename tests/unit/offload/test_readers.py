@@ -67,6 +67,23 @@ def check(engine, slots, offsets, index, size, expected) -> None:
     assert got == expected[offsets[index] : offsets[index] + length]
 
 
+@pytest.mark.parametrize("name", READERS)
+def test_an_expert_cache_has_more_slots_than_reads_are_under_way(name: str, file: Path) -> None:
+    """A handle for each of hundreds of slots would be threads and kernel contexts for nothing."""
+    try:
+        engine = openers(file, default_cache_dir())[name](80)
+    except ReaderUnavailableError as error:
+        pytest.skip(f"the reader {name} cannot be used here: {error}")
+    memory, expected = engine.allocate(80 * PAGE), file.read_bytes()
+    for turn in (0, 80):
+        for slot in range(80):
+            engine.submit(slot, memory[slot * PAGE : (slot + 1) * PAGE], (turn + slot) * PAGE)
+        for slot in reversed(range(80)):
+            engine.wait(slot, 10.0)
+        assert bytes(memory.numpy().data) == expected[turn * PAGE : (turn + 80) * PAGE]
+    engine.close()
+
+
 def test_waiting_twice_is_harmless_and_closing_drains(engine: ReadEngine) -> None:
     slots = slots_of(engine, 2**20)
     engine.submit(0, slots[0], 0)
