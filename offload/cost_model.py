@@ -5,7 +5,8 @@ Everything overlaps, so a pass takes as long as its busiest resource:
     t = max( S_disk / BW_disk, S_link / BW_link, C, KV_link / BW_link, A_host )
 
 S: bytes streamed in a pass after quantisation. C: the device's own work, one thing after another:
-multiplications with weights as they are stored, attention over the KV cache it holds.
+multiplications with weights as they are stored, attention over the KV cache it holds, and what
+each row takes beside its products (norms, heads, activations, sampling).
 tokens/s = batch / t; with S / BW the largest term this is ZeRO-Inference's rule: throughput is
 batch x link / model.
 """
@@ -107,7 +108,7 @@ def pass_time(model: ModelShape, placement: Placement, rates: Rates, load: PassL
 
 def _compute_s(model: ModelShape, placement: Placement, rates: Rates, load: PassLoad) -> float:
     read = load.rows * load.context_tokens * model.kv_bytes_per_token
-    decode_s = read / rates.memory_bytes_per_s
+    decode_s = read / (rates.attention_bytes_per_s or rates.memory_bytes_per_s)
     if placement.kv_home is KvHome.HOST and not rates.device_is_host:
         decode_s = 0.0
     if placement.kv_home is KvHome.STREAMED and rates.device_is_host:
@@ -121,6 +122,7 @@ def _compute_s(model: ModelShape, placement: Placement, rates: Rates, load: Pass
         + rates.gemm_s(model.head_weights, load.rows)
         + decode_s
         + prompt_s
+        + rates.row_value_s * (load.tokens * model.row_values + load.rows * model.logits)
     )
 
 

@@ -26,9 +26,10 @@ from offload.rates import GemmPoint, Rates
 DEADLINE_S = 60.0
 """Measuring takes about 8 s; starting Python and torch on a cold disk can double that, and a busy
 machine multiplies it."""
-_VERSION = 2
+_VERSION = 3
 """Changes when the probe measures something else."""
 _GEMMS = ("gemm", "int8_gemm", "int4_gemm")
+_MAY_BE_ZERO = ("layer_overhead_s", "row_value_s", "attention_bytes_per_s")
 
 Run = Callable[[Sequence[str], float], str]
 """Runs a command with a timeout in seconds and gives its output."""
@@ -98,9 +99,11 @@ def rates_from_json(data: Mapping[str, Any]) -> Rates:
     """
     points = {name: tuple(GemmPoint(**point) for point in data[name]) for name in _GEMMS}
     rates = Rates(**{**data, **points})
-    numbers = [value for key, value in data.items() if key not in (*_GEMMS, "layer_overhead_s")]
+    others = (*_GEMMS, "device_is_host")
+    numbers = {key: value for key, value in data.items() if key not in others}
     if not all(points.values()) or not all(
-        math.isfinite(number) and number > 0 for number in numbers
+        math.isfinite(number) and (number > 0 or (key in _MAY_BE_ZERO and number == 0))
+        for key, number in numbers.items()
     ):
         raise ValueError(f"not rates: {data}")
     return rates

@@ -16,7 +16,7 @@ from offload.layout import TENSOR_ALIGN, aligned
 from offload.precision import GROUP, GROUP_BYTES, NEVER_QUANTISED, Precision
 from offload.record_sizes import record_bytes, tensor_bytes
 from replicas.layers.weights import TensorSpec, WeightUnit
-from replicas.models.arch import ArchConfig
+from replicas.models.arch import ArchConfig, LayerSpec
 from replicas.models.memory import kv_bytes_per_token
 from replicas.models.weight_units import weight_units
 
@@ -89,6 +89,10 @@ class ModelShape:
     kv_bytes_per_token: int
     attention_flops_per_pair: int
     """Operations of all layers for one query token and one key."""
+    row_values: int = 0
+    """Values of one token that the layers work on beside their products (`layer_values`)."""
+    logits: int = 0
+    """Values of one row that sampling looks at."""
 
     @property
     def head_weights(self) -> int:
@@ -123,7 +127,32 @@ def model_shape(arch: ArchConfig, tp_size: int, dtype: str) -> ModelShape:
         fixed_bytes=sum(_distinct_records(fixed, dtype)),
         kv_bytes_per_token=kv_bytes_per_token(arch, tp_size, dtype),
         attention_flops_per_pair=4 * heads * arch.head_dim * arch.num_layers,
+        row_values=sum(
+            layer_values(
+                arch.model_dim,
+                _inner_width(layer, tp_size),
+                query_width=heads * arch.head_dim,
+                kv_width=arch.kv_heads_per_rank(tp_size) * arch.head_dim,
+            )
+            for layer in arch.layers
+        ),
+        logits=arch.vocab_size,
     )
+
+
+def layer_values(model_dim: int, ffn_dim: int, *, query_width: int, kv_width: int) -> int:
+    """Values of one token that one layer reads and writes beside its products.
+
+    Two norms and two sums, heads that are turned and attended with, an activation over two halves.
+    """
+    return 8 * model_dim + 4 * query_width + 4 * kv_width + 3 * ffn_dim
+
+
+def _inner_width(layer: LayerSpec, tp_size: int) -> int:
+    """Values between the two products of a layer's MLP, of all that a token visits."""
+    if layer.moe is None:
+        return layer.ffn_dim // tp_size
+    return (layer.moe.gate.top_k * layer.moe.ffn_dim + layer.moe.shared_ffn_dim) // tp_size
 
 
 def _layer_of(unit: WeightUnit) -> int | None:

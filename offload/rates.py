@@ -42,6 +42,10 @@ class Rates:
     cores that compute."""
     layer_overhead_s: float = 0.0
     """What a layer takes beside its matrices: launching, norms, bookkeeping."""
+    row_value_s: float = 0.0
+    """The same for each further row, for each value that passes through (`layer_values`)."""
+    attention_bytes_per_s: float = 0.0
+    """Of keys and values, by what computes attention over them; 0: as fast as memory is read."""
 
     def gemm_s(self, weights: float, tokens: int, precision: Precision = Precision.NATIVE) -> float:
         """Seconds to multiply `weights` weights of a format with `tokens` rows.

@@ -117,7 +117,10 @@ def _context_of(context: StepContext, cut: Cut, caches: PassCaches) -> StepConte
 
 
 class HeldLayers:
-    """A `WeightProvider` that keeps one layer acquired while several micro-batches use it."""
+    """A `WeightProvider` that keeps one layer acquired while several micro-batches use it.
+
+    Guesses of the next layer's experts do not pass: this layer's further micro-batches come first.
+    """
 
     def __init__(self, weights: WeightProvider) -> None:
         self._weights = weights
@@ -139,10 +142,11 @@ class HeldLayers:
         """What is held, or as the provider."""
         return self._tensors if unit == self._unit else self._weights.acquire(unit)
 
-    def announce(self, units: Sequence[str]) -> None:
+    def announce(self, units: Sequence[str], rows: Sequence[int]) -> Sequence[int]:
         """See `AnnouncedWeights.announce`."""
         if isinstance(self._weights, AnnouncedWeights):
-            self._weights.announce(units)
+            return self._weights.announce(units, rows)
+        return range(len(units))
 
     def release(self, unit: str) -> None:
         """As the provider, but for what is held."""

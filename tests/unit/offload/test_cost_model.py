@@ -18,7 +18,7 @@ from offload.cost_model import (
 )
 from offload.homes import KvHome, Placement, distinct_experts
 from offload.layout import aligned
-from offload.model_shape import model_shape
+from offload.model_shape import ModelShape, layer_values, model_shape
 from offload.precision import Precision
 from offload.rates import GemmPoint
 from replicas.models.hf_config import arch_from_hf
@@ -84,6 +84,22 @@ def test_parts_of_a_pass_by_hand() -> None:
     assert seconds[Resource.LINK] == pytest.approx(8 * layer_bytes / (8 * GB))
     multiply, dequantise, attend = 2 * 10e9 * 40 / 1e12, 10e9 / 50e9, 10 * 100 * 10**6 / (100 * GB)
     assert seconds[Resource.COMPUTE] == pytest.approx(multiply + dequantise + attend)
+
+
+def test_what_rows_take_beside_products_grows_with_them() -> None:
+    """40 layers of 50 thousand values at 1 ns, 8000 logits; keys and values at 10 GB/s."""
+    model = replace(uniform_model(), row_values=40 * 50_000, logits=8000)
+    rates = replace(machine(), row_value_s=1e-9, attention_bytes_per_s=10 * GB)
+    plain = replace(uniform_model(), kv_bytes_per_token=0)
+
+    def compute_s(shape: ModelShape, load: PassLoad) -> float:
+        return dict(pass_time(shape, STREAM_ALL, rates, load).seconds)[Resource.COMPUTE]
+
+    for rows in (1, 8, 64):
+        load = PassLoad(rows=rows, context_tokens=500, prompt_tokens=100)
+        beside = compute_s(model, load) - compute_s(plain, load)
+        values = (rows + 100) * 40 * 50_000 + rows * 8000
+        assert beside == pytest.approx(values * 1e-9 + rows * 500 * 100_000 / (10 * GB))
 
 
 def test_one_slot_is_serial_two_nearly_hide_three_do() -> None:
@@ -163,6 +179,8 @@ def test_shape_of_a_real_architecture_adds_up() -> None:
     assert shape.fixed_bytes == 2 * 256 * 64 + 4096
     assert shape.fixed_read_bytes == 2 * (2 * 256 * 64) + 4096
     assert shape.head_weights == 256 * 64
+    assert shape.row_values == 3 * layer_values(64, 128, query_width=64, kv_width=32)
+    assert shape.logits == 256
 
 
 def test_experts_hit_by_uniform_routing() -> None:
