@@ -18,7 +18,14 @@ from pathlib import Path
 
 from bench.memory_cgroup import MemoryCgroup
 from bench.offload_child import ChildTask
-from bench.offload_rows import PEERS, RESIDENT_LAYERS, Setting, format_rows, peer_rows
+from bench.offload_rows import (
+    PEERS,
+    RESIDENT_LAYERS,
+    WIDE_RESIDENT_LAYERS,
+    Setting,
+    format_rows,
+    peer_rows,
+)
 from bench.offload_run import Runner, install_accelerate
 from bench.random_checkpoint import SHAPES, RandomCheckpoint, random_checkpoint
 from bench.report import Row, kept_rows, save_report, write_report
@@ -134,7 +141,8 @@ def _notes(arguments: argparse.Namespace, setting: Setting) -> list[str]:
         f"bf16, {arguments.threads} compute threads, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, memory "
         f"limit {arguments.limit_mb} MB where a row says nothing else, "
         f"{weights / setting.limit_bytes:.2f} times that of weights; rates: all rows decoding",
-        f"against peers ours keeps {RESIDENT_LAYERS} of 28 layers in memory, elsewhere none",
+        f"against peers ours keeps {RESIDENT_LAYERS} of 28 layers in memory, elsewhere none; under "
+        f"2600 MB {WIDE_RESIDENT_LAYERS}",
         "its reader alone: the same reader over the whole store, the same requests in flight, "
         "before and after each batch in the same process",
         f"machine rates: memory {rates.memory_bytes_per_s / 1e9:.1f} GB/s; weights multiplied with "

@@ -19,6 +19,10 @@ from offload.rates import Rates
 RESIDENT_LAYERS = 6
 """What the limit leaves room for beside ring, engine and Python; against peers, which use the same
 memory their own way."""
+WIDE_RESIDENT_LAYERS = 17
+"""The same under `WIDE_LIMIT_BYTES`."""
+WIDE_LIMIT_BYTES = 2600 * 10**6
+"""The least that DeepSpeed runs in."""
 AIM_OF_BATCHES = 60.0
 """How many times the rate of one row the largest batch should give."""
 
@@ -28,16 +32,17 @@ class Peer:
     """Somebody else who streams."""
 
     name: str
-    target: float
+    target: float | None
     """The ratio to reach."""
-    limit_bytes: int | None = None
-    """What it needs where it cannot run under everybody's limit."""
+    is_wide: bool = False
+    """It runs under `WIDE_LIMIT_BYTES`: everybody's limit is too little for it."""
 
 
 PEERS: Mapping[str, Peer] = {
     "mapped": Peer(name="mapped store, same engine", target=1.4),
-    "deepspeed_zero3": Peer(
-        name="DeepSpeed ZeRO-3 NVMe, limit 2600 MB", target=2.5, limit_bytes=2600 * 10**6
+    "deepspeed_zero3": Peer(name="DeepSpeed ZeRO-3 NVMe, limit 2600 MB", target=2.5, is_wide=True),
+    "zero3_provider": Peer(
+        name="our provider deepspeed-zero3, limit 2600 MB", target=None, is_wide=True
     ),
     "accelerate_disk": Peer(name="Accelerate disk offload", target=5.0),
 }
@@ -57,13 +62,20 @@ class Setting:
 def peer_rows(runner: Runner, engine: str, rounds: int, setting: Setting) -> list[Row]:
     """The same batch by ours and a peer, in turn."""
     peer = PEERS[engine]
+    limit_bytes = WIDE_LIMIT_BYTES if peer.is_wide else None
     ours: list[ChildResult] = []
     theirs: list[ChildResult] = []
+    wide: list[ChildResult] = []
     for _ in range(rounds):
         if (result := runner.run("ours", resident_layers=RESIDENT_LAYERS)) is not None:
             ours.append(result)
-        if (result := runner.run(engine, limit_bytes=peer.limit_bytes)) is not None:
+        if (result := runner.run(engine, limit_bytes=limit_bytes)) is not None:
             theirs.append(result)
+        if peer.is_wide:
+            result = runner.run(
+                "ours", limit_bytes=limit_bytes, resident_layers=WIDE_RESIDENT_LAYERS
+            )
+            wide += [] if result is None else [result]
     label = f"{engine}: batch {ours[0].batches[0].rows}, model twice the memory"
     row = measured(label, "rate", "tok/s", _rates([run.batches[0] for run in ours]))
     if not theirs:
@@ -79,7 +91,22 @@ def peer_rows(runner: Runner, engine: str, rounds: int, setting: Setting) -> lis
         *_costs(label, peer.name, ours, theirs),
         _same_tokens(label, peer.name, ours[0].batches[0], theirs[0].batches[0], same),
     ]
+    if wide:
+        rows += _wide_rows(engine, peer, wide, theirs)
     return rows if engine != "mapped" else [*rows, *_own_rows(label, ours, runner, setting)]
+
+
+def _wide_rows(
+    engine: str, peer: Peer, wide: Sequence[ChildResult], theirs: Sequence[ChildResult]
+) -> list[Row]:
+    """Both under the limit that the peer needs: ours keeps more layers in memory."""
+    label = f"{engine}: batch {wide[0].batches[0].rows}, 2600 MB for both"
+    row = measured(label, "rate", "tok/s", _rates([run.batches[0] for run in wide]))
+    rates = _rates([run.batches[0] for run in theirs])
+    return [
+        compared(row, peer.name, rates, target=peer.target),
+        *_costs(label, peer.name, wide, theirs),
+    ]
 
 
 def _costs(
