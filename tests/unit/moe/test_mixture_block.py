@@ -204,3 +204,16 @@ def test_an_idle_rank_takes_part_without_rows() -> None:
     block.forward_idle(torch.empty(0, DIM), source)
     assert layout.recording.rows == [0]
     assert source.acquired == []
+
+
+@given(rows=st.integers(0, 9))
+def test_what_is_likely_is_what_the_same_rows_visit_most_weighted_first(rows: int) -> None:
+    hidden_TD = _noise(rows, DIM, seed=rows)
+    source = HeldExperts(random_experts(SPEC, DIM))
+    block = _block()
+    likely = block.likely(hidden_TD, TENSORS)
+    block.forward(hidden_TD, TENSORS, source)
+    assert sorted(likely) == sorted(source.acquired)
+    if rows == 1:
+        weights_E = (hidden_TD @ TENSORS["router.weight"].T).softmax(dim=-1)[0]
+        assert likely == sorted(likely, key=lambda expert: -weights_E[expert].item())
