@@ -43,8 +43,11 @@ $(STAMP): | $(LOCK)
 	@command -v $(PYTHON) >/dev/null || { echo "no such interpreter: $(PYTHON); try make PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) tools/bootstrap.py --venv $(VENV) --lock $(LOCK) --stamp $@
 
-ops: $(STAMP)  ## compile the readers of packed weights (once; needs g++ and the headers of libaio)
-	@$(RUN) -m offload.readers.aio_build
+ops: $(STAMP)  ## compile CPU kernels and readers of packed weights (once; needs g++, headers of libaio)
+	@failed=; for part in replicas.kernels.ahead offload.readers.aio_build; do \
+	    $(RUN) -m $$part || failed=1; \
+	done; \
+	test -z "$$failed"
 
 demo: $(STAMP)  ## start a small cluster, stream tokens over gRPC and HTTP, shut it down
 	@$(RUN) examples/demo.py
