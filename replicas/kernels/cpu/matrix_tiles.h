@@ -2,6 +2,7 @@
 #pragma once
 
 #include "amx.h"
+#include "amx_rows.h"
 #include "matrix.h"
 #include "rows.h"
 
@@ -61,6 +62,24 @@ inline void columns_of(const Output& output, long pair, long depth, Column* colu
     std::memset(rest + side * kTileBytes, 0, kTileBytes);
     std::memcpy(rest + side * kTileBytes, block + whole * kTileBytes, left * 64);
     columns[side].rest = rest + side * kTileBytes;
+  }
+}
+
+// Two pairs of columns at a time, whichever come: four streams from memory.
+template <typename Output>
+void multiply_very_few(const Rows<Bf16>& x, const Output& output, Part part) {
+  alignas(64) float sums[2 * kVectorRows * 32];
+  alignas(64) char rest[4 * kTileBytes];
+  Column columns[4];
+  const float* numbers = as_numbers(x);
+  Units units(output.pairs(), part);
+  for (long pair = units.next(); pair >= 0; pair = units.next()) {
+    const long other = units.next(), pairs = other >= 0 ? 2 : 1;
+    columns_of(output, pair, 0, columns, rest);
+    if (pairs == 2) columns_of(output, other, 0, columns + 2, rest + 2 * kTileBytes);
+    multiply_vectors(numbers, x.rows, columns, pairs, output.w.k / kTileDepth, sums);
+    output.write(sums, 32, 0, x.rows, pair, pair + 1);
+    if (pairs == 2) output.write(sums + x.rows * 32, 32, 0, x.rows, other, other + 1);
   }
 }
 
@@ -139,6 +158,7 @@ void multiply_many(const Rows<Bf16>& x, const Output& output, Part part) {
 
 template <typename Output>
 void multiply_into(const Rows<Bf16>& x, const Output& output, Part part) {
+  if (x.rows <= kVectorRows) return multiply_very_few(x, output, part);
   if (x.rows <= 16) return multiply_few(x, output, part);
   if (x.rows <= kSomeRows) return multiply_some(x, output, part);
   multiply_many(x, output, part);

@@ -87,6 +87,23 @@ def test_a_linear_row_is_the_same_in_every_batch(
         assert torch.equal(alone, whole[start : start + 1])
 
 
+@pytest.mark.parametrize("in_features", [31, 64, 129])
+@pytest.mark.parametrize("scale", [1e-19, 1e-22, 1e-38, 1e-40])
+def test_a_row_of_tiny_numbers_is_the_same_in_every_batch(
+    cpu_kernels: CpuKernels, in_features: int, scale: float
+) -> None:
+    """Few rows and many take different instructions, which must agree on what is too small."""
+    hidden = (noise(40, in_features, dtype=torch.float32) * scale).to(torch.bfloat16)
+    weight = (noise(50, in_features, dtype=torch.float32, seed=1) * min(1.0, 1e19 * scale)).to(
+        torch.bfloat16
+    )
+    tensors = cpu_kernels.pack("w", weight)
+    whole = cpu_kernels.linear(hidden, tensors, "w", wide=True)
+    for size in range(1, 18):
+        part = cpu_kernels.linear(hidden[:size], tensors, "w", wide=True)
+        assert torch.equal(part.view(torch.int32), whole[:size].view(torch.int32)), size
+
+
 @each_dtype
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_linear_spreads_the_not_finite_like_torch(
