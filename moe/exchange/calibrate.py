@@ -149,7 +149,7 @@ class Probe:
 
     def exchange(self, group: PeerGroup, num_bytes: int) -> float:
         """Seconds of an all-to-all that all groups of a kind make at once."""
-        sent = torch.zeros(group.size * num_bytes, dtype=torch.uint8)
+        sent = torch.ones(group.size * num_bytes, dtype=torch.uint8)
         received = torch.empty_like(sent)
         splits = [num_bytes] * group.size
         return self.time(
@@ -201,8 +201,8 @@ class _RowWork:
 
     def __init__(self, sums: RowSums) -> None:
         self._sums = sums
-        self._partial = torch.zeros((self.num_copies, _DIM), dtype=torch.float64)
-        self._rows = torch.zeros((_NUM_ROWS, _DIM))
+        self._partial = torch.ones((self.num_copies, _DIM), dtype=torch.float64)
+        self._rows = torch.ones((_NUM_ROWS, _DIM))
         self._plan = RowPlan.build(torch.arange(2).expand(_NUM_ROWS, 2), 2)
 
     def run(self) -> None:
