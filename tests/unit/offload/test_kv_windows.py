@@ -17,6 +17,7 @@ from offload.budget import BudgetError
 from offload.kv_windows import KvWindows, in_window
 from replicas.api import FinishReason, GenerationRequest, SamplingParams
 from replicas.attention.backend import AttentionMetadata
+from replicas.engine.speculation import SpeculationConfig
 from tests.support.in_process_engine import generate_pipelined, in_process_engine
 from tests.support.offload_engine import (
     PLENTY,
@@ -86,6 +87,29 @@ def test_any_windows_batching_and_sampling(llama: Path, windows, blocks, micro) 
         completions = run(engine, requests_of(SAMPLED))
         assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
         assert [c.prompt_logprobs for c in completions] == [c.prompt_logprobs for c in expected]
+
+
+@pytest.mark.parametrize("micro", [0, 3])
+def test_drafts_are_checked_across_micro_batches(llama: Path, micro: int) -> None:
+    """A cut may go through a draft: its later rows read what its earlier ones have stored."""
+    words = tuple((token, 30.0) for token in range(20, 26))
+    params = SamplingParams(temperature=0.0, logit_bias=words, max_tokens=40, logprobs=1)
+    requests = [
+        GenerationRequest(
+            request_id=f"r{index}",
+            prompt_token_ids=tuple(prompt_tokens(9 + index, seed=index) * 2),
+            params=params,
+        )
+        for index in range(3)
+    ]
+    expected = in_process_engine(llama).generate(requests)
+    plan = windowed(llama.parent / "disk", micro_batch_tokens=micro)
+    drafting = SpeculationConfig(num_tokens=6, min_ngram=1, max_ngram=3)
+    engine = offload_engine(llama, plan, speculation=drafting)
+    completions = engine.generate(requests)
+    assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
+    assert [c.logprobs for c in completions] == [c.logprobs for c in expected]
+    assert engine.stats.accepted_draft_tokens > 0
 
 
 @pytest.mark.parametrize("micro", [0, 3])
