@@ -1,6 +1,7 @@
 """What to keep where: every placement that fits the budgets, priced by the cost model. Pure.
 
-The space is small (resident layers x format x ring depth x batch), so all of it is enumerated.
+The space is small (resident layers x format x ring depth x home of the KV cache x micro-batch x
+batch), so all of it is enumerated.
 There is no rule of thumb for residency: with unlimited demand memory serves throughput better as
 KV cache than as resident weights (tokens/s = BW (M - R) / k / (W - R) falls with R while W > M);
 with bounded demand, or for latency, what the cache does not need belongs to weights.

@@ -63,6 +63,8 @@ def test_plan_draws_the_frontier(cluster_file: Path, tmp_path: Path) -> None:
     speed = plan.models[0].speed
     circles = root.findall(".//{http://www.w3.org/2000/svg}circle")
     assert len(circles) == len({*speed.frontier, speed.chosen})
+    titles = [circle[0].text for circle in circles]
+    assert all("at a time, cache device" in title for title in titles)
 
 
 def test_a_drawing_of_nothing_is_refused(tmp_path: Path) -> None:
