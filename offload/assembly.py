@@ -8,10 +8,10 @@ from contextlib import ExitStack
 
 import torch
 
+from cluster.base.amount_text import size_text
 from cluster.base.env import default_cache_dir
 from cluster.base.errors import ConfigError, InternalError
 from cluster.base.plan import OffloadPlan
-from cluster.base.quantities import size_text
 from offload.checkpoint_store import READER, CheckpointStore
 from offload.expert_cache import ExpertCache
 from offload.homes import KvHome

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from cluster.base.amount_text import size_text
 from cluster.base.errors import ConfigError
 from cluster.base.plan import OffloadPlan
-from cluster.base.quantities import size_text
 from offload.awaited_units import Tensors, tensors_of
 from offload.checkpoint_store import READER
 from offload.device_copier import DeviceCopier

@@ -21,8 +21,8 @@ from typing import Protocol
 
 import torch
 
+from cluster.base.amount_text import size_text
 from cluster.base.errors import ConfigError, CorruptWeightsError
-from cluster.base.quantities import size_text
 from offload.layout import PackedTensor, Store, StoredUnit, read_store
 from offload.record_sizes import record_bytes
 from offload.store_writer import TEMPORARY_SUFFIX, StoreWriter

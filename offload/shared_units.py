@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
+from cluster.base.amount_text import size_text
 from cluster.base.errors import WeightStreamError
-from cluster.base.quantities import size_text
 from offload.awaited_units import AwaitedUnits, record_order
 from offload.layout import Record, Store
 from offload.record_check import RecordCheck

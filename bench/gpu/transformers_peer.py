@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
+from bench.gpu.cases import Case, Lab, Setting
+from bench.gpu.engine_cases import rate_fact
 from bench.gpu.shapes import SHAPES
+from bench.report import Row, Samples, compared, measured
+from replicas.models.context import torch_dtype
 from replicas.worker.device import synchronize
 
 _WARM_STEPS = 8
+_TARGET = 3.0
+
+
+def peer_cases(setting: Setting) -> list[Case]:
+    """One case; compiling 32 layers takes a minute or two."""
+    return [Case(name=f"transformers-decode-{setting.peer_batch}", about_s=150.0, run=_decode)]
+
+
+def _decode(lab: Lab) -> Iterator[Row]:
+    setting = lab.setting
+    batch = setting.peer_batch
+    load = (batch, setting.prompt_tokens, _WARM_STEPS + setting.steps)
+    times = decode_step_s(setting.size, torch_dtype(setting.dtype), lab.device, load)
+    theirs = Samples(values=tuple(batch / time_s for time_s in times))
+    case = f"{setting.size} decode {batch}"
+    for label in ("bf16", "fp8"):
+        ours = lab.facts.get(rate_fact(label, batch))
+        if ours is not None:
+            row = measured(f"{case} {label}", "tokens/s", "1/s", Samples(values=(ours,)))
+            yield compared(row, "transformers, compiled", theirs, target=_TARGET)
+    yield measured(f"{case} transformers, compiled", "tokens/s", "1/s", theirs)
 
 
 def decode_step_s(
@@ -43,6 +69,7 @@ def decode_step_s(
             position = torch.tensor([prompt_tokens + index], device=device)
             synchronize(device)
             started_s = time.perf_counter()
+            # The graph's output lives until its next replay.
             token = step(model, token.clone(), position, cache).clone()
             token.tolist()
             times.append(time.perf_counter() - started_s)

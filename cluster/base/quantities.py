@@ -1,15 +1,15 @@
 """Rules for amounts: numbers, memory sizes (to bytes) and durations (to seconds).
 
 Strict: `true`, `"2"`, NaN and infinity are not numbers, a size may be plain bytes, a duration
-needs its unit. `size_text` and `duration_text` are the way back, for people.
+needs its unit. `amount_text` is the way back, for people.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
+from cluster.base.amount_text import duration_text, size_text
 from cluster.base.problems import shown
 from cluster.base.rules import Rule
 
@@ -142,29 +142,6 @@ class Duration(Rule):
         if not self.low_s <= seconds <= self.high_s:
             raise self.refuse(value, f"{shown(value)} is out of range")
         return seconds
-
-
-def size_text(num_bytes: float) -> str:
-    """Bytes for people: the largest binary unit that leaves at least one, two digits at most."""
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        if abs(num_bytes) >= _UNITS[unit]:
-            return f"{_short(num_bytes / _UNITS[unit])}{unit}"
-    return f"{num_bytes:.0f}B"
-
-
-def duration_text(seconds: float) -> str:
-    """Seconds for people, in a form that `Duration` reads back."""
-    if seconds < 1:
-        return f"{seconds * 1000:g}ms"
-    if seconds >= 3600 and math.isclose(seconds % 3600, 0):
-        return f"{seconds / 3600:g}h"
-    if seconds >= 60 and math.isclose(seconds % 60, 0):
-        return f"{seconds / 60:g}m"
-    return f"{seconds:g}s"
-
-
-def _short(value: float) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def _or_auto(text: str, auto: bool) -> str:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 from pydantic.fields import FieldInfo
 
+from cluster.base.amount_text import duration_text, size_text
 from cluster.base.findings import section_of
-from cluster.base.quantities import Duration, Size, duration_text, size_text
+from cluster.base.quantities import Duration, Size
 from cluster.base.rules import Rule
 from cluster.base.section import Section
 from cluster.base.spec import ClusterSpec

@@ -22,10 +22,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from cluster.base.amount_text import size_text
 from cluster.base.env import read_environment
 from cluster.base.errors import ConfigError
 from cluster.base.load import load_cluster_file
-from cluster.base.quantities import size_text
 from cluster.cli.console import console, print_warning
 from cluster.planner.checkpoint_info import read_checkpoint
 from cluster.planner.hardware import local_topology

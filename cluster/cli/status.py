@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from cluster.base.quantities import size_text
+from cluster.base.amount_text import size_text
 from cluster.cli.console import console
 from cluster.cli.seconds import timeout_option
 from cluster.control.target import grpc_target

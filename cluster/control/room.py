@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ray
 
+from cluster.base.amount_text import size_text
 from cluster.base.errors import UnavailableError
 from cluster.base.plan import ClusterPlan
-from cluster.base.quantities import size_text
 from replicas.leader.seating import bundles
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from cluster.base.amount_text import size_text
 from cluster.base.errors import ConfigError
-from cluster.base.quantities import size_text
 from cluster.base.spec import ModelSpec
 from cluster.dist.topology import Topology
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from cluster.base import names
+from cluster.base.amount_text import duration_text, size_text
 from cluster.base.plan import ClusterPlan, ExpertPlan, ModelPlan, SpeculationPlan
-from cluster.base.quantities import duration_text, size_text
 from cluster.planner.explain_streaming import frontier_tables, streaming_tables, zero3_tables
 from cluster.planner.table import Table
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from cluster.base.amount_text import size_text
 from cluster.base.plan import ClusterPlan, ModelPlan, OffloadPlan, SpeedPlan
-from cluster.base.quantities import size_text
 from cluster.planner.table import Table
 
 

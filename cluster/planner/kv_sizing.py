@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.base.amount_text import size_text
 from cluster.base.errors import ConfigError
-from cluster.base.quantities import size_text
 from cluster.planner.decisions import Decision
 from cluster.planner.memory import blocks_for
 

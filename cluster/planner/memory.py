@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.base.quantities import size_text
+from cluster.base.amount_text import size_text
 from cluster.dist.topology import Node
 from replicas.models.arch import ArchConfig, LayerSpec
 from replicas.models.memory import DTYPE_BYTES

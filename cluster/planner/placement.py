@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cluster.base.amount_text import size_text
 from cluster.base.errors import ConfigError
-from cluster.base.quantities import size_text
 from cluster.dist.topology import Topology
 from cluster.planner.decisions import DeviceChoice, choose_dtype
 from cluster.planner.drafts import Draft, draft_model, redraft, weight_bytes

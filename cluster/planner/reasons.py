@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from cluster.base.amount_text import size_text
 from cluster.base.plan import ModelPlan
-from cluster.base.quantities import size_text
 from cluster.base.spec import ClusterSpec
 from cluster.planner.caches import Cache
 from cluster.planner.cpus import Compute

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from cluster.base.amount_text import size_text
 from cluster.base.errors import ConfigError
-from cluster.base.quantities import size_text
 from cluster.planner.drafts import Draft, redraft
 from cluster.planner.memory import (
     CPU_USABLE,

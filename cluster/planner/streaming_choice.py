@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cluster.base.amount_text import size_text
 from cluster.base.plan import OffloadPlan, SpeedPlan, SpeedPoint
-from cluster.base.quantities import size_text
 from offload.cost_model import PassLoad, pass_time
 from offload.homes import KvHome, Placement
 from offload.model_shape import ModelShape

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from cluster.base.amount_text import size_text
 from cluster.base.errors import ConfigError
-from cluster.base.quantities import size_text
 from cluster.planner.memory import sum_text
 from cluster.planner.streaming_trial import Trial
 from offload.homes import KvHome

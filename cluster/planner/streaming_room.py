@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cluster.base.amount_text import size_text
 from cluster.base.env import default_cache_dir
 from cluster.base.errors import ConfigError
-from cluster.base.quantities import size_text
 from cluster.base.spec import OffloadSpec
 from cluster.planner.drafts import Draft
 from cluster.planner.kv_sizing import MIN_AUTO_CONTEXT

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cluster.base.amount_text import size_text
 from cluster.base.errors import ConfigError
-from cluster.base.quantities import size_text
 from cluster.base.spec import OffloadSpec
 from cluster.base.zero3_plan import ForeignModel, Zero3Plan
 from cluster.planner.decisions import Decision

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from cluster.base.amount_text import size_text
 from cluster.base.errors import ConfigError, CorruptWeightsError
-from cluster.base.quantities import size_text
 from cluster.base.zero3_plan import Zero3Plan
 from cluster.dist.lone_group import ensure_lone_group
 from offload.readers.aio import load_ops

@@ -95,6 +95,31 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def release_cached_memory(device: torch.device) -> None:
+    """Give back what torch keeps of freed device tensors for the next ones."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def host_waits_refused(device: torch.device) -> Iterator[None]:
+    """Make it an error that something inside the block waits for a CUDA device, as far as torch
+    knows; nothing on the CPU.
+
+    Raises:
+        RuntimeError: from where it waits.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def async_device(device: torch.device) -> CudaDevice | None:
     """How to run ahead of `device`; None where it computes when it is asked to."""
     return CudaDevice() if device.type == "cuda" else None

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic_core import PydanticCustomError
 
+from cluster.base.amount_text import duration_text, size_text
 from cluster.base.problems import shown
-from cluster.base.quantities import Duration, Real, Size, Whole, duration_text, size_text
+from cluster.base.quantities import Duration, Real, Size, Whole
 from cluster.base.rules import Choice, Host, Text
 
 

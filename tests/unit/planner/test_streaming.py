@@ -9,6 +9,7 @@ import pytest
 from fake_checkpoints import LLAMA_3_8B, TINY, write_checkpoint
 from planned_models import GIB, GPU_BOX, LAPTOP, node, plan_model, rates_for_tests, refused
 
+from cluster.base.amount_text import size_text
 from cluster.base.plan import (
     ClusterPlan,
     EngineKind,
@@ -18,7 +19,6 @@ from cluster.base.plan import (
     from_json,
     to_json,
 )
-from cluster.base.quantities import size_text
 from cluster.base.spec import ClusterSpec
 from cluster.dist.topology import Topology
 from cluster.planner.explain import explain, explain_reasons
