@@ -388,13 +388,14 @@ class ModelSpec(Section):
         )
     )
     attention_backend: Annotated[
-        Literal["auto", "cpu_paged", "cpu", "triton_paged", "torch_ref"],
-        Choice(("auto", "cpu_paged", "cpu", "triton_paged", "torch_ref")),
+        Literal["auto", "cpu_paged", "cpu", "triton_paged", "flashinfer", "torch_ref"],
+        Choice(("auto", "cpu_paged", "cpu", "triton_paged", "flashinfer", "torch_ref")),
     ] = Field(
         default="auto",
         description="What attends. cpu_paged: the compiled kernels; cpu: torch's fused attention; "
-        "triton_paged: on cuda; torch_ref: written out in torch, slow. auto: the first of these "
-        "that the model and the device allow.",
+        "triton_paged: on cuda; flashinfer: on cuda where it is installed, prompts by FlashInfer, "
+        "whose last bits depend on how they are cut; torch_ref: written out in torch, slow. auto: "
+        "the first of these that the model and the device allow, flashinfer excepted.",
     )
     kv_cache: KvCacheSpec = Field(default=KvCacheSpec(), description="The key/value cache.")
     offload: OffloadSpec | None = Field(

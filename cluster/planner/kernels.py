@@ -10,7 +10,7 @@ from cluster.base.errors import ConfigError
 from cluster.planner.decisions import Decision, DeviceChoice
 from cluster.planner.sources import ModelSource
 
-_DEVICE_OF = {"cpu_paged": "cpu", "cpu": "cpu", "triton_paged": "cuda"}
+_DEVICE_OF = {"cpu_paged": "cpu", "cpu": "cpu", "triton_paged": "cuda", "flashinfer": "cuda"}
 _COMPILED_DTYPES = ("float32", "bfloat16")
 
 

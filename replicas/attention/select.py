@@ -13,6 +13,7 @@ from cluster.base.errors import ConfigError
 from replicas.attention.backend import AttentionBackend, AttentionSpec
 from replicas.attention.cpu import CpuAttention
 from replicas.attention.cpu_paged import CpuPagedAttention
+from replicas.attention.flashinfer import FlashInferAttention
 from replicas.attention.torch_ref import TorchReferenceAttention
 from replicas.attention.triton_paged import TritonPagedAttention
 from replicas.kernels.cpu_ops import CpuKernels
@@ -25,6 +26,8 @@ class _Row:
     name: str
     why_not: Callable[[AttentionSpec, Kernels], list[str]]
     build: Callable[[AttentionSpec, Kernels], AttentionBackend]
+    by_name_only: bool = False
+    """Its rows may depend on what runs beside them: nobody gets that unasked."""
 
 
 def _why_not_paged(spec: AttentionSpec, kernels: Kernels) -> list[str]:
@@ -51,6 +54,12 @@ _BACKENDS = (
         build=lambda spec, _: TritonPagedAttention(spec),
     ),
     _Row(
+        name=FlashInferAttention.name,
+        why_not=lambda spec, _: FlashInferAttention.why_not(spec),
+        build=lambda spec, _: FlashInferAttention(spec),
+        by_name_only=True,
+    ),
+    _Row(
         name=TorchReferenceAttention.name,
         why_not=lambda spec, _: TorchReferenceAttention.why_not(spec),
         build=lambda spec, _: TorchReferenceAttention(spec),
@@ -72,7 +81,11 @@ def select_backend(
     Raises:
         ConfigError: unknown name, or no backend that can run `spec`; states every reason.
     """
-    candidates = [item for item in _BACKENDS if requested in ("auto", item.name)]
+    candidates = [
+        item
+        for item in _BACKENDS
+        if requested == item.name or (requested == "auto" and not item.by_name_only)
+    ]
     if not candidates:
         raise ConfigError(
             f"There is no attention backend {requested!r}.",

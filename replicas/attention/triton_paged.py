@@ -62,21 +62,49 @@ class TritonPagedAttention:
         sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write keys and values to their slots, then attend; see `AttentionBackend.forward`."""
-        kernels, spec = self._kernels, self._spec
-        kernels.write_slots(
-            _packed_heads(key_TGP),
-            _packed_heads(value_TGP),
+        self.write(key_TGP, value_TGP, kv_2NBGP, metadata)
+        output_THP = torch.empty_like(query_THP)
+        self.attend(
+            query_THP, kv_2NBGP, metadata, sliding_window, output_THP, sinks_H, prompts=True
+        )
+        return output_THP
+
+    def write(
+        self,
+        key_TGP: torch.Tensor,
+        value_TGP: torch.Tensor,
+        kv_2NBGP: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> None:
+        """Keys and values to their slots, in place."""
+        self._kernels.write_slots(
+            packed_heads(key_TGP),
+            packed_heads(value_TGP),
             kv_2NBGP,
             metadata.slot_mapping_T,
-            shared_plane=spec.shared_plane,
+            shared_plane=self._spec.shared_plane,
         )
+
+    def attend(  # noqa: PLR0913 - see `forward`
+        self,
+        query_THP: torch.Tensor,
+        kv_2NBGP: torch.Tensor,
+        metadata: AttentionMetadata,
+        sliding_window: int | None,
+        output_THP: torch.Tensor,
+        sinks_H: torch.Tensor | None = None,
+        *,
+        prompts: bool = False,
+    ) -> None:
+        """Fill the rows of requests with one row, and with `prompts` those with several."""
+        kernels, spec = self._kernels, self._spec
         bounds = zip(metadata.query_start, metadata.query_start[1:], strict=False)
         lengths = [end - begin for begin, end in bounds]
         batch = kernels.PagedBatch(
             query_start_R1=metadata.query_start_R1,
             seq_lens_R=metadata.seq_lens_R,
             block_tables_RN=metadata.block_tables_RN,
-            max_query_len=max(lengths),
+            max_query_len=max(lengths) if prompts else 1,
             max_seq_len=max(metadata.seq_lens),
             has_decodes=1 in lengths,
         )
@@ -89,13 +117,12 @@ class TritonPagedAttention:
             window=sliding_window or 0,
             shared_plane=spec.shared_plane,
         )
-        output_THP: torch.Tensor = kernels.paged_attention(
-            _packed_heads(query_THP), kv_2NBGP, batch, shape, sinks_H
+        kernels.paged_attention(
+            packed_heads(query_THP), kv_2NBGP, batch, shape, output_THP, sinks_H
         )
-        return output_THP
 
 
-def _packed_heads(heads_THP: torch.Tensor) -> torch.Tensor:
+def packed_heads(heads_THP: torch.Tensor) -> torch.Tensor:
     """The heads of a row side by side in memory, as the kernels read them; rows may lie apart."""
     if heads_THP.stride(2) == 1 and heads_THP.stride(1) == heads_THP.shape[2]:
         return heads_THP

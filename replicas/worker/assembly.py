@@ -161,7 +161,7 @@ def _with_graphs(
 ) -> DecoderModel:
     """The model with its decode steps replayed from graphs, where that can be."""
     reasons = GraphedModel.why_not(model, weights, device.type)
-    if spec.attention_backend not in ("auto", "triton_paged"):
+    if spec.attention_backend not in ("auto", "triton_paged", "flashinfer"):
         reasons.append(f"attention {spec.attention_backend} launches by the contents of a step")
     if reasons:
         _log.info("decode graphs: none, because %s", "; ".join(reasons))

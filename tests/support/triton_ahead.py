@@ -144,7 +144,12 @@ def _attention(recorder: _Recorder, dtype: torch.dtype) -> None:
         query = torch.empty((40, heads, dim), dtype=dtype)
         cache = torch.empty((2, 64, 16, kv_heads, dim), dtype=dtype)
         paged_attention.paged_attention(
-            query, cache, batch, shape, torch.empty(heads, dtype=dtype) if sinks else None
+            query,
+            cache,
+            batch,
+            shape,
+            torch.empty_like(query),
+            torch.empty(heads, dtype=dtype) if sinks else None,
         )
         rows = query[:, :kv_heads]
         paged_attention.write_slots(

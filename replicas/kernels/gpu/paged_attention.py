@@ -74,17 +74,17 @@ def paged_attention(
     kv_2NBGP: torch.Tensor,
     batch: PagedBatch,
     shape: PagedShape,
+    output_THP: torch.Tensor,
     sinks_H: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> None:
     """softmax([scale * Q K^T + mask, sinks]) [V, 0] of every row over its request's context.
 
     Rows of requests with several rows and rows of requests with one are computed by two launches;
     each leaves the other's rows alone.
 
-    Returns:
-        (T, H, P), the query's dtype.
+    Args:
+        output_THP: rows of `query_THP`'s dtype with heads side by side; filled in place.
     """
-    output_THP = torch.empty_like(query_THP)
     # Scores are in powers of two, and so are sinks.
     sinks = None if sinks_H is None else sinks_H.float() * _LOG2_E
     launch = _Launch(query_THP, kv_2NBGP, batch, shape, sinks)
@@ -92,7 +92,6 @@ def paged_attention(
         launch.prompts(output_THP)
     if batch.has_decodes:
         launch.decodes(output_THP)
-    return output_THP
 
 
 def write_slots(

@@ -50,13 +50,15 @@ def test_paged_without_compiled_kernels_says_so() -> None:
         select_backend(CPU, "cpu_paged")
 
 
-@pytest.mark.parametrize("name", [name for name in BACKEND_NAMES if name != "cpu_paged"])
+@pytest.mark.parametrize(
+    "name", [name for name in BACKEND_NAMES if name not in ("cpu_paged", "flashinfer")]
+)
 def test_a_name_is_taken_at_its_word(name: str) -> None:
     assert select_backend(CPU, name).name == name
 
 
 def test_unknown_names_list_the_known() -> None:
-    with pytest.raises(ConfigError, match="cpu_paged, cpu, triton_paged, torch_ref"):
+    with pytest.raises(ConfigError, match="cpu_paged, cpu, triton_paged, flashinfer, torch_ref"):
         select_backend(CPU, "magic")
 
 
