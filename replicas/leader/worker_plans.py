@@ -37,6 +37,7 @@ def worker_plan(
     Args:
         joins_with: where experts will be, for a rank that takes a lost one's place.
     """
+    drafts = plan.scheduler.speculation
     store_host, store_port = meetings.tensor_groups[rank // plan.tp_size]
     return WorkerPlan(
         rank=rank,
@@ -49,6 +50,7 @@ def worker_plan(
         quantization=plan.quantization,
         kernels=plan.kernels,
         attention_backend=plan.attention_backend,
+        draft_tokens=drafts.num_tokens if drafts else 0,
         block_size=plan.kv.block_size,
         num_blocks=plan.kv.num_blocks,
         max_context=plan.scheduler.max_context,

@@ -8,6 +8,7 @@ transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -55,32 +56,43 @@ class LlamaLayer:
         kv_2NBGP: torch.Tensor,
     ) -> torch.Tensor:
         """The layer's output, (T, D); writes this step's keys and values."""
+        hidden_TD, delta_TD = self.addends(hidden_TD, None, context, weights, kv_2NBGP)
+        return hidden_TD + delta_TD
+
+    def addends(
+        self,
+        hidden_TD: torch.Tensor,
+        delta_TD: torch.Tensor | None,
+        context: StepContext,
+        weights: WeightProvider,
+        kv_2NBGP: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output's two addends, for a next layer whose norm adds them: one kernel for both.
+
+        Args:
+            delta_TD: what the layer before has left to add to `hidden_TD`; None: nothing.
+        """
         with acquired(weights, f"layer.{self._index}") as tensors:
-            return self._forward(hidden_TD, context, weights, tensors, kv_2NBGP)
+            if delta_TD is None:
+                normed_TD = self._attention_norm.forward(hidden_TD, tensors)
+            else:
+                hidden_TD, normed_TD = self._attention_norm.add_forward(
+                    hidden_TD, delta_TD, tensors
+                )
+            attended_TD = self._attention.forward(normed_TD, context, tensors, kv_2NBGP)
+            hidden_TD, normed_TD = self._mlp_norm.add_forward(hidden_TD, attended_TD, tensors)
+            if self._mixture is None:
+                self._look_ahead(hidden_TD, weights)
+                return hidden_TD, self._mlp.forward(normed_TD, tensors)
+            experts = ExpertUnits(
+                weights, self._index, announced=partial(self._look_ahead, hidden_TD, weights)
+            )
+            return hidden_TD, self._mixture.forward(normed_TD, tensors, experts)
 
     def forward_idle(self, no_rows_0D: torch.Tensor, weights: WeightProvider) -> None:
         """A mixture's exchange without rows."""
         if self._mixture is not None:
             self._mixture.forward_idle(no_rows_0D, ExpertUnits(weights, self._index))
-
-    def _forward(
-        self,
-        hidden_TD: torch.Tensor,
-        context: StepContext,
-        weights: WeightProvider,
-        tensors: Mapping[str, torch.Tensor],
-        kv_2NBGP: torch.Tensor,
-    ) -> torch.Tensor:
-        normed_TD = self._attention_norm.forward(hidden_TD, tensors)
-        attended_TD = self._attention.forward(normed_TD, context, tensors, kv_2NBGP)
-        hidden_TD, normed_TD = self._mlp_norm.add_forward(hidden_TD, attended_TD, tensors)
-        if self._mixture is None:
-            self._look_ahead(hidden_TD, weights)
-            return hidden_TD + self._mlp.forward(normed_TD, tensors)
-        experts = ExpertUnits(
-            weights, self._index, announced=lambda: self._look_ahead(hidden_TD, weights)
-        )
-        return hidden_TD + self._mixture.forward(normed_TD, tensors, experts)
 
     def _look_ahead(self, hidden_TD: torch.Tensor, weights: WeightProvider) -> None:
         if self._next is not None:
@@ -127,9 +139,15 @@ class LlamaModel:
             if output_TD is not None:
                 return output_TD
         hidden_TD, context = self.begin(batch, weights)
-        for index in range(self.arch.num_layers):
-            hidden_TD = self.layer(index, hidden_TD, context, weights, kv_caches[index])
-        return self.end(hidden_TD, weights)
+        delta_TD = None
+        for index, layer in enumerate(self._layers):
+            hidden_TD, delta_TD = layer.addends(
+                hidden_TD, delta_TD, context, weights, kv_caches[index]
+            )
+        if delta_TD is None:
+            return self.end(hidden_TD, weights)
+        with acquired(weights, "norm") as tensors:
+            return self._norm.add_forward(hidden_TD, delta_TD, tensors)[1]
 
     def begin(
         self, batch: ForwardBatch, weights: WeightProvider

@@ -44,6 +44,8 @@ class RankSpec:
     attention_backend: str = "auto"
     max_graph_rows: int = 256
     """Largest batch whose decode steps are captured, on a device that has graphs."""
+    draft_tokens: int = 0
+    """Most drafted tokens of a request; steps that check drafts are captured too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +169,10 @@ def _with_graphs(
         _log.info("decode graphs: none, because %s", "; ".join(reasons))
         return model
     limits = GraphLimits(
-        max_rows=spec.max_graph_rows, max_context=spec.max_context, block_size=spec.block_size
+        max_rows=spec.max_graph_rows,
+        max_context=spec.max_context,
+        block_size=spec.block_size,
+        # FlashInfer's part of a step needs a plan of its own, made on the host.
+        max_query=1 if spec.attention_backend == "flashinfer" else 1 + spec.draft_tokens,
     )
     return GraphedModel(model, limits, device, GraphRecorder())

@@ -3,7 +3,11 @@
 A step in which every request has exactly one token looks the same for every batch of one size, so
 its forward pass is captured once per bucket of batch sizes and replayed with the step's inputs
 copied into fixed buffers. Rows that fill up a bucket have no context (length 0) and no slot (-1):
-the kernels compute nothing for them and store nothing. All other steps run as they are.
+the kernels compute nothing for them and store nothing.
+
+Steps that check drafts have a few tokens per request. They are captured too, by buckets of all
+their rows: how these are shared out among requests lies on the device, in tables with room for as
+many requests as rows, of which those too many have none. All other steps run as they are.
 
 Capturing takes a while, so it is never done while somebody waits for a step: a bucket that was
 missed is noted, and captured by `settle`, which the worker calls after it has answered.
@@ -12,8 +16,11 @@ missed is noted, and captured by `settle`, which the worker calls after it has a
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -39,38 +46,55 @@ class GraphLimits:
     max_rows: int
     max_context: int
     block_size: int
+    max_query: int = 1
+    """Most tokens of a request in a captured step: 1, and those of a draft."""
 
     @property
     def max_blocks(self) -> int:
         """Columns of a block table."""
         return -(-self.max_context // self.block_size)
 
-    def bucket(self, num_rows: int) -> int | None:
-        """Smallest captured size that holds `num_rows`: powers of two to 8, then multiples of 8."""
-        if num_rows > self.max_rows:
+    def bucket(self, num_rows: int, longest: int = 1) -> Bucket | None:
+        """The smallest captured size that holds a step; None: it is not for a graph.
+
+        Args:
+            longest: most rows of one request.
+        """
+        if num_rows > self.max_rows or longest > self.max_query:
             return None
+        # Powers of two to 8, then multiples of 8.
         size = 1 << (num_rows - 1).bit_length() if num_rows <= 8 else -(-num_rows // 8) * 8
-        return min(size, self.max_rows)
+        return Bucket(rows=min(size, self.max_rows), drafts=longest > 1)
+
+
+class Bucket(NamedTuple):
+    """A size of captured steps."""
+
+    rows: int
+    drafts: bool
+    """Whether requests may have several rows."""
 
 
 class _Buffers:
     """The fixed inputs of one bucket."""
 
-    def __init__(self, rows: int, limits: GraphLimits, device: torch.device) -> None:
-        self.rows = rows
+    def __init__(self, bucket: Bucket, limits: GraphLimits, device: torch.device) -> None:
+        rows = bucket.rows
+        self._drafts = bucket.drafts
+        # Host integers size the launches, so they are those of the largest step.
+        lengths = (limits.max_query, 1) if bucket.drafts else (1,) * rows
         self.token_ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self.seq_lens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.slots = torch.full((rows,), -1, dtype=torch.int64, device=device)
         self.tables = torch.zeros((rows, limits.max_blocks), dtype=torch.int32, device=device)
         self.query_start = torch.arange(rows + 1, dtype=torch.int64, device=device)
-        # Host integers size the launches, so they are those of the largest step.
         self.batch = ForwardBatch(
             token_ids_T=self.token_ids,
             positions_T=self.positions,
             attention=AttentionMetadata(
-                query_start=tuple(range(rows + 1)),
-                seq_lens=(limits.max_context,) * rows,
+                query_start=tuple(accumulate(lengths, initial=0)),
+                seq_lens=(limits.max_context,) * len(lengths),
                 query_start_R1=self.query_start,
                 seq_lens_R=self.seq_lens,
                 block_tables_RN=self.tables,
@@ -80,15 +104,18 @@ class _Buffers:
 
     def fill(self, batch: ForwardBatch) -> None:
         """Copy a step's inputs in; rows past its end become padding."""
-        used = batch.token_ids_T.shape[0]
-        tables = batch.attention.block_tables_RN
+        used, attention = batch.token_ids_T.shape[0], batch.attention
+        requests, columns = attention.block_tables_RN.shape
         self.token_ids[:used].copy_(batch.token_ids_T)
         self.positions[:used].copy_(batch.positions_T)
-        self.seq_lens[:used].copy_(batch.attention.seq_lens_R)
-        self.slots[:used].copy_(batch.attention.slot_mapping_T)
-        self.tables[:used, : tables.shape[1]].copy_(tables)
-        self.seq_lens[used:].zero_()
+        self.seq_lens[:requests].copy_(attention.seq_lens_R)
+        self.slots[:used].copy_(attention.slot_mapping_T)
+        self.tables[:requests, :columns].copy_(attention.block_tables_RN)
+        self.seq_lens[requests:].zero_()
         self.slots[used:].fill_(-1)
+        if self._drafts:
+            self.query_start[: requests + 1].copy_(attention.query_start_R1)
+            self.query_start[requests + 1 :].fill_(used)
 
 
 class GraphedModel:
@@ -114,9 +141,9 @@ class GraphedModel:
         self._limits = limits
         self._device = device
         self._capture = capture
-        self._captured: dict[int, tuple[_Buffers, Replay]] = {}
-        self._wanted: dict[int, tuple[WeightProvider, Sequence[torch.Tensor]]] = {}
-        self._refused: set[int] = set()
+        self._captured: dict[Bucket, tuple[_Buffers, Replay]] = {}
+        self._wanted: dict[Bucket, tuple[WeightProvider, Sequence[torch.Tensor]]] = {}
+        self._refused: set[Bucket] = set()
 
     @staticmethod
     def why_not(model: DecoderModel, weights: WeightProvider, device: str) -> list[str]:
@@ -152,7 +179,9 @@ class GraphedModel:
     ) -> torch.Tensor:
         """See `DecoderModel.forward`; after a replay the result lives until the next one."""
         rows = batch.token_ids_T.shape[0]
-        bucket = self._limits.bucket(rows) if len(batch.attention.seq_lens) == rows else None
+        starts = batch.attention.query_start
+        longest = max(map(operator.sub, starts[1:], starts))
+        bucket = self._limits.bucket(rows, longest)
         if bucket is None:
             return self._model.forward(batch, weights, kv_caches)
         if bucket not in self._captured:
@@ -186,7 +215,8 @@ class GraphedModel:
         except DeviceOutOfMemoryError as error:
             # The step has been answered; later ones of this size go on as they were.
             self._refused.add(bucket)
-            log.warning("decode steps of up to %d requests stay uncaptured: %s", bucket, error)
+            log.warning("decode steps of up to %d rows stay uncaptured: %s", bucket.rows, error)
             return
         self._captured[bucket] = (buffers, replay)
-        log.info("captured decode steps of up to %d requests", bucket)
+        what = "steps with drafts" if bucket.drafts else "decode steps"
+        log.info("captured %s of up to %d rows", what, bucket.rows)

@@ -63,6 +63,8 @@ class WorkerPlan:
     """auto, native or torch."""
     attention_backend: str = "auto"
     """auto or a backend's name."""
+    draft_tokens: int = 0
+    """Most drafted tokens of a request in a step."""
     offload: OffloadPlan | None = None
     zero3: Zero3Plan | None = None
     experts: ExpertRankPlan | None = None

@@ -134,6 +134,7 @@ class Worker:
             max_context=plan.max_context,
             kernels="fp8" if plan.quantization == "fp8" else _KERNELS[plan.kernels],
             attention_backend=plan.attention_backend,
+            draft_tokens=plan.draft_tokens,
         )
         experts: SpreadExperts | None = None
         costs: LinkCosts | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +80,36 @@ def test_replayed_steps_equal_computed_ones(checkpoint: Path) -> None:
         assert torch.equal(cache, expected_cache)
 
 
+def test_replayed_steps_with_drafts_equal_computed_ones(checkpoint: Path) -> None:
+    """Rows are shared out anew in every step, beside requests that have one."""
+    plain, graphed = _stepper(checkpoint), _stepper(checkpoint)
+    recorder = Recorder()
+    limits = dataclasses.replace(LIMITS, max_rows=8, max_query=4)
+    model = GraphedModel(graphed._model, limits, torch.device("cpu"), recorder.capture)
+    graphed._model = model
+    prompts = {name: prompt_tokens(5 + index, seed=index) for index, name in enumerate("abc")}
+    works = [
+        prompts,
+        {"a": [3, 4, 5], "b": [6], "c": [7, 8]},
+        {"a": [9], "b": [3, 5, 2, 8], "c": [4]},
+        {"c": [2, 3], "b": [7, 7, 1, 4]},
+        {"b": [8, 3, 3, 3], "a": [2]},
+        {"a": [2], "b": [9], "c": [1]},
+        {"a": [1, 2, 3, 4, 5]},
+    ]
+    replays = []
+    for work in works:
+        expected, actual = plain.step(work), graphed.step(work)
+        for name in work:
+            assert torch.equal(actual[name], expected[name]), (work, name)
+        replays.append(recorder.num_replays)
+        model.settle()
+    # Computed: the prompts, the first of each kind, and a chunk that is longer than drafts are.
+    assert replays == [0, 0, 1, 2, 3, 3, 3]
+    for expected_cache, cache in zip(plain._kv, graphed._kv, strict=True):
+        assert torch.equal(cache, expected_cache)
+
+
 def test_nothing_is_captured_while_a_step_is_waited_for(checkpoint: Path) -> None:
     stepper = _stepper(checkpoint)
     recorder = Recorder()
@@ -98,8 +129,11 @@ def test_nothing_is_captured_while_a_step_is_waited_for(checkpoint: Path) -> Non
 )
 def test_buckets(rows: int, bucket: int) -> None:
     limits = GraphLimits(max_rows=20, max_context=64, block_size=16)
-    assert limits.bucket(rows) == bucket
+    assert limits.bucket(rows) == (bucket, False)
     assert limits.bucket(21) is None
+    assert limits.bucket(rows, longest=2) is None
+    wide = dataclasses.replace(limits, max_query=3)
+    assert wide.bucket(rows, longest=3) == (bucket, True)
 
 
 def test_every_reason_is_given(checkpoint: Path) -> None:
