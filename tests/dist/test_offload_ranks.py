@@ -1,6 +1,5 @@
 """Two ranks that stream their shards, over the step link, give the tokens of transformers."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from replicas.worker.link_executor import LinkExecutor
 from replicas.worker.link_listener import LinkListener
 from replicas.worker.plan import WorkerPlan
 from replicas.worker.worker import Worker
+from tests.support.rank_forks import start_rank
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "demo-dense"
 SIZE, NUM_TOKENS = 2, 20
@@ -85,17 +85,11 @@ def test_two_ranks_in_half_of_their_weights(tmp_path: Path, home: str) -> None:
         kv_windows=windows,
         kv_window_blocks=WINDOW_BLOCKS if windows else 0,
     )
-    context = multiprocessing.get_context("spawn")
     listener = LinkListener(size=SIZE, epoch="e", secret="s")
     port = pick_port("127.0.0.1")
     processes = [
-        context.Process(
-            target=run_worker, args=(worker_plan(rank, port, listener, offload),), daemon=True
-        )
-        for rank in range(SIZE)
+        start_rank(run_worker, worker_plan(rank, port, listener, offload)) for rank in range(SIZE)
     ]
-    for process in processes:
-        process.start()
     executor = LinkExecutor(listener.accept_all(timeout_s=120))
     listener.close()
     try:

@@ -1,6 +1,5 @@
 """Real worker processes over the step link: the leader's side drives two ranks like one."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -17,10 +16,11 @@ from replicas.engine.engine_loop import EngineLoop
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.sync_engine import SyncEngine
-from replicas.worker.link_listener import LinkListener
 from replicas.worker.link_executor import LinkExecutor
+from replicas.worker.link_listener import LinkListener
 from replicas.worker.plan import WorkerPlan
 from replicas.worker.worker import Worker
+from tests.support.rank_forks import start_rank
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "demo-dense"
 NUM_BLOCKS, BLOCK_SIZE, MAX_CONTEXT = 64, 16, 512
@@ -42,19 +42,12 @@ class Ranks:
     """The processes of one group, the link to them and the scheduler that knows their rows."""
 
     def __init__(self, size: int, model: Path = MODEL) -> None:
-        context = multiprocessing.get_context("spawn")
         listener = LinkListener(size=size, epoch="e", secret="s")
         port = pick_port("127.0.0.1")
         self.processes = [
-            context.Process(
-                target=run_worker,
-                args=(self._plan(rank, size, port, listener, model),),
-                daemon=True,
-            )
+            start_rank(run_worker, self._plan(rank, size, port, listener, model))
             for rank in range(size)
         ]
-        for process in self.processes:
-            process.start()
         self.scheduler = Scheduler(CONFIG)
         self.executor = LinkExecutor(listener.accept_all(timeout_s=60))
         listener.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import threading
@@ -34,6 +33,7 @@ from replicas.worker.link_listener import LinkListener
 from replicas.worker.lockstep_executor import LockstepExecutor
 from replicas.worker.plan import WorkerPlan
 from replicas.worker.worker import Worker
+from tests.support.rank_forks import CONTEXT, start_rank
 
 HOST = "127.0.0.1"
 
@@ -125,9 +125,6 @@ class LockstepRanks:
         self.plan = plan
         size = plan.num_ranks
         names = tuple(nodes) or ("here",) * size
-        # Ranks are forked from a process that has loaded torch and nothing else of this one.
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__])
         self.nodes = names
         self.processes: dict[int, ForkServerProcess] = {}
         self._questions: dict[int, Connection] = {}
@@ -159,10 +156,8 @@ class LockstepRanks:
 
     def start(self, plan: WorkerPlan) -> None:
         """Begin a rank's process."""
-        self._questions[plan.rank], theirs = self._context.Pipe()
-        process = self._context.Process(target=run_worker, args=(plan, theirs), daemon=True)
-        self.processes[plan.rank] = process
-        process.start()
+        self._questions[plan.rank], theirs = CONTEXT.Pipe()
+        self.processes[plan.rank] = start_rank(run_worker, plan, theirs)
 
     def serving(self) -> Sequence[int]:
         """Groups that have ranks."""

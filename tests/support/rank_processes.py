@@ -1,26 +1,24 @@
 """Runs one function in several real processes, one per rank, with a deadline on everything.
 
 The function takes `(communicator, **arguments)` and returns something JSON can carry; a rank that
-should die may simply exit. Run as a module, this file is the child.
+should die may simply exit.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 import tempfile
 import time
 import traceback
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from cluster.base.errors import PenstockError
 from cluster.dist.rendezvous import Rendezvous, pick_port
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.support.rank_forks import start_rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,32 +55,22 @@ def run_ranks(
                 "arguments": arguments,
                 "result": f"{scratch}/{rank}.json",
             }
-            log = Path(scratch, f"{rank}.log").open("w+")  # noqa: SIM115 closed below
-            child = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.rank_processes", json.dumps(job)],
-                cwd=REPOSITORY,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-            children.append((child, log, Path(job["result"])))
+            log = Path(scratch, f"{rank}.log")
+            children.append((start_rank(_child, job, log=log), log, Path(job["result"])))
         give_up = time.monotonic() + deadline_s
-        try:
-            for child, _, _ in children:
-                child.wait(timeout=max(0.1, give_up - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
+        for child, _, _ in children:
+            child.join(max(0.1, give_up - time.monotonic()))
         return [_collect(*child) for child in children]
 
 
-def _collect(child: subprocess.Popen[bytes], log: Any, result: Path) -> RankResult:
-    if child.poll() is None:
+def _collect(child: ForkServerProcess, log: Path, result: Path) -> RankResult:
+    if child.is_alive():
         child.kill()
-        child.wait()
-    log.seek(0)
-    text = log.read()
-    log.close()
+        child.join()
+    text = log.read_text() if log.exists() else ""
     fields = json.loads(result.read_text()) if result.exists() else {}
-    return RankResult(exit_code=child.returncode, log=text, **fields)
+    assert child.exitcode is not None
+    return RankResult(exit_code=child.exitcode, log=text, **fields)
 
 
 def values(results: list[RankResult]) -> list[Any]:
@@ -118,7 +106,3 @@ def _child(job: dict[str, Any]) -> None:
         fields["error"] = error.to_dict()
     fields["duration_s"] = time.monotonic() - begin
     Path(job["result"]).write_text(json.dumps(fields))
-
-
-if __name__ == "__main__":
-    _child(json.loads(sys.argv[1]))

@@ -88,3 +88,24 @@ def test_every_member_is_told_the_same_but_for_its_own_group():
     assert gathering.members == (0, 1, 4, 5)
     assert gathering.nodes == ("a", "a", "b", "b")
     assert wire.decode_gathering(wire.encode(gathering)) == gathering
+
+
+def test_a_replacement_on_another_node_stands_with_the_ranks_there():
+    whole = starting_tables([(0, 8)], 6, 1)
+    shares = tuple(tuple(float(rank + 1) for rank in homes) for homes in whole[0].placement().homes)
+    tables = (ExpertTable(layer=0, logical_by_rank=whole[0].logical_by_rank, shares=shares),)
+    ranks = roster(tables=tables)
+    ranks.adopt(ranks.without({0, 1, 4, 5}, tables))
+    # The bundle of group 1 is now where group 2 is; ranks keep their experts and their shares.
+    ranks.seat(("a", "a", "b", "b", "a", "a"))
+    assert ranks.whole().members == (0, 1, 4, 5, 2, 3)
+    assert ranks.nodes_of(ranks.whole()) == ("a", "a", "a", "a", "b", "b")
+    (moved,) = ranks.whole().tables
+    for member, rank in enumerate(ranks.whole().members):
+        assert moved.logical_by_rank[member] == tables[0].logical_by_rank[rank]
+    for homes, parts in zip(moved.placement().homes, moved.shares, strict=True):
+        assert [ranks.whole().members[member] + 1.0 for member in homes] == list(parts)
+    assert ranks.tables_by_rank() == tables
+    ranks.adopt(ranks.whole())
+    assert ranks.lost == ()
+    assert ranks.without({0, 1, 2, 3}, ranks.whole().tables).members == (0, 1, 2, 3)
