@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLTokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -45,6 +48,9 @@ class Grammars:
         Raises:
             ValueError: the grammar or the tokenizer is none.
         """
+        # An engine without structured output needs no llguidance.
+        from llguidance import LLMatcher
+
         matcher = LLMatcher(self._vocabulary(tuple(eos_token_ids)), grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(f"the grammar is none: {matcher.get_error()}")
@@ -87,6 +93,8 @@ class Grammars:
     def _vocabulary(self, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
         found = self._vocabularies.get(eos_token_ids)
         if found is None:
+            from llguidance import LLTokenizer
+
             found = LLTokenizer(
                 self._read_tokenizer(), n_vocab=self._vocab_size, eos_token=list(eos_token_ids)
             )
