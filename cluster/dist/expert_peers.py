@@ -1,5 +1,5 @@
-"""The groups of one expert-parallel rank: everybody, its node, its rail; the memory that ranks of the
-node share; and the watch over all of them.
+"""The groups of one expert-parallel rank: everybody, its node, its rail; the memory that ranks of
+the node share; and the watch over all of them.
 
 All are made together on one store, under the epoch of the rendezvous, so that nothing of an older
 epoch can reach them. They fail together as well: one watch ends them all.

@@ -6,8 +6,8 @@ call at each end, where a connection of the network stack copies twice and wakes
 
 A box is anonymous memory (memfd) whose descriptor travels with the first note about it: it has no
 name, is not bound by the size of /dev/shm, and ends with the processes that use it. A box that is
-too small is replaced by a larger one. Notes travel over a socket per pair, which also ends every wait
-when the peer ends.
+too small is replaced by a larger one. Notes travel over a socket per pair, which also ends every
+wait when the peer ends.
 """
 
 from __future__ import annotations
@@ -193,4 +193,5 @@ def _called(path: str, me: int) -> socket.socket:
 
 def _mapped(descriptor: int) -> torch.Tensor:
     memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    with torch.inference_mode(False):  # written inside a step and outside of one
+        return torch.frombuffer(memory, dtype=torch.uint8)

@@ -20,7 +20,7 @@ ResultT = TypeVar("ResultT")
 
 
 class WatchedCommunicator:
-    """Implements `Communicator` over one that may be exchanged; errors name ranks as the watch does.
+    """A `Communicator` over one that may be exchanged; errors name ranks as the watch does.
 
     Layers keep this object while the group behind it ends and is made anew.
 

@@ -79,9 +79,7 @@ def greedy(name: str, prompt: list[int], num_tokens: int = NUM_TOKENS) -> Genera
 class LoopRun:
     """An engine loop over the ranks in a thread of its own, and what it said."""
 
-    def __init__(
-        self, ranks: LockstepRanks, recover: Recover = lambda error: None
-    ) -> None:
+    def __init__(self, ranks: LockstepRanks, recover: Recover = lambda error: None) -> None:
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, FinishReason] = {}
         self.causes: set[str] = set()

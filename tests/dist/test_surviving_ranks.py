@@ -16,11 +16,21 @@ __all__ = ["oracle"]
 
 NUM_TOKENS = 120
 LAYOUTS = {
-    "copies of every expert": dict(dp=2, tp=1, num_redundant=4, nodes=("a", "b")),
-    "spare room, two nodes of two": dict(
-        dp=2, tp=2, lost_groups=1, exchange="hierarchical", nodes=("a", "a", "b", "b")
-    ),
-    "posted receives": dict(dp=3, tp=1, lost_groups=1, exchange="preposted", nodes=("a", "b", "c")),
+    "copies of every expert": {"dp": 2, "tp": 1, "num_redundant": 4, "nodes": ("a", "b")},
+    "spare room, two nodes of two": {
+        "dp": 2,
+        "tp": 2,
+        "lost_groups": 1,
+        "exchange": "hierarchical",
+        "nodes": ("a", "a", "b", "b"),
+    },
+    "posted receives": {
+        "dp": 3,
+        "tp": 1,
+        "lost_groups": 1,
+        "exchange": "preposted",
+        "nodes": ("a", "b", "c"),
+    },
 }
 
 

@@ -124,7 +124,8 @@ class ThreadBoxes:
 
     def box(self, index: int, num_bytes: int) -> torch.Tensor:
         if index not in self._boxes or self._boxes[index].numel() < num_bytes:
-            self._boxes[index] = torch.empty(num_bytes, dtype=torch.uint8)
+            with torch.inference_mode(False):  # idle ranks write outside of it
+                self._boxes[index] = torch.empty(num_bytes, dtype=torch.uint8)
         self._boxes[index].fill_(0xA5)  # whoever still reads it shall see that
         return self._boxes[index][:num_bytes]
 
