@@ -15,10 +15,10 @@ from cluster.base.errors import ConfigError, InternalError, WeightStreamError
 from offload.assembly import model_adapter
 from offload.budget import BudgetError
 from offload.kv_windows import KvWindows, in_window
-from replicas.api import FinishReason, GenerationRequest, SamplingParams
+from replicas.api import GenerationRequest, SamplingParams
 from replicas.attention.backend import AttentionMetadata
 from replicas.engine.speculation import SpeculationConfig
-from tests.support.in_process_engine import generate_pipelined, in_process_engine
+from tests.support.in_process_engine import in_process_engine
 from tests.support.offload_engine import (
     PLENTY,
     FaultyEngine,
@@ -27,10 +27,15 @@ from tests.support.offload_engine import (
     poisoned,
     weights_of,
 )
+from tests.support.streamed_runs import (
+    GREEDY,
+    SAMPLED,
+    check_crowded_run,
+    check_run_with_an_abort,
+    check_sampled_run,
+)
 from tests.support.tiny_models import TINY_NAMES, prompt_tokens, write_checkpoint
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
-SAMPLED = SamplingParams(temperature=1.1, top_p=0.9, seed=7, max_tokens=8, n=2, prompt_logprobs=2)
 BLOCK = 4
 LONGEST = 30
 """Blocks of the longest request that the engine of these tests may have."""
@@ -74,19 +79,13 @@ def test_every_family_gives_the_tokens_of_a_resident_model(name: str, tmp_path: 
 @pytest.mark.parametrize("micro", [0, 2, 7])
 def test_any_windows_batching_and_sampling(llama: Path, windows, blocks, micro) -> None:
     """Poisoned when they are given back; forks and copied blocks too, by the several choices."""
-    limits = {"num_blocks": 10, "max_step_tokens": 16}
-    expected = in_process_engine(llama, **limits).generate(requests_of(SAMPLED))
     plan = windowed(
         llama.parent / "disk",
         kv_windows=windows,
         kv_window_blocks=blocks,
         micro_batch_tokens=micro,
     )
-    for run in (lambda engine, asked: engine.generate(asked), generate_pipelined):
-        engine = offload_engine(llama, plan, **limits)
-        completions = run(engine, requests_of(SAMPLED))
-        assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
-        assert [c.prompt_logprobs for c in completions] == [c.prompt_logprobs for c in expected]
+    check_sampled_run(llama, plan, requests_of(SAMPLED), num_blocks=10, max_step_tokens=16)
 
 
 @pytest.mark.parametrize("micro", [0, 3])
@@ -114,44 +113,11 @@ def test_drafts_are_checked_across_micro_batches(llama: Path, micro: int) -> Non
 
 @pytest.mark.parametrize("micro", [0, 3])
 def test_preempted_requests_come_back_to_their_tokens(llama: Path, micro: int) -> None:
-    requests = crowding_requests()
-    expected = in_process_engine(llama).generate(requests)
-    plan = windowed(llama.parent / "disk", micro_batch_tokens=micro)
-    engine = offload_engine(llama, plan, num_blocks=10, max_step_tokens=16)
-    completions = engine.generate(requests)
-    assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
-    assert engine.stats.num_preemptions > 0
-
-
-def crowding_requests() -> list[GenerationRequest]:
-    """More than ten blocks hold at one time."""
-    return [
-        GenerationRequest(
-            request_id=f"r{index}",
-            prompt_token_ids=tuple(prompt_tokens(length, seed=index)),
-            params=SamplingParams(temperature=0.0, max_tokens=10),
-        )
-        for index, length in enumerate((1, 5, 23, 12))
-    ]
+    check_crowded_run(llama, windowed(llama.parent / "disk", micro_batch_tokens=micro))
 
 
 def test_an_aborted_request_leaves_the_others_alone(llama: Path) -> None:
-    expected = in_process_engine(llama).generate(requests_of())
-    engine = offload_engine(llama, windowed(llama.parent / "disk"), max_step_tokens=8)
-    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests_of()}
-    for request in requests_of():
-        engine.add(request)
-    ended = set()
-    for number, delta in enumerate(engine.run()):
-        tokens[delta.request_id] += delta.token_ids
-        if delta.finish_reason is FinishReason.LENGTH:
-            ended.add(delta.request_id)
-        if number == 3:
-            engine.abort("r2")
-    assert ended == set(tokens) - {"r2"}
-    for completion in expected:
-        if completion.request_id != "r2":
-            assert tokens[completion.request_id] == completion.token_ids
+    check_run_with_an_abort(llama, windowed(llama.parent / "disk"), requests_of())
 
 
 @pytest.mark.parametrize("home", ["host", "streamed"])

@@ -14,10 +14,10 @@ from cluster.base.errors import WeightStreamError
 from offload.assembly import model_adapter, streamed_weights
 from offload.micro_batches import cut_rows, part_of
 from offload.provider import StreamedWeights
-from replicas.api import FinishReason, GenerationRequest, SamplingParams
+from replicas.api import GenerationRequest, SamplingParams
 from replicas.attention.backend import AttentionMetadata
 from replicas.worker.assembly import WeightsRequest
-from tests.support.in_process_engine import generate_pipelined, in_process_engine
+from tests.support.in_process_engine import in_process_engine
 from tests.support.offload_engine import (
     FaultyEngine,
     offload_engine,
@@ -25,21 +25,19 @@ from tests.support.offload_engine import (
     poisoned,
     weights_of,
 )
-from tests.support.tiny_models import TINY_NAMES, prompt_tokens, write_checkpoint
-
-GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
-SAMPLED = SamplingParams(temperature=1.1, top_p=0.9, seed=7, max_tokens=8, n=2, prompt_logprobs=2)
+from tests.support.streamed_runs import (
+    GREEDY,
+    SAMPLED,
+    check_crowded_run,
+    check_run_with_an_abort,
+    check_sampled_run,
+    requests_of_lengths,
+)
+from tests.support.tiny_models import TINY_NAMES, write_checkpoint
 
 
 def requests_of(params: SamplingParams = GREEDY) -> list[GenerationRequest]:
-    return [
-        GenerationRequest(
-            request_id=f"r{index}",
-            prompt_token_ids=tuple(prompt_tokens(length, seed=index)),
-            params=params,
-        )
-        for index, length in enumerate((1, 5, 23, 12, 2))
-    ]
+    return requests_of_lengths((1, 5, 23, 12, 2), params)
 
 
 @pytest.fixture(scope="module")
@@ -132,31 +130,13 @@ def test_every_family_gives_the_tokens_of_a_resident_model(name: str, tmp_path: 
 )
 def test_batching_and_sampling_change_no_token(llama: Path, micro, limits) -> None:
     """Prompt scores and several choices too; the scheduler's steps are those of any replica."""
-    expected = in_process_engine(llama, **limits).generate(requests_of(SAMPLED))
     plan = offload_plan(llama.parent / "disk", micro_batch_tokens=micro)
-    for run in (lambda engine, asked: engine.generate(asked), generate_pipelined):
-        engine = offload_engine(llama, plan, **limits)
-        completions = run(engine, requests_of(SAMPLED))
-        assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
-        assert [c.prompt_logprobs for c in completions] == [c.prompt_logprobs for c in expected]
+    check_sampled_run(llama, plan, requests_of(SAMPLED), **limits)
 
 
 @pytest.mark.parametrize("micro", [1, 5])
 def test_preempted_requests_come_back_to_their_tokens(llama: Path, micro: int) -> None:
-    requests = [
-        GenerationRequest(
-            request_id=f"r{index}",
-            prompt_token_ids=tuple(prompt_tokens(length, seed=index)),
-            params=SamplingParams(temperature=0.0, max_tokens=10),
-        )
-        for index, length in enumerate((1, 5, 23, 12))
-    ]
-    expected = in_process_engine(llama).generate(requests)
-    plan = offload_plan(llama.parent / "disk", micro_batch_tokens=micro)
-    engine = offload_engine(llama, plan, num_blocks=10, max_step_tokens=16)
-    completions = engine.generate(requests)
-    assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
-    assert engine.stats.num_preemptions > 0
+    check_crowded_run(llama, offload_plan(llama.parent / "disk", micro_batch_tokens=micro))
 
 
 def test_a_layer_is_read_once_however_many_micro_batches_compute_it(llama: Path) -> None:
@@ -178,23 +158,8 @@ def test_a_layer_is_read_once_however_many_micro_batches_compute_it(llama: Path)
 
 
 def test_an_aborted_request_leaves_the_others_alone(llama: Path) -> None:
-    expected = in_process_engine(llama).generate(requests_of())
     plan = offload_plan(llama.parent / "disk", micro_batch_tokens=3)
-    engine = offload_engine(llama, plan, max_step_tokens=8)
-    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests_of()}
-    for request in requests_of():
-        engine.add(request)
-    ended = set()
-    for number, delta in enumerate(engine.run()):
-        tokens[delta.request_id] += delta.token_ids
-        if delta.finish_reason is FinishReason.LENGTH:
-            ended.add(delta.request_id)
-        if number == 3:
-            engine.abort("r2")
-    assert ended == set(tokens) - {"r2"}
-    for completion in expected:
-        if completion.request_id != "r2":
-            assert tokens[completion.request_id] == completion.token_ids
+    check_run_with_an_abort(llama, plan, requests_of())
 
 
 def test_a_read_that_fails_in_a_pass_is_a_coded_error_and_the_layer_is_given_back(

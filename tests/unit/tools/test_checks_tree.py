@@ -33,7 +33,8 @@ def test_machine_and_registry_words_are_errors(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["cluster/work/main.py", "https://example.com/work/hours", "~/models/llama", "/tmp/x/y"]
+    "line",
+    ["cluster/work/entry.py", "https://example.com/work/hours", "~/models/llama", "/tmp/x/y"],
 )
 def test_ordinary_paths_pass(line: str) -> None:
     assert list(texts.check(Source("docs/a.md", line))) == []
