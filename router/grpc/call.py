@@ -61,6 +61,7 @@ class ServerCall:
         self._ending: tuple[grpc.StatusCode, str] | None = None
         self._is_over = False
         self._deadline: asyncio.TimerHandle | None = None
+        self._arrival: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         if method.request_streaming:
             self._start()
@@ -118,6 +119,14 @@ class ServerCall:
             seconds, self.stop, grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded"
         )
 
+    def expect_request(self, within_s: float) -> None:
+        """End the call when its message is not all there by then; streams of them may take long."""
+        if not self._method.request_streaming:
+            text = f"The request did not arrive within {within_s:.0f} s."
+            self._arrival = asyncio.get_running_loop().call_later(
+                within_s, self.stop, grpc.StatusCode.DEADLINE_EXCEEDED, text
+            )
+
     def take_data(self, data: bytes) -> None:
         """Add DATA of the client; what it does wrong ends the call."""
         try:
@@ -136,6 +145,8 @@ class ServerCall:
     def take_end(self) -> None:
         """The client has said all it has to say."""
         self._half_closed = True
+        if self._arrival is not None:
+            self._arrival.cancel()
         if self._reader.is_within_message or not (self._unread or self._method.request_streaming):
             self.stop(grpc.StatusCode.INTERNAL, "The request ends before its message does.")
         elif self._task is None:
@@ -155,8 +166,7 @@ class ServerCall:
     def vanish(self) -> None:
         """The client has gone or reset the call: nothing can be sent any more."""
         self._is_over = True
-        if self._deadline is not None:
-            self._deadline.cancel()
+        self._stop_clocks()
         if self._task is not None:
             self._task.cancel()
 
@@ -212,14 +222,18 @@ class ServerCall:
                 await self._wake
             yield self._next_request()
 
+    def _stop_clocks(self) -> None:
+        for clock in (self._deadline, self._arrival):
+            if clock is not None:
+                clock.cancel()
+
     def _wake_reader(self) -> None:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
     def _finish(self) -> None:
         """Send the status, unless there is nobody to hear it."""
-        if self._deadline is not None:
-            self._deadline.cancel()
+        self._stop_clocks()
         if self._is_over:
             return
         self._is_over = True

@@ -3,19 +3,16 @@
 What is sent during one turn of the loop leaves in one piece: the tokens of a step for all of a
 client's calls cost one system call. Only the first message of a stream does not wait for the
 others' (`send_now`). A peer gets no more than it was promised: streams, header
-sizes, message sizes, pings and resets are bounded, and a peer that is silent is asked whether it
-is there.
+sizes, message sizes, pings, resets and idle frames are bounded.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import cast
 
-import grpc
 import h2.events
 from h2.config import H2Configuration
 from h2.connection import H2Connection
@@ -26,13 +23,18 @@ from hyperframe.frame import GoAwayFrame
 
 from router.grpc import call_framing as framing
 from router.grpc.call import ServerCall
-from router.grpc.call_framing import CallError, Header, MessageReader
+from router.grpc.call_framing import CallError, Header
+from router.grpc.call_head import call_head
 from router.grpc.data_frames import DataFrames
 from router.grpc.header_block import LiteralEncoder
 from router.grpc.method_table import MethodTable
 from router.grpc.peer_conduct import ConnectionLimits, PeerConduct
+from router.grpc.peer_watch import PeerWatch
 
 log = logging.getLogger(__name__)
+
+_SLICE = 16 * 1024
+"""What h2 is given at once: what it makes of small frames is judged before it gets more."""
 
 _CONFIG = H2Configuration(
     client_side=False,
@@ -51,7 +53,10 @@ class GrpcConnection(asyncio.Protocol):
         methods: MethodTable,
         limits: ConnectionLimits,
         on_lost: Callable[[GrpcConnection], None],
+        *,
+        is_welcome: bool = True,
     ) -> None:
+        """Where `is_welcome` is false the client is told to go as soon as it is there."""
         self.peer = ""
         self._methods = methods
         self._limits = limits
@@ -63,13 +68,13 @@ class GrpcConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._calls: dict[int, ServerCall] = {}
         self._last_stream_id = 0
+        self._is_welcome = is_welcome
         self._is_leaving = False
         self._flush_due = False
         self._is_paused = False
         self._writable: asyncio.Future[None] | None = None
-        self._heard_s = time.monotonic()
-        self._conduct = PeerConduct(limits, self._heard_s)
-        self._keepalive: asyncio.TimerHandle | None = None
+        self._watch = PeerWatch(limits, self._ping, self._give_up)
+        self._conduct = PeerConduct(limits, self._watch.heard_s)
 
     @property
     def num_calls(self) -> int:
@@ -150,13 +155,14 @@ class GrpcConnection(asyncio.Protocol):
         self._h2.initiate_connection()
         self._h2.increment_flow_control_window(limits.receive_window_bytes)
         self._flush()
-        self._keepalive = self._loop.call_later(limits.keepalive_s, self._ask_if_there)
+        self._watch.start()
+        if not self._is_welcome:
+            self._turn_out("too many connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Everything on it ends."""
         self._transport = None
-        if self._keepalive is not None:
-            self._keepalive.cancel()
+        self._watch.stop()
         self._drop_calls()
         self._on_lost(self)
 
@@ -171,16 +177,19 @@ class GrpcConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what arrived; bytes that break HTTP/2 end the connection, as it prescribes."""
-        self._heard_s = time.monotonic()
+        self._watch.note_heard()
+        transport = self._transport
         try:
-            for event in self._h2.receive_data(data):
-                self._take(event)
+            for start in range(0, len(data), _SLICE):
+                for event in self._h2.receive_data(data[start : start + _SLICE]):
+                    self._take(event)
+                if transport is None or transport.is_closing():
+                    return
         except ProtocolError as error:
             log.info("client %s breaks HTTP/2: %s", self.peer, error)
             self._part()
             return
         self._flush_soon()
-        transport = self._transport
         if (
             transport is not None
             and self._is_paused
@@ -202,52 +211,38 @@ class GrpcConnection(asyncio.Protocol):
             if call := self._calls.pop(event.stream_id, None):
                 call.vanish()
                 self._close_if_done()
-            if not self._conduct.allows_reset(self._heard_s):
-                self._turn_out("too many calls were reset")
-        elif isinstance(event, h2.events.WindowUpdated | h2.events.RemoteSettingsChanged):
+        elif isinstance(event, h2.events.WindowUpdated):
+            self._wake_writers()
+        elif isinstance(event, h2.events.RemoteSettingsChanged):
+            self._watch.note_greeting()
             self._wake_writers()
         elif isinstance(event, h2.events.SettingsAcknowledged):
             # h2 has just taken the announced limit for the one at which it ends connections.
             self._h2.decoder.max_header_list_size = self._limits.hard_metadata_bytes
-        elif isinstance(event, h2.events.PingReceived) and not self._conduct.allows_ping(
-            self._heard_s
-        ):
-            self._turn_out("too_many_pings")
+        if why := self._conduct.offence(event, self._watch.heard_s):
+            self._turn_out(why)
 
     def _begin(self, stream_id: int, fields: Sequence[Header]) -> None:
         self._last_stream_id = max(self._last_stream_id, stream_id)
         if self._is_leaving:
             self._h2.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
             return
-        headers = dict(fields)
-        if not headers.get(b"content-type", b"").startswith(b"application/grpc"):
+        if not _content_type(fields).startswith(b"application/grpc"):
             self._h2.send_headers(stream_id, [(b":status", b"415")], end_stream=True)
             self._h2.reset_stream(stream_id, ErrorCodes.NO_ERROR)
             return
         try:
-            self._open(stream_id, fields, headers)
+            head = call_head(fields, self._methods, self._limits)
         except CallError as error:
             status = framing.status_headers(error.code, error.text)
             first = [(b":status", b"200"), (b"content-type", b"application/grpc")]
             self.end_stream(stream_id, [*first, *status], is_read=False)
-
-    def _open(self, stream_id: int, fields: Sequence[Header], headers: dict[bytes, bytes]) -> None:
-        size = sum(len(name) + len(value) + 32 for name, value in fields)
-        if size > self._limits.max_metadata_bytes:
-            text = f"The metadata has {size} bytes; the limit is {self._limits.max_metadata_bytes}."
-            raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
-        method = self._methods.find(headers.get(b":path", b""))
-        if method is None or headers.get(b":method") != b"POST":
-            raise CallError(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
-        encoding = headers.get(b"grpc-encoding", b"")
-        framing.check_encoding(encoding)
-        timeout = headers.get(b"grpc-timeout")
-        seconds = framing.timeout_s(timeout) if timeout is not None else None
-        limit = self._limits.max_message_bytes
-        call = ServerCall(self, stream_id, method, MessageReader(limit, encoding))
+            return
+        call = ServerCall(self, stream_id, head.method, head.reader)
         self._calls[stream_id] = call
-        if seconds is not None:
-            call.expire_after(seconds)
+        call.expect_request(self._limits.request_timeout_s)
+        if head.timeout_s is not None:
+            call.expire_after(head.timeout_s)
 
     def _turn_out(self, why: str) -> None:
         """End the connection of a client that misbehaves."""
@@ -267,20 +262,13 @@ class GrpcConnection(asyncio.Protocol):
         for call in calls.values():
             call.vanish()
 
-    def _ask_if_there(self) -> None:
-        """Ping a silent client; one that stays silent is gone."""
-        limits, silent_s = self._limits, time.monotonic() - self._heard_s
-        pause_s = limits.keepalive_s - silent_s
-        is_closing = self._transport is None or self._transport.is_closing()
-        if is_closing or silent_s >= limits.keepalive_s + limits.keepalive_timeout_s:
-            log.info("client %s is gone: nothing came for %.0f s", self.peer, silent_s)
-            self.abort()
-            return
-        if silent_s >= limits.keepalive_s:
-            self._h2.ping(b"penstock")
-            self._flush()
-            pause_s = limits.keepalive_s + limits.keepalive_timeout_s - silent_s
-        self._keepalive = self._loop.call_later(max(0.01, pause_s), self._ask_if_there)
+    def _ping(self) -> None:
+        self._h2.ping(b"penstock")
+        self._flush()
+
+    def _give_up(self, why: str) -> None:
+        log.info("client %s is given up: %s", self.peer, why)
+        self.abort()
 
     def _wake_writers(self) -> None:
         if self._writable is not None:
@@ -303,6 +291,10 @@ class GrpcConnection(asyncio.Protocol):
     def _close_if_done(self) -> None:
         if self._is_leaving and not self._calls and self._transport is not None:
             self._transport.close()
+
+
+def _content_type(fields: Sequence[Header]) -> bytes:
+    return next((value for name, value in fields if name == b"content-type"), b"")
 
 
 def _peer_name(address: tuple[str, int] | None) -> str:

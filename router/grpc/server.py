@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Penstock"].full_name
 _BACKLOG = 1024
+MAX_CONNECTIONS = 1024
+"""Over it a new connection is told to go."""
 
 
 class GrpcFront:
@@ -93,7 +95,10 @@ class GrpcFront:
             connection.abort()
 
     def _accept(self) -> GrpcConnection:
-        connection = GrpcConnection(self._methods, self._limits, self._forget)
+        is_welcome = len(self._connections) < MAX_CONNECTIONS
+        connection = GrpcConnection(
+            self._methods, self._limits, self._forget, is_welcome=is_welcome
+        )
         self._connections.add(connection)
         return connection
 

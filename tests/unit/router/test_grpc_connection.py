@@ -3,7 +3,7 @@
 import asyncio
 import gzip
 import struct
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import grpc
@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.grpc import call_framing as framing
+from router.grpc import server
 from router.grpc.connection import GrpcConnection
 from router.grpc.method_table import MethodTable
 from router.grpc.peer_conduct import ConnectionLimits, PeerConduct
@@ -227,6 +228,66 @@ async def test_a_flood_of_resets_ends_the_connection_and_its_calls(checkpoint):
         client.flush()
         assert (await goodbye_of(client)).error_code is ErrorCodes.ENHANCE_YOUR_CALM
         await until(lambda: gw.engine.num_running == 0 and len(gw.handler._running) == 0)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"\0\0\0\x04\0\0\0\0\0",  # SETTINGS that set nothing
+        b"\0\0\5\x02\0\0\0\0\x03\0\0\0\0\x0f",  # PRIORITY of a stream that is not there
+        b"\0\0\0\0\0\0\0\0\1",  # DATA of nothing
+    ],
+    ids=["settings", "priorities", "empty data"],
+)
+async def test_a_flood_of_idle_frames_ends_the_connection_and_disturbs_nobody(checkpoint, frame):
+    async with running_gateway(checkpoint) as gw, bare_client(gw) as client:
+        client.begin()
+        client.flush()
+        async with bare_client(gw) as neighbour:
+            client._writer.write(frame * 50_000)
+            assert (await goodbye_of(client)).error_code is ErrorCodes.ENHANCE_YOUR_CALM
+            assert await neighbour.status(neighbour.ask(max_tokens=2)) == 0
+
+
+async def test_a_request_that_never_comes_ends_with_its_clock(checkpoint, monkeypatch):
+    monkeypatch.setattr(ConnectionLimits, "__init__", _hurried(request_timeout_s=0.05))
+    async with running_gateway(checkpoint) as gw, bare_client(gw) as client:
+        silent, unfinished = client.begin(), client.begin()
+        client.h2.send_data(unfinished, framing.prefixed(b""))
+        whole = client.ask(max_tokens=2)
+        late = code(grpc.StatusCode.DEADLINE_EXCEEDED)
+        assert [await client.status(stream) for stream in (silent, unfinished)] == [late] * 2
+        assert await client.status(whole) == 0
+
+
+@pytest.mark.parametrize("hello", [b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"])
+async def test_who_does_not_greet_in_time_is_hung_up_on(checkpoint, monkeypatch, hello):
+    monkeypatch.setattr(ConnectionLimits, "__init__", _hurried(handshake_timeout_s=0.2))
+    async with running_gateway(checkpoint) as gw, bare_client(gw) as greeted:
+        reader, writer = await asyncio.open_connection(*gw.target.rsplit(":", 1))
+        async with asyncio.timeout(5.0):
+            for byte in hello:  # one that trickles is no better than one that is silent
+                writer.write(bytes([byte]))
+                await asyncio.sleep(0.02)
+            with suppress(ConnectionError):
+                while await reader.read(1 << 16):
+                    pass
+        writer.close()
+        assert await greeted.status(greeted.ask(max_tokens=2)) == 0
+
+
+def _hurried(**changes):
+    made = ConnectionLimits.__init__
+    return lambda self, **limits: made(self, **{**limits, **changes})
+
+
+async def test_one_connection_too_many_is_told_to_go(checkpoint, monkeypatch):
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 1)
+    async with running_gateway(checkpoint) as gw, bare_client(gw) as first:
+        assert await first.status(first.ask(max_tokens=2)) == 0
+        async with bare_client(gw) as second:
+            assert (await goodbye_of(second)).error_code is ErrorCodes.ENHANCE_YOUR_CALM
+        assert await first.status(first.ask(max_tokens=2)) == 0
 
 
 async def test_who_leaves_says_so_and_finishes_what_runs(checkpoint):
