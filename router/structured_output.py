@@ -20,6 +20,10 @@ MAX_BYTES = 64 * 1024
 """Longest schema, expression or grammar."""
 MAX_CHOICES = 1024
 
+JSON_WHITESPACE = r"(\n {0,20}| )?"
+"""Between the tokens of JSON: a space, or a new line with its indentation. JSON allows any number,
+and small models, or any at a high temperature, then write blanks until their tokens are used up."""
+
 
 def output_grammar(raw: object, model: ServedModel) -> str:
     """The grammar of a request's output; empty when it may be anything.
@@ -53,6 +57,12 @@ def output_grammar(raw: object, model: ServedModel) -> str:
     return grammar
 
 
+def json_grammar(schema: str) -> str:
+    """The grammar of JSON that a schema, given as JSON text, describes."""
+    defaults = {"whitespace_pattern": JSON_WHITESPACE}
+    return LLMatcher.grammar_from_json_schema(schema, defaults=defaults)
+
+
 def _schema(value: object) -> str:
     if isinstance(value, str):
         try:
@@ -62,7 +72,7 @@ def _schema(value: object) -> str:
     if not isinstance(value, Mapping):
         raise check.bad_field(PARAM, "must hold a schema that is an object")
     text = check.text(PARAM, json.dumps(value, ensure_ascii=False), max_bytes=MAX_BYTES)
-    return LLMatcher.grammar_from_json_schema(text)
+    return json_grammar(text)
 
 
 def _regex(value: object) -> str:

@@ -9,6 +9,8 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel
 from scripted_handler import MODEL
 
+from router.structured_output import json_grammar
+
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 MESSAGES = [{"role": "user", "content": "hi"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -27,17 +29,17 @@ def schema_format(schema, **fields):
 ACCEPTED = [
     (
         {"response_format": schema_format(SCHEMA, strict=True)},
-        LLMatcher.grammar_from_json_schema(json.dumps(SCHEMA)),
+        json_grammar(json.dumps(SCHEMA)),
     ),
     (
         {"response_format": {"type": "json_object"}},
-        LLMatcher.grammar_from_json_schema('{"type": "object"}'),
+        json_grammar('{"type": "object"}'),
     ),
     ({"response_format": {"type": "text"}}, ""),
     ({"response_format": None, "structured_outputs": None}, ""),
     (
         {"structured_outputs": {"json": json.dumps(SCHEMA)}},
-        LLMatcher.grammar_from_json_schema(json.dumps(SCHEMA)),
+        json_grammar(json.dumps(SCHEMA)),
     ),
     ({"structured_outputs": {"regex": "a+", "json": None}}, LLMatcher.grammar_from_regex("a+")),
     (

@@ -4,17 +4,17 @@ import dataclasses
 
 import pytest
 from gateway_harness import model_plan
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 
 from cluster.base.errors import InvalidRequestError
 from router.client_codec import sampling_message
 from router.grpc.codec import sampling_fields
 from router.served_model import ServedModel
-from router.structured_output import output_grammar
+from router.structured_output import json_grammar, output_grammar
 
 FORMS = [
-    ({"json_schema": {"type": "null"}}, LLMatcher.grammar_from_json_schema('{"type": "null"}')),
-    ({"json_schema": '{"type": "null"}'}, LLMatcher.grammar_from_json_schema('{"type": "null"}')),
+    ({"json_schema": {"type": "null"}}, json_grammar('{"type": "null"}')),
+    ({"json_schema": '{"type": "null"}'}, json_grammar('{"type": "null"}')),
     ({"regex": "[0-9]+"}, LLMatcher.grammar_from_regex("[0-9]+")),
     ({"choices": ["a", "b"]}, LLMatcher.grammar_from_lark('start: "a" | "b"')),
     ({"lark": 'start: "a"'}, LLMatcher.grammar_from_lark('start: "a"')),
@@ -47,3 +47,33 @@ def test_a_model_without_an_end_token_cannot_say_where_the_output_ends(model):
     endless = dataclasses.replace(model, plan=dataclasses.replace(model.plan, eos_token_ids=()))
     with pytest.raises(InvalidRequestError, match="needs an end token"):
         output_grammar({"regex": "a"}, endless)
+
+
+PAIR = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "follows"),
+    [
+        ('{"a":1}', True),
+        ('{ "a": 1 }', True),
+        ('{\n    "a": 1\n}', True),
+        ('{\n\n"a": 1}', False),
+        ('{  "a": 1}', False),
+        ("{\n" + " " * 21 + '"a": 1}', False),
+    ],
+)
+def test_blanks_between_the_tokens_of_json_end(model, text, follows):
+    bytes_ = LLTokenizer("byte")
+    tokens = bytes_.tokenize_str(text)
+    matcher = LLMatcher(bytes_, output_grammar({"json_schema": PAIR}, model))
+    assert (matcher.validate_tokens(tokens) == len(tokens)) is follows
+
+
+def test_a_schema_may_say_otherwise(model):
+    grammar = output_grammar(
+        {"json_schema": PAIR | {"x-guidance": {"whitespace_pattern": "_*"}}}, model
+    )
+    bytes_ = LLTokenizer("byte")
+    tokens = bytes_.tokenize_str('{___"a"_:1}')
+    assert LLMatcher(bytes_, grammar).validate_tokens(tokens) == len(tokens)
