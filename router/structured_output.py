@@ -59,8 +59,9 @@ def output_grammar(raw: object, model: ServedModel) -> str:
 
 def json_grammar(schema: str) -> str:
     """The grammar of JSON that a schema, given as JSON text, describes."""
-    defaults = {"whitespace_pattern": JSON_WHITESPACE}
-    return LLMatcher.grammar_from_json_schema(schema, defaults=defaults)
+    return LLMatcher.grammar_from_json_schema(
+        schema, defaults={"whitespace_pattern": JSON_WHITESPACE}
+    )
 
 
 def _schema(value: object) -> str:
