@@ -52,7 +52,8 @@ def streamed_weights(plan: OffloadPlan, runtime: Runtime | None = None) -> Weigh
     runtime = runtime or Runtime(cache_dir=default_cache_dir())
 
     def make(request: WeightsRequest) -> WeightProvider:
-        _check(plan, request)
+        has_stages = runtime.streams_of(request.device) is not None
+        _check(plan, request, has_stages=has_stages)
         wanted = StoreRequest(
             model_path=request.spec.model_path,
             units=request.model.units,
@@ -69,7 +70,7 @@ def streamed_weights(plan: OffloadPlan, runtime: Runtime | None = None) -> Weigh
             source = CheckpointStore(wanted)
             store, engines = source.store, {READER: source.opener}
         placement = place_units(store, plan)
-        reserve_all(plan, placement, request)
+        reserve_all(plan, placement, request, has_stages=has_stages)
         return open_weights(store, placement, plan, runtime, request.device, engines)
 
     return make
@@ -141,16 +142,15 @@ def open_weights(
         pinned = opening.pinned(placement.host)
         ring = experts = None
         if placement.ring:
-            depth = min(plan.prefetch_depth, placement.ring_slots)
-            schedule = build_schedule(placement.ring, placement.ring_slots, depth)
-            link = opening.link(placement.ring_slots, placement.ring_slot_bytes, pinned)
-            ring = Ring(schedule, link)
+            num_slots = placement.ring_room.num_slots
+            depth = min(plan.prefetch_depth, num_slots)
+            schedule = build_schedule(placement.ring, num_slots, depth)
+            ring = Ring(schedule, opening.link(placement.ring_room, pinned))
         if placement.experts:
-            slots = placement.expert_slots
-            link = opening.link(slots, placement.expert_slot_bytes, pinned)
+            link = opening.link(placement.expert_room, pinned)
             costs = plan.host_experts
             host = None if costs is None else HostExperts(store, _routed(pinned), costs)
-            experts = ExpertCache(placement.experts, slots, link, host)
+            experts = ExpertCache(placement.experts, placement.expert_room.num_slots, link, host)
         # Last: units that arrive make pages, and the slots' huge pages would wait for them.
         resident = opening.resident(placement.resident)
         closing = opened.pop_all()
@@ -162,7 +162,7 @@ def _routed(pinned: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     return {unit: memory for unit, memory in pinned.items() if ".expert." in unit}
 
 
-def _check(plan: OffloadPlan, request: WeightsRequest) -> None:
+def _check(plan: OffloadPlan, request: WeightsRequest, *, has_stages: bool) -> None:
     if plan.verify not in VERIFY:
         raise ConfigError(
             f"verify {plan.verify!r} is not known.", f"Use {' or '.join(VERIFY)}.", param="verify"
@@ -183,7 +183,7 @@ def _check(plan: OffloadPlan, request: WeightsRequest) -> None:
             "Set share_resident to never.",
             param="share_resident",
         )
-    if plan.host_units and request.device.type == "cpu":
+    if plan.host_units and not has_stages:
         raise ConfigError(
             "A CPU rank has one memory: units cannot stay in the host's.",
             "Make them resident.",
@@ -228,8 +228,8 @@ def _log_placement(placement: Placement, reader: str) -> None:
         len(placement.host),
         len(placement.ring),
         reader,
-        placement.ring_slots,
-        size_text(placement.ring_slot_bytes),
+        placement.ring_room.num_slots,
+        size_text(placement.ring_room.slot_bytes),
         len(placement.experts),
-        placement.expert_slots,
+        placement.expert_room.num_slots,
     )

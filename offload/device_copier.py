@@ -1,37 +1,64 @@
-"""Copies on a stream of their own, ordered with the computation by events; for accelerators."""
+"""Copies into slots of a device, beside the computation and in order with it.
+
+    copying    copy 0 | copy 1 | copy 2 |          copy 0 |
+                      v        v        v          ^
+    computing         | use 0  | use 1  | use 2    |
+                              `- left 0 -----------'
+
+A slot is used after its copy and copied into after its last use; both are events between queues,
+so the thread that computes never waits for the device. Only who wants to overwrite the *source* of
+a copy waits, in a thread of its own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+from offload.device_streams import DeviceStreams, Event
+from offload.link import POISON
+
+Ended = Callable[[], None]
+"""Returns when a copy has ended: its source may be overwritten."""
 
 
 class DeviceCopier:
-    """Implements `offload.device_link.Copier` on an accelerator.
+    """Copies to the slots of a device.
 
-    The computing thread only enqueues: `before_use` and `after_use` order streams, not the host.
+    `copy` from any thread, the others from the one that computes.
+
+    Args:
+        num_slots: of the device.
+        poison: overwrite slots that were left with NaN, so that a use after release shows.
     """
 
-    def __init__(self, device: torch.device, num_slots: int) -> None:
-        self._device = device
-        self._stream = torch.Stream(device=device)
-        self._copied = [torch.Event(device=device) for _ in range(num_slots)]
-        self._left = [torch.Event(device=device) for _ in range(num_slots)]
+    def __init__(self, streams: DeviceStreams, num_slots: int, *, poison: bool = False) -> None:
+        self._streams = streams
+        self._poison = poison
+        self._copying = streams.new_queue()
+        self._copied: list[Event | None] = [None] * num_slots
+        self._left: list[Event | None] = [None] * num_slots
 
-    def copy(self, slot: int, target: torch.Tensor, source: torch.Tensor) -> None:
-        """See `Copier.copy`."""
-        with self._stream:
-            self._stream.wait_event(self._left[slot])
-            target.copy_(source, non_blocking=True)
-            self._copied[slot].record(self._stream)
-
-    def wait_copied(self, slot: int) -> None:
-        """See `Copier.wait_copied`; an event that was never recorded is over."""
-        self._copied[slot].synchronize()
+    def copy(self, slot: int, target: torch.Tensor, source: torch.Tensor) -> Ended:
+        """Start a copy into the slot, after what was computed from it has ended."""
+        left = self._left[slot]
+        if left is not None:
+            self._copying.wait(left)
+        self._copying.copy(target, source)
+        copied = self._copying.record()
+        self._copied[slot] = copied
+        return copied.synchronize
 
     def before_use(self, slot: int) -> None:
-        """See `Copier.before_use`."""
-        torch.accelerator.current_stream(self._device).wait_event(self._copied[slot])
+        """What is computed from now on comes after the slot's copy."""
+        copied = self._copied[slot]
+        if copied is not None:
+            self._streams.computing().wait(copied)
 
-    def after_use(self, slot: int) -> None:
-        """See `Copier.after_use`."""
-        self._left[slot].record(torch.accelerator.current_stream(self._device))
+    def after_use(self, slot: int, memory: torch.Tensor) -> None:
+        """What was computed until now is all that needs the slot, which is `memory`."""
+        computing = self._streams.computing()
+        if self._poison:
+            computing.fill(memory, POISON)
+        self._left[slot] = computing.record()

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from offload.model_shape import LayerShape, ModelShape
 from offload.precision import Precision
 
+MAX_STAGING = 4
+"""Records that are read, or copied to the device, at one time."""
+
 
 class KvHome(enum.StrEnum):
     """Where keys and values live, and so who computes attention over them."""
@@ -124,6 +127,15 @@ class Placement:
         visited = count * distinct_experts(len(layer.experts), layer.top_k, tokens)
         visited /= len(layer.experts)
         return base + visited * missed * layer.expert_bytes(self.precision)
+
+
+def staging_slots(num_slots: int) -> int:
+    """Host slots for records from disk on their way to so many slots of a device.
+
+    Two keep disk and link busy at the same time, further ones take up what either is late; an
+    expert cache's many slots need no more.
+    """
+    return min(num_slots, MAX_STAGING)
 
 
 def distinct_experts(num_experts: int, top_k: int, tokens: int) -> float:

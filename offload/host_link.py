@@ -18,12 +18,10 @@ import torch
 
 from cluster.base.errors import PenstockError
 from offload.layout import PackedTensor, Record, Store
-from offload.link import LinkStats
+from offload.link import POISON, LinkStats
 from offload.readers.engine import ReadEngine, ReadTimeoutError
 from offload.record_check import RecordCheck
 
-# As float32, bfloat16 and float16 alike: not a number.
-_POISON = 0xFF
 _MAX_CACHED_VIEWS = 4096
 _POLL_S = 0.5
 """How long a wait may keep `close` waiting."""
@@ -103,7 +101,7 @@ class HostLink:
     def evict(self, slot: int) -> None:
         """See `Link.evict`."""
         if self._poison and self._reading[slot] is None:
-            self._slots[slot].fill_(_POISON)
+            self._slots[slot].fill_(POISON)
 
     def close(self) -> None:
         """See `Link.close`."""

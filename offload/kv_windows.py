@@ -21,11 +21,9 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.base.errors import InternalError
+from offload.link import POISON
 from replicas.attention.backend import AttentionMetadata
 from replicas.kernels.memory import HugePages
-
-_POISON = 0xFF
-"""As float32, bfloat16 and float16 alike: not a number."""
 
 Bytes = NDArray[np.uint8]
 Indices = NDArray[np.int64]
@@ -155,7 +153,7 @@ class KvWindows:
             target[blocks] = source[part.written]
             self.stats.stored_bytes += len(blocks) * target.shape[1]
         if self._poison:
-            self._window_bytes[window].fill(_POISON)
+            self._window_bytes[window].fill(POISON)
 
 
 def _bytes(cache: torch.Tensor) -> Bytes:

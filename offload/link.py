@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
+POISON = 0xFF
+"""What evicted slots are filled with to find uses after release: NaN in every floating format."""
+
 
 @dataclass(slots=True, kw_only=True)
 class LinkStats:

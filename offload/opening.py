@@ -16,15 +16,18 @@ from cluster.base.plan import OffloadPlan
 from offload.awaited_units import Tensors, tensors_of
 from offload.checkpoint_store import READER
 from offload.device_copier import DeviceCopier
-from offload.device_link import Copier, DeviceLink
+from offload.device_link import DeviceLink
+from offload.device_streams import DeviceStreams, TorchStreams
 from offload.host_link import HostLink
 from offload.layout import Store
 from offload.link import Link
+from offload.placement import SlotRoom
 from offload.readers.choose import OpenEngine
 from offload.readers.engine import ReadEngine, ReaderUnavailableError
 from offload.record_check import RecordCheck
 from offload.residents import ArrivingUnits, copy_records, read_records, record_numbers
 from offload.shared_units import SharedUnits
+from offload.staging import Staging
 from replicas.worker.device import pin_host_memory
 
 _log = logging.getLogger(__name__)
@@ -39,9 +42,15 @@ class Runtime:
     poison: bool = False
     """Overwrite what was released with NaN."""
     wrap_engine: Callable[[ReadEngine], ReadEngine] = lambda engine: engine
-    copier: Callable[[torch.device, int], Copier] | None = None
-    """Device and number of slots -> what copies from host to device slots, for a second stage also
-    where a CPU rank needs none."""
+    streams: Callable[[torch.device], DeviceStreams] | None = None
+    """What orders a second stage's copies with the computation; None: the device's own, and no
+    second stage on a CPU."""
+
+    def streams_of(self, device: torch.device) -> DeviceStreams | None:
+        """The queues of a second stage, from host to device slots; None: there is one memory."""
+        if self.streams is not None:
+            return self.streams(device)
+        return None if device.type == "cpu" else TorchStreams(device)
 
 
 class Opening:
@@ -125,12 +134,32 @@ class Opening:
             self._opened.callback(pin_host_memory(memory, self._device))
         return {unit: records[self._store.by_name[unit].record] for unit in units}
 
-    def link(self, num_slots: int, slot_bytes: int, pinned: Mapping[str, torch.Tensor]) -> Link:
-        """Slots on the device, and what fills them.
+    def link(self, slots: SlotRoom, pinned: Mapping[str, torch.Tensor]) -> Link:
+        """Slots where the rank computes, and what fills them.
 
         Raises:
             ConfigError: there is no memory for them.
         """
+        streams = self._runtime.streams_of(self._device)
+        if streams is None:
+            return self._host_link(slots.num_slots, slots.slot_bytes)
+        staging = None
+        if slots.num_staging:
+            host = self._host_link(slots.num_staging, slots.slot_bytes)
+            staging = Staging(host, slots.num_staging)
+        memory = torch.empty(slots.device_bytes, dtype=torch.uint8, device=self._device)
+        link = DeviceLink(
+            self._store,
+            staging,
+            torch.split(memory, slots.slot_bytes),
+            DeviceCopier(streams, slots.num_slots, poison=self._runtime.poison),
+            pinned=pinned,
+            timeout_s=self._plan.read_timeout_s,
+        )
+        self._opened.callback(link.close)
+        return link
+
+    def _host_link(self, num_slots: int, slot_bytes: int) -> HostLink:
         engine, memory = self._slots(num_slots, slot_bytes)
         host = HostLink(
             self._store,
@@ -141,21 +170,9 @@ class Opening:
             poison=self._runtime.poison,
         )
         self._opened.callback(host.close)
-        copier = self._copier(num_slots)
-        if copier is None:
-            return host
+        # Undone before its memory goes, and after the copies out of it have ended.
         self._opened.callback(pin_host_memory(memory, self._device))
-        slots = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=self._device)
-        link = DeviceLink(
-            self._store,
-            host,
-            torch.split(slots, slot_bytes),
-            copier,
-            pinned=pinned,
-            timeout_s=self._plan.read_timeout_s,
-        )
-        self._opened.callback(link.close)
-        return link
+        return host
 
     def _slots(self, num_slots: int, slot_bytes: int) -> tuple[ReadEngine, torch.Tensor]:
         """The chosen reader and the memory that it fills; `direct` where so much of it cannot be
@@ -179,11 +196,6 @@ class Opening:
             return engine, engine.allocate(num_slots * slot_bytes)
         except (ReaderUnavailableError, OSError) as error:
             raise _no_memory(error, num_slots * slot_bytes) from error
-
-    def _copier(self, num_slots: int) -> Copier | None:
-        if self._runtime.copier is not None:
-            return self._runtime.copier(self._device, num_slots)
-        return None if self._device.type == "cpu" else DeviceCopier(self._device, num_slots)
 
     def _plain_engine(self, num_slots: int) -> ReadEngine:
         """A reader whose memory outlives it, as that of `aio` does not."""

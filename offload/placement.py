@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster.base.errors import ConfigError
 from cluster.base.plan import OffloadPlan
+from offload.homes import staging_slots
 from offload.layout import Store
 
 _ROUTED = re.compile(r"layer\.\d+\.expert\.\d+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotRoom:
+    """The slots of a ring or an expert cache."""
+
+    num_slots: int
+    slot_bytes: int
+    num_staging: int
+    """Host slots that records from disk pass through on their way to a device's; 0: none do."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Of the slots themselves."""
+        return self.num_slots * self.slot_bytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of the host slots beside them."""
+        return self.num_staging * self.slot_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,21 +46,11 @@ class Placement:
     host: tuple[str, ...]
     """Those of `ring` and `experts` whose records stay in host memory."""
     host_unit_bytes: int
-    ring_slots: int
-    ring_slot_bytes: int
-    expert_slots: int
-    expert_slot_bytes: int
+    ring_room: SlotRoom
+    expert_room: SlotRoom
     resident_bytes: int
-
-    @property
-    def ring_bytes(self) -> int:
-        """Of all slots of the ring."""
-        return self.ring_slots * self.ring_slot_bytes
-
-    @property
-    def expert_bytes(self) -> int:
-        """Of all slots of the expert cache."""
-        return self.expert_slots * self.expert_slot_bytes
+    largest_resident_bytes: int
+    """Of one record: what a device's residents pass through on their way."""
 
 
 def place_units(store: Store, plan: OffloadPlan) -> Placement:
@@ -69,11 +80,20 @@ def place_units(store: Store, plan: OffloadPlan) -> Placement:
         experts=experts,
         host=tuple(unit.name for unit in streamed if unit.record in on_host),
         host_unit_bytes=sum(store.records[number].num_bytes for number in sorted(on_host)),
-        ring_slots=min(plan.ring_slots, len(ring)),
-        ring_slot_bytes=_largest(store, ring),
-        expert_slots=min(max(2, plan.expert_slots), len(experts)),
-        expert_slot_bytes=_largest(store, experts),
+        ring_room=_room(store, ring, plan.ring_slots, on_host),
+        expert_room=_room(store, experts, max(2, plan.expert_slots), on_host),
         resident_bytes=sum(store.records[number].num_bytes for number in sorted(kept)),
+        largest_resident_bytes=max((store.records[number].num_bytes for number in kept), default=0),
+    )
+
+
+def _room(store: Store, units: Sequence[str], wanted: int, on_host: Collection[int]) -> SlotRoom:
+    num_slots = min(wanted, len(units))
+    from_disk = any(store.by_name[unit].record not in on_host for unit in units)
+    return SlotRoom(
+        num_slots=num_slots,
+        slot_bytes=_largest(store, units),
+        num_staging=staging_slots(num_slots) if from_disk else 0,
     )
 
 

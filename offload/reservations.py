@@ -9,8 +9,13 @@ from offload.placement import Placement
 from replicas.worker.assembly import WeightsRequest
 
 
-def reserve_all(plan: OffloadPlan, placement: Placement, request: WeightsRequest) -> None:
+def reserve_all(
+    plan: OffloadPlan, placement: Placement, request: WeightsRequest, *, has_stages: bool
+) -> None:
     """Take everything from the budgets of device and host.
+
+    Args:
+        has_stages: weights pass through host memory on their way to a device.
 
     Raises:
         BudgetError: one of them cannot hold it; the error shows the sum.
@@ -28,7 +33,7 @@ def reserve_all(plan: OffloadPlan, placement: Placement, request: WeightsRequest
             window_bytes = request.kv_bytes // layer_blocks * plan.kv_window_blocks
             device.reserve(f"{plan.kv_windows} cache windows", plan.kv_windows * window_bytes)
     reserve(device, placement, plan)
-    if request.device.type != "cpu":
+    if has_stages:
         reserve_host(host, placement)
 
 
@@ -39,17 +44,23 @@ def reserve(budget: Budget, placement: Placement, plan: OffloadPlan) -> None:
         BudgetError: it does not fit; the error shows the sum.
     """
     budget.reserve("workspace", plan.workspace_bytes)
-    budget.reserve(f"ring of {placement.ring_slots} slots", placement.ring_bytes)
+    ring, experts = placement.ring_room, placement.expert_room
+    budget.reserve(f"ring of {ring.num_slots} slots", ring.device_bytes)
     if placement.experts:
-        budget.reserve(f"{placement.expert_slots} expert slots", placement.expert_bytes)
+        budget.reserve(f"{experts.num_slots} expert slots", experts.device_bytes)
     budget.reserve("resident weights", placement.resident_bytes)
 
 
 def reserve_host(budget: Budget, placement: Placement) -> None:
-    """Take what stands beside a device from the host's budget: staging slots, host units.
+    """Take what stands beside a device from the host's budget: host units, staging slots, and the
+    record that resident units are loaded through.
 
     Raises:
         BudgetError: it does not fit; the error shows the sum.
     """
-    budget.reserve("staging", placement.ring_bytes + placement.expert_bytes)
     budget.reserve("weights in host memory", placement.host_unit_bytes)
+    for kind, room in (("layers", placement.ring_room), ("experts", placement.expert_room)):
+        if room.num_staging:
+            budget.reserve(f"{room.num_staging} staging slots for {kind}", room.staging_bytes)
+    if placement.largest_resident_bytes:
+        budget.reserve("loading resident weights", placement.largest_resident_bytes)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from cluster.base.env import default_cache_dir
 from cluster.base.plan import HostExpertsPlan
 from offload.assembly import open_weights
-from offload.device_link import HostCopier
 from offload.expert_cache import ExpertCache
 from offload.host_experts import ExpertWork, compute_s, divide, fetch_s
 from offload.opening import Runtime
@@ -25,6 +24,7 @@ from offload.provider import StreamedWeights
 from offload.readers.choose import openers
 from replicas.api import GenerationRequest, SamplingParams
 from tests.support.fake_link import FakeLink
+from tests.support.fake_streams import FakeDevice
 from tests.support.in_process_engine import in_process_engine
 from tests.support.offload_engine import offload_plan, unit_names
 
@@ -121,9 +121,8 @@ def two_tiers(disk: Path, costs: HostExpertsPlan, made: list[StreamedWeights]) -
             host_experts=costs,
             expert_slots=6,
         )
-        runtime = Runtime(
-            cache_dir=default_cache_dir(), poison=True, copier=lambda device, count: HostCopier()
-        )
+        device = FakeDevice(computes_at_once=True)
+        runtime = Runtime(cache_dir=default_cache_dir(), poison=True, streams=lambda _: device)
         readers = openers(store.path, default_cache_dir())
         made.append(
             open_weights(store, place_units(store, plan), plan, runtime, request.device, readers)

@@ -14,7 +14,6 @@ from cluster.base.errors import (
     WeightStreamError,
 )
 from offload.budget import BudgetError
-from offload.device_link import HostCopier
 from offload.readers.engine import ReadEngine
 from replicas.api import FinishReason, GenerationRequest, SamplingParams
 from tests.support.in_process_engine import generate_pipelined, in_process_engine
@@ -264,15 +263,3 @@ def test_closing_twice_is_harmless(llama: Path) -> None:
     built[0].close()
     built[0].close()
     assert default_cache_dir().exists()
-
-
-def test_a_second_stage_changes_no_token(llama: Path, llama_tokens) -> None:
-    plan = offload_plan(llama.parent / "disk", resident_units=("embed", "layer.1"))
-    factory = weights_of(plan, copier=lambda device, num_slots: HostCopier())
-    engine = in_process_engine(llama, weights_factory=factory)
-    assert [c.token_ids for c in engine.generate(requests_of())] == llama_tokens
-
-
-def test_units_in_host_memory_need_a_device_beside_it(llama: Path) -> None:
-    with pytest.raises(ConfigError, match="one memory"):
-        offload_engine(llama, offload_plan(llama.parent / "disk", host_units=("layer.0",)))
