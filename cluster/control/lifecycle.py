@@ -165,7 +165,7 @@ class ClusterRun:
             model: the model whose application Serve gave up, if it did.
         """
         for record in snapshot.replicas:
-            if record.state is ReplicaState.FAILED and record.error is not None:
+            if record.error is not None:
                 error = error_from_dict(record.error)
                 if record.model == model or isinstance(error, _HOPELESS):
                     raise _with_model(error, record.model)
@@ -183,7 +183,10 @@ class ClusterRun:
                 continue
             if status.status == ApplicationStatus.DEPLOY_FAILED:
                 self._raise_failure(snapshot, self._models_by_app.get(app))
-                raise InternalError(f"Ray Serve could not deploy {app}: {status.message}")
+                raise InternalError(
+                    f"Ray Serve could not deploy {app}: {status.message.rstrip('.')}.",
+                    "The log of its replica, in the Ray dashboard under Serve, says why.",
+                )
             waiting += [item.message for item in status.deployments.values() if item.message]
         self._waiting_for = "; ".join(waiting)
 

@@ -9,16 +9,19 @@ from cluster.base.problems import ClusterFileError, Problem
 from cluster.dist.topology import Topology
 from cluster.planner.hub import Hub
 from cluster.planner.planner import make_plan
+from cluster.planner.text_check import check_texts
 
 
 def plan_file(file: ClusterFile, topology: Topology, hub: Hub | None = None) -> ClusterPlan:
     """Decide everything that `file` left open.
 
     Raises:
-        ClusterFileError: what `make_plan` refused, with its line and key path.
+        ClusterFileError: what `make_plan` or `check_texts` refused, with its line and key path.
     """
     try:
-        return make_plan(file.spec, topology, directory=file.directory, hub=hub)
+        plan = make_plan(file.spec, topology, directory=file.directory, hub=hub)
+        check_texts(plan, file.spec)
+        return plan
     except ConfigError as error:
         param = error.param or ""
         problem = Problem(

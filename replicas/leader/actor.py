@@ -169,7 +169,8 @@ class LeaderReplica:
         await self._reporter.goodbye()
 
     async def _report_failure(self, error: Exception) -> None:
-        """Leave the root cause where `penstock up` and Status find it."""
+        """Leave the root cause where `penstock up` and Status find it, as the last word."""
+        self._dying = True
         coded = error if isinstance(error, PenstockError) else InternalError(f"{error!r}")
         self._reporter.update(state=ReplicaState.FAILED, detail=coded.cause, error=coded.to_dict())
         await self._reporter.flush()

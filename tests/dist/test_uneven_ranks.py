@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from cluster.base.load import load_cluster_file
 from cluster.base.plan import ModelPlan
@@ -52,7 +54,7 @@ SETS = {
 def planned(folder: Path, model: str, dp: int, tp: int, moe: str) -> ModelPlan:
     """What `penstock plan` makes of a cluster file."""
     path = write_checkpoint(model, folder / model)
-    (path / "tokenizer.json").write_text("{}")
+    Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(path / "tokenizer.json"))
     file = folder / "cluster.yaml"
     file.write_text(CLUSTER.format(path=path, dp=dp, tp=tp, moe=moe))
     (plan,) = plan_file(load_cluster_file(file), NODES, Hub(offline=True)).models

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from fake_checkpoints import write_checkpoint
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers.models import WordLevel
 
 from cluster.base.load import load_cluster_file
 from cluster.base.problems import ClusterFileError
@@ -35,8 +37,27 @@ def test_a_refusal_about_a_default_points_at_its_model(tmp_path: Path):
         plan_file(load_cluster_file(file), LAPTOP)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "cause"),
+    [
+        ("tokenizer.json", "{}", "not a valid tokenizer"),
+        ("chat_template.jinja", "{% for %}", "chat template is not valid"),
+        ("tokenizer_config.json", "[]", "must hold a JSON object"),
+    ],
+)
+def test_what_gateways_could_not_read_is_refused(tmp_path: Path, name, text, cause):
+    write_checkpoint(tmp_path / "ckpt")
+    BackendTokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "ckpt/tokenizer.json"))
+    (tmp_path / "ckpt" / name).write_text(text)
+    file = tmp_path / "c.yaml"
+    file.write_text("models:\n  - name: m\n    path: ckpt\n")
+    with pytest.raises(ClusterFileError, match=rf"c\.yaml:3: models\[0\]\.path: .*{cause}"):
+        plan_file(load_cluster_file(file), LAPTOP)
+
+
 def test_a_good_file_gives_a_plan(tmp_path: Path):
     write_checkpoint(tmp_path / "ckpt")
+    BackendTokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "ckpt/tokenizer.json"))
     file = tmp_path / "c.yaml"
     file.write_text("models:\n  - name: m\n    path: ckpt\n")
     assert plan_file(load_cluster_file(file), LAPTOP).name == "c"
