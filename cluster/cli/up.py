@@ -78,8 +78,11 @@ def _detach(file: Path, address: str | None, timeout_s: float) -> None:
         child.wait()
         raise
     console.print(log_path.read_text().rstrip(), markup=False, soft_wrap=True)
-    if child.poll() is not None:
-        raise UnavailableError(f"The cluster did not start (exit code {child.returncode}).")
+    ended = child.poll()
+    if ended is not None and ended > 0:
+        raise click.exceptions.Exit(ended)  # what it says has just been printed
+    if ended is not None:
+        raise UnavailableError(f"The cluster did not start (signal {-ended}).")
     console.print(f"Detached; `penstock down {name}` ends it. Log: {log_path}", soft_wrap=True)
 
 
