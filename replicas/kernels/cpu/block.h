@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "attend_amx.h"
+#include "attend_heads.h"
 #include "matrix.h"
 #include "rows.h"
 
@@ -23,18 +23,20 @@ struct Task {
   long request, first, count, g, end;
 };
 
-// With tokens enough for all threads a task has all heads: they lie side by side in the cache.
+constexpr long kTaskValues = 2048;  // of a token's keys: a piece of them and the next fit a core's cache
+
+// With tokens enough for all threads a task has all heads, or many: they lie side by side in the cache.
 inline std::vector<Task> tasks_of(const Shape& shape, const Step& step, int threads) {
   const long per_task = std::max(1L, 32 / (shape.heads / shape.kv_heads));
-  const long heads = step.rows / per_task >= 4L * threads || step.requests >= 4L * threads
-                         ? shape.kv_heads
-                         : 1;
+  const bool many = step.rows / per_task >= 4L * threads || step.requests >= 4L * threads;
+  const long heads =
+      many ? std::min(shape.kv_heads, std::max(1L, kTaskValues / shape.dim)) : 1;
   std::vector<Task> tasks;
   for (long r = 0; r < step.requests; ++r)
     for (long first = step.query_start[r]; first < step.query_start[r + 1]; first += per_task)
       for (long g = 0; g < shape.kv_heads; g += heads)
         tasks.push_back({r, first, std::min(per_task, step.query_start[r + 1] - first), g,
-                         g + heads});
+                         std::min(g + heads, shape.kv_heads)});
   return tasks;
 }
 
@@ -42,19 +44,6 @@ inline std::vector<Task> tasks_of(const Shape& shape, const Step& step, int thre
 inline long position_of(const Step& step, const Task& task) {
   return step.seq_lens[task.request] - (step.query_start[task.request + 1] - task.first);
 }
-
-#if defined(PENSTOCK_AMX)
-// What `next` will read, spread over the steps of `task`.
-inline NextContext context_of(const Shape& shape, const Step& step, const Task& next,
-                              const Bf16* cache, const Task& task, long position) {
-  const auto begin = [&](long at) { return shape.window ? std::max(0L, at - shape.window + 1) : 0; };
-  const long to = position_of(step, next);
-  const long steps = (position + task.count - begin(position)) / 16 * (task.end - task.g);
-  return {shape,  step.tables + next.request * step.table_stride,
-          cache,  next.g,
-          next.end, begin(to), to + next.count, std::max(steps, 1L)};
-}
-#endif
 
 // `next`: the task that this thread takes after this one, or null.
 template <typename S>
@@ -66,11 +55,13 @@ void run_task(const Shape& shape, const Step& step, const Task& task, const Task
 #if defined(PENSTOCK_AMX)
   if constexpr (sizeof(S) == 2)
     if (suits_tiles(shape)) {
-      NextContext upcoming;
-      if (next != nullptr) upcoming = context_of(shape, step, *next, cache, task, position);
-      for (long g = task.g; g < task.end; ++g)
-        attend_tiles(shape, queries, cache, table, output, task.first, g, task.count, position,
-                     g + 1 < task.end, upcoming);
+      HeadsContext upcoming;
+      if (next != nullptr)
+        upcoming = {context_of(shape, step.tables + next->request * step.table_stride,
+                               position_of(step, *next), next->count),
+                    next->g, next->end};
+      attend_tiles(shape, {queries, output, task.first, task.count, position}, cache, table, task.g,
+                   task.end, upcoming);
       return;
     }
 #endif

@@ -130,6 +130,19 @@ inline float max_lanes(Vec value) {
 #endif
 }
 
+// The compiler may not fuse the product that made this value with a sum that uses it: whether it does depends
+// on the place, and so would the bits.
+inline Vec unfused(Vec value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__x86_64__)
+  asm("" : "+x"(value));
+#else
+  asm("" : "+m"(value));
+#endif
+  return value;
+}
+
 // exp(x) to about 2 ulp for x <= 88 (Cephes' expf); 0 below -87.3, NaN stays NaN.
 inline Vec exp_vec(Vec x) {
   const Vec clamped = select(x > splat(88.0f), splat(88.0f), x);
@@ -143,7 +156,7 @@ inline Vec exp_vec(Vec x) {
   poly = poly * rest + 5.0000001201e-1f;
   poly = poly * rest * rest + rest + 1.0f;
   const IntVec power = ((IntVec)shifted - 0x4b400000 + 127) << 23;
-  return select(x < splat(-87.3f), Vec{}, poly * (Vec)power);
+  return select(x < splat(-87.3f), Vec{}, unfused(poly * (Vec)power));
 }
 
 }  // namespace penstock

@@ -82,6 +82,45 @@ def test_paged_rows_depend_on_their_own_request_alone(
         assert torch.equal(alone, together[row : row + 1]), row
 
 
+@pytest.mark.parametrize("window", [None, 90])
+def test_a_prompt_has_the_bits_of_its_decoded_tokens(
+    cpu_kernels: CpuKernels, window: int | None
+) -> None:
+    """A prompt's tokens go head by head through the context, a decoded one's heads together."""
+    case = Case(
+        requests=((200, 20),),
+        kv_heads=3,
+        group=4,
+        head_dim=128,
+        block_size=16,
+        window=window,
+        dtype="bfloat16",
+    )
+    backend = CpuPagedAttention(case.spec, cpu_kernels.library)
+    together, cache = case.run(backend)
+    for row in range(len(together)):
+        alone = case.run_alone(backend, range(row, row + 1), cache)
+        assert torch.equal(alone, together[row : row + 1]), row
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_decoding_with_more_heads_than_a_task_takes_equals_the_oracle(
+    cpu_kernels: CpuKernels, window: int | None
+) -> None:
+    case = Case(
+        requests=tuple((1, context) for context in (0, 15, 16, 63, 64, 65, 130, 3, 200)),
+        kv_heads=21,
+        group=1,
+        head_dim=128,
+        block_size=16,
+        window=window,
+        dtype="bfloat16",
+    )
+    expected, _ = case.run(TorchReferenceAttention(case.spec))
+    output, _ = case.run(CpuPagedAttention(case.spec, cpu_kernels.library))
+    torch.testing.assert_close(output, expected, atol=2e-2, rtol=2e-2)
+
+
 @settings(max_examples=60)
 @given(
     case=st.builds(
