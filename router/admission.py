@@ -18,11 +18,15 @@ class Admission:
     """The gateway's two counters and their limits."""
 
     def __init__(self, limits: LimitsPlan, *, random_source: random.Random) -> None:
-        self._max_requests = limits.max_active_requests
-        self._max_waiting_tokens = limits.max_prompt_tokens_waiting
         self._random = random_source
         self.active_requests = 0
         self.waiting_tokens = 0
+        self.set_limits(limits)
+
+    def set_limits(self, limits: LimitsPlan) -> None:
+        """Go by other limits from now on; who has a place keeps it."""
+        self._max_requests = limits.max_active_requests
+        self._max_waiting_tokens = limits.max_prompt_tokens_waiting
 
     def reserve(self, estimated_tokens: int) -> Reservation:
         """Take a place for one request with about that many prompt tokens.

@@ -29,7 +29,6 @@ from router.measured_handler import MeasuredHandler
 from router.policies.prefix_affinity import PrefixAffinity
 from router.served_model import serve_models
 
-_STOP_GRACE_S = 3.0
 _CALL_MARGIN_S = 5.0
 
 
@@ -71,7 +70,8 @@ class GatewayReplica:
         self, plan: dict[str, Any], dashboard_url: str
     ) -> None:
         cluster = from_json(ClusterPlan, plan)
-        gateway = cluster.gateway
+        gateway, self._drain_s = cluster.gateway, cluster.drain_s
+        self._models = serve_models(cluster.models)
         policy = PrefixAffinity()
         self._directory = ReplicaDirectory(
             RayMembership(cluster.name),
@@ -79,8 +79,8 @@ class GatewayReplica:
             hop=HopSettings(stream_buffer_events=gateway.limits.stream_buffer_events),
             on_gone=policy.forget,
         )
-        handler = GatewayHandler(
-            serve_models(cluster.models),
+        self._handler = GatewayHandler(
+            self._models,
             gateway.limits,
             self._directory,
             policy,
@@ -91,18 +91,30 @@ class GatewayReplica:
             ),
         )
         self._directory.start()
-        metrics = GatewayMetrics(handler.list_models)
-        measured = MeasuredHandler(handler, metrics)
+        self._metrics = GatewayMetrics(self._handler.list_models)
+        measured = MeasuredHandler(self._handler, self._metrics)
         self._grpc = GrpcFront(measured, gateway)
         self._http = await serve_http(
-            build_http_app(measured, gateway, metrics.registry),
+            build_http_app(measured, gateway, self._metrics.registry),
             bind_http(gateway.host, gateway.http_port),
-            drain_s=_STOP_GRACE_S,
+            drain_s=cluster.drain_s,
         )
         settle_for_serving()
         await self._grpc.start()
 
+    async def reconfigure(self, plan: dict[str, Any]) -> None:
+        """Follow another plan: its models, replica counts and limits; Serve's `user_config`.
+
+        Ports and sizes of messages stay. Serve calls this once more after the constructor.
+        """
+        cluster = from_json(ClusterPlan, plan)
+        # Tokenizers of new models are read beside the requests that run.
+        self._models = await asyncio.to_thread(serve_models, cluster.models, self._models)
+        self._handler.serve(self._models, cluster.gateway.limits)
+        self._metrics.follow_models()
+        self._drain_s = cluster.drain_s
+
     async def __del__(self) -> None:
         """Serve is taking this replica down: stop accepting, let running calls finish, leave."""
-        await asyncio.gather(self._grpc.stop(_STOP_GRACE_S), self._http.stop())
+        await asyncio.gather(self._grpc.stop(self._drain_s), self._http.stop(self._drain_s))
         await self._directory.close()

@@ -72,16 +72,27 @@ class GatewayMetrics:
         self.output_length = self._histogram(table.OUTPUT_LENGTH)
         self.prompt_tokens = self._counter(table.PROMPT_TOKENS)
         self.generated_tokens = self._counter(table.GENERATED_TOKENS)
-        ready = Gauge(
+        self._read_models = read_models
+        self._ready = Gauge(
             table.READY_REPLICAS.name,
             table.READY_REPLICAS.help,
             table.READY_REPLICAS.labels,
             registry=self.registry,
         )
-        self.known = {info.name for info in read_models()}
-        for name in self.known:
-            ready.labels(name).set_function(functools.partial(_ready, read_models, name))
+        self.known: set[str] = set()
         self._series: dict[str, ModelSeries] = {}
+        self.follow_models()
+
+    def follow_models(self) -> None:
+        """Have series of the models that are served now; those of others are kept, but for how
+        many replicas are ready."""
+        served = {info.name for info in self._read_models()}
+        for name in self.known - served:
+            self._ready.remove(name)
+        for name in served - self.known:
+            count = functools.partial(_count_ready, self._read_models, name)
+            self._ready.labels(name).set_function(count)
+        self.known = served
 
     def of(self, model: object) -> ModelSeries:
         """The model's series; names nobody serves share one, so that labels stay bounded."""
@@ -106,5 +117,5 @@ def _code(error: BaseException | None) -> str:
     return error.code if isinstance(error, PenstockError) else "cancelled"
 
 
-def _ready(read_models: Callable[[], list[ModelInfo]], name: str) -> int:
-    return next(info.ready_replicas for info in read_models() if info.name == name)
+def _count_ready(read_models: Callable[[], list[ModelInfo]], name: str) -> int:
+    return sum(info.ready_replicas for info in read_models() if info.name == name)

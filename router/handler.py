@@ -75,13 +75,21 @@ class GatewayHandler:
         random_source: random.Random | None = None,
     ) -> None:
         """`random_source` draws unset seeds and retry delays; the system's by default."""
-        source = random_source or secrets.SystemRandom()
-        self._models = dict(models)
+        self._random = random_source or secrets.SystemRandom()
         self._identity = identity
         self._directory = directory
-        self._validator = Validator(self._models, limits, draw_seed=lambda: source.getrandbits(63))
         self._dispatcher = Dispatcher(directory, policy)
-        self._running = RunningRequests(Admission(limits, random_source=source))
+        self._admission = Admission(limits, random_source=self._random)
+        self._running = RunningRequests(self._admission)
+        self.serve(models, limits)
+
+    def serve(self, models: Mapping[str, ServedModel], limits: LimitsPlan) -> None:
+        """Serve these models within these limits from now on; running requests are left alone."""
+        self._models = dict(models)
+        self._admission.set_limits(limits)
+        self._validator = Validator(
+            self._models, limits, draw_seed=lambda: self._random.getrandbits(63)
+        )
         self._whole = WholeAnswers(self._validator, self._dispatcher)
 
     async def generate(self, request: GenerationInput) -> Generation:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.base.errors import InvalidRequestError
@@ -82,16 +82,27 @@ class ServedModel:
         return self.tokenizer.encode_template(self.chat_template.render(turns))
 
 
-def serve_models(plans: Iterable[ModelPlan]) -> dict[str, ServedModel]:
+def serve_models(
+    plans: Iterable[ModelPlan], known: Mapping[str, ServedModel] | None = None
+) -> dict[str, ServedModel]:
     """All models of a cluster by name, each with the one it overflows to.
+
+    Args:
+        known: models served so far; what was read of a checkpoint is not read again.
 
     Raises:
         ConfigError: a checkpoint lacks a tokenizer or holds a broken one.
     """
-    models = {plan.name: ServedModel.from_plan(plan) for plan in plans}
+    models = {plan.name: _serve_model(plan, (known or {}).get(plan.name)) for plan in plans}
     return {
         name: model
         if model.plan.overflow is None
         else dataclasses.replace(model, overflow=models[model.plan.overflow.model])
         for name, model in models.items()
     }
+
+
+def _serve_model(plan: ModelPlan, known: ServedModel | None) -> ServedModel:
+    if known is None or known.plan.path != plan.path:
+        return ServedModel.from_plan(plan)
+    return dataclasses.replace(known, plan=plan, overflow=None)

@@ -16,14 +16,10 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from cluster.base.front_spec import DashboardSpec, GatewaySpec
 from cluster.base.problems import shown
 from cluster.base.section import Section
-from cluster.base.spec import (
-    ClusterSpec,
-    DashboardSpec,
-    GatewaySpec,
-    SpeculationSpec,
-)
+from cluster.base.spec import ClusterSpec, SpeculationSpec
 
 Loc = tuple[int | str, ...]
 

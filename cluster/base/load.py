@@ -16,8 +16,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster.base.findings import Finding, Loc, cross_findings, field_findings
+from cluster.base.front_spec import IdentitySpec
 from cluster.base.problems import ClusterFileError, Problem, shown
-from cluster.base.spec import ClusterSpec, IdentitySpec
+from cluster.base.spec import ClusterSpec
 from cluster.base.yaml_tree import Node, read_tree
 
 MAX_FILE_BYTES = 256 * 1024
@@ -39,6 +40,16 @@ class ClusterFile:
     def line_of(self, param: str) -> int:
         """Line of a key path such as `models[0].parallel.tp`, or of its nearest written parent."""
         return _line_of(self.tree, _parse_param(param))
+
+    def written(self, param: str) -> object:
+        """The value at a key path as the file has it; None where it leaves the key out."""
+        value: Any = self.tree.plain()
+        for part in _parse_param(param):
+            try:
+                value = value[part]
+            except (KeyError, IndexError, TypeError):
+                return None
+        return value
 
 
 def load_cluster_file(path: Path | str) -> ClusterFile:

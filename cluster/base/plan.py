@@ -321,6 +321,8 @@ class ClusterPlan:
     models: tuple[ModelPlan, ...]
     dashboard_port: int
     warnings: tuple[str, ...] = ()
+    drain_s: float = 30.0
+    """Longest time that requests have to finish on a replica or gateway that is taken away."""
 
 
 def to_json(plan: Any) -> dict[str, Any]:

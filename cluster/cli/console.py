@@ -7,6 +7,7 @@ NO_COLOR and vanish when the output is not a terminal (rich does both).
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -45,6 +46,13 @@ def report_error(error: Exception) -> int:
 def print_warning(text: str) -> None:
     """A warning on stderr, so that it never mixes with a command's output."""
     _print("warning", "bold yellow", text)
+
+
+def print_edit(lines: Sequence[str]) -> None:
+    """What an edited file changes of a running cluster."""
+    for line in lines or ["nothing to change"]:
+        style = {"+": "green", "-": "red", "~": "yellow"}.get(line[:1], "")
+        console.print(line, style=style, markup=False, soft_wrap=True)
 
 
 def print_table(table: Table) -> None:

@@ -39,6 +39,12 @@ COMMANDS: Mapping[str, LazyCommand] = {
         target="cluster.cli.pack:pack", help="Write the packed weights of streamed models."
     ),
     "up": LazyCommand(target="cluster.cli.up:up", help="Run a cluster until Ctrl-C."),
+    "apply": LazyCommand(
+        target="cluster.cli.apply:apply", help="Bring a running cluster to an edited file."
+    ),
+    "scale": LazyCommand(
+        target="cluster.cli.scale:scale", help="Change a model's replicas, in the file and live."
+    ),
     "status": LazyCommand(
         target="cluster.cli.status:status", help="Show replicas, ranks, load and memory."
     ),

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 
 from cluster.base.plan import ClusterPlan
-from cluster.control.lifecycle import Snapshot
+from cluster.control.readiness import Snapshot
 from cluster.control.run_state import RunState
 from replicas.leader.record import ReplicaRecord, ReplicaState
 

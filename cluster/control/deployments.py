@@ -1,10 +1,14 @@
 """Plan -> Ray Serve applications: one per model, one for the gateway.
 
 Every replica of a model owns a placement group; `replicas/leader/seating.py` says what is in it.
+What may change while an application runs is its number of replicas and its `user_config`; all else
+makes another version, which Serve answers with new processes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from ray import serve
@@ -23,7 +27,8 @@ from router.app import GatewayReplica
 # under it, so its period may be short without being the detector.
 _HEALTH_PERIOD_S = 1.0
 _HEALTH_TIMEOUT_S = 10.0
-_DRAIN_S = 5.0
+_LEAVE_S = 5.0
+"""What a replica needs to go when its requests have ended or run out of time."""
 _ON_NODE = 0.001
 """Of the resource 1 that every node has under its own address: enough to be sent there."""
 _WORKERS = {
@@ -33,7 +38,7 @@ _WORKERS = {
 }
 
 
-def engine_target(cluster: str, model: ModelPlan, host: str) -> RunTarget:
+def engine_target(plan: ClusterPlan, model: ModelPlan, host: str) -> RunTarget:
     """The Serve application of one model; its leaders and ranks listen on `host`.
 
     An empty `host` stands for each node's own address, for clusters of several nodes.
@@ -42,20 +47,27 @@ def engine_target(cluster: str, model: ModelPlan, host: str) -> RunTarget:
         LeaderReplica,
         name="leader",
         num_replicas=model.replicas,
+        user_config={"drain_s": plan.drain_s},
         ray_actor_options={"num_cpus": model.leader_cpus},
         placement_group_bundles=bundles(model),
         placement_group_strategy=strategy(model),
-        health_check_period_s=_HEALTH_PERIOD_S,
-        health_check_timeout_s=_HEALTH_TIMEOUT_S,
-        graceful_shutdown_timeout_s=_DRAIN_S,
-        graceful_shutdown_wait_loop_s=0.2,
-        max_constructor_retry_count=3,
+        **_upkeep(plan.drain_s),
     )
     return RunTarget(
-        target=deployment.bind(to_json(model), cluster, host, _WORKERS[model.engine]),
-        name=names.engine_app(cluster, model.name),
+        target=_of_version(deployment, replica_version(model)).bind(
+            to_json(model), plan.name, host, _WORKERS[model.engine]
+        ),
+        name=names.engine_app(plan.name, model.name),
         route_prefix=None,
     )
+
+
+def replica_version(model: ModelPlan) -> str:
+    """A digest of what each replica is built from; equal ones need no new processes."""
+    fields = to_json(model)
+    for name in ("replicas", "overflow", "reasons", "nodes"):
+        del fields[name]
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def gateway_target(plan: ClusterPlan, runtime: RayRuntime) -> RunTarget:
@@ -68,18 +80,35 @@ def gateway_target(plan: ClusterPlan, runtime: RayRuntime) -> RunTarget:
         GatewayReplica,
         name="gateway",
         num_replicas=plan.gateway.replicas,
+        user_config=to_json(plan),
         ray_actor_options={
             "num_cpus": plan.gateway.cpus,
             "resources": {runtime.node_resource: _ON_NODE},
         },
-        health_check_period_s=_HEALTH_PERIOD_S,
-        health_check_timeout_s=_HEALTH_TIMEOUT_S,
-        graceful_shutdown_timeout_s=_DRAIN_S,
-        graceful_shutdown_wait_loop_s=0.2,
-        max_constructor_retry_count=3,
+        **_upkeep(plan.drain_s),
     )
     return RunTarget(
-        target=deployment.bind(to_json(plan), runtime.dashboard_url),
+        target=_of_version(deployment, "gateway").bind(to_json(plan), runtime.dashboard_url),
         name=names.gateway_app(plan.name),
         route_prefix=None,
     )
+
+
+def _upkeep(drain_s: float) -> dict[str, Any]:
+    return {
+        "health_check_period_s": _HEALTH_PERIOD_S,
+        "health_check_timeout_s": _HEALTH_TIMEOUT_S,
+        "graceful_shutdown_timeout_s": drain_s + _LEAVE_S,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "max_constructor_retry_count": 3,
+    }
+
+
+def _of_version(deployment: Any, version: str) -> Any:
+    """Say which version of its code and arguments a deployment is.
+
+    `serve.run` draws a new one each time, and so would restart replicas that only get company.
+    Serve's configuration files, which have no such way, are deployed with a version like ours; its
+    Python interface keeps it to itself.
+    """
+    return deployment.options(version=version, _internal=True)

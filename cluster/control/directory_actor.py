@@ -11,6 +11,9 @@ import contextlib
 import time
 from typing import Any
 
+import ray
+
+from cluster.base import names
 from cluster.base.plan import from_json, to_json
 from cluster.control.directory_state import DirectoryState
 from replicas.leader.record import ReplicaRecord
@@ -32,6 +35,11 @@ class DirectoryActor:
     async def remove(self, replica_id: str, epoch: str) -> None:
         """A leader says goodbye."""
         if self._state.remove(replica_id, epoch):
+            await self._announce()
+
+    async def forget_model(self, model: str) -> None:
+        """A model is no longer part of the cluster, and all its replicas are gone."""
+        if self._state.forget_model(model):
             await self._announce()
 
     async def watch(self, version: int, timeout_s: float) -> tuple[int, list[dict[str, Any]]]:
@@ -57,3 +65,20 @@ class DirectoryActor:
     async def _announce(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+
+def start_directory(cluster: str) -> Any:
+    """The directory of a cluster: the one that is there, or a new one that outlives its maker."""
+    return (
+        ray.remote(DirectoryActor)
+        .options(
+            name=names.directory_actor(cluster),
+            namespace=names.NAMESPACE,
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            max_concurrency=1000,
+            lifetime="detached",
+        )
+        .remote()
+    )

@@ -47,6 +47,14 @@ class DirectoryState:
         self.version += 1
         return True
 
+    def forget_model(self, model: str) -> bool:
+        """Drop what is left of a model that was taken away; True when something was."""
+        gone = [key for key, entry in self._entries.items() if entry.record.model == model]
+        for replica_id in gone:
+            del self._entries[replica_id]
+        self.version += bool(gone)
+        return bool(gone)
+
     def expire(self) -> bool:
         """Drop records nobody renews; True when one was dropped."""
         now_s = self._clock()

@@ -1,48 +1,69 @@
-"""Whether a Ray cluster that others use too has room for what is to be deployed.
+"""Whether a Ray cluster has room for replicas that are to be deployed.
 
-Replicas reserve the memory of their plan (`replicas/leader/seating.py`). What Ray cannot reserve it
-waits for without a word; here it is said beforehand. The planner has made sure already that the
-nodes could hold everything if nothing else ran.
+Replicas reserve CPUs, GPUs and the memory of their plan (`replicas/leader/seating.py`). What Ray
+cannot reserve it waits for without a word; here it is said beforehand. The planner has made sure
+already that the nodes could hold everything if nothing else ran.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import ray
 
 from cluster.base.amount_text import size_text
 from cluster.base.errors import UnavailableError
-from cluster.base.plan import ClusterPlan
+from cluster.base.plan import ModelPlan
 from replicas.leader.seating import bundles
 
+Need = tuple[ModelPlan, int]
+"""A model and how many replicas of it are to be started."""
 
-def check_room(plan: ClusterPlan) -> None:
+_RESOURCES = {
+    "memory": ("of memory", "kv_cache.memory"),
+    "CPU": ("CPUs", "resources.cpus_per_rank"),
+    "GPU": ("GPUs", "parallel.tp"),
+}
+_ROUNDING = 1e-6
+
+
+def check_room(needs: Sequence[Need]) -> None:
     """Ask Ray what is free, and compare.
 
     Raises:
-        UnavailableError: the models reserve more memory than is left.
+        UnavailableError: the replicas reserve more of something than is left.
     """
-    free = ray.available_resources().get("memory")
-    total = ray.cluster_resources().get("memory")
-    if free is not None and total is not None:
-        refuse_shortage(plan, int(free), int(total))
+    refuse_shortage(needs, ray.available_resources(), ray.cluster_resources())
 
 
-def refuse_shortage(plan: ClusterPlan, free_bytes: int, total_bytes: int) -> None:
-    """Raise when the models need more than `free_bytes`.
+def refuse_shortage(
+    needs: Sequence[Need], free: Mapping[str, float], total: Mapping[str, float]
+) -> None:
+    """Raise when the replicas need more than is free.
 
     Args:
-        total_bytes: what all nodes have for reservations.
+        total: what all nodes have for reservations; what no node has is left to the planner.
     """
-    needs = {
-        model.name: int(model.replicas * sum(each.get("memory", 0.0) for each in bundles(model)))
-        for model in plan.models
-    }
-    if sum(needs.values()) <= free_bytes:
-        return
-    parts = ", ".join(f"{name} {size_text(need)}" for name, need in needs.items())
-    raise UnavailableError(
-        f"The models reserve {size_text(sum(needs.values()))} of memory ({parts}), but "
-        f"{size_text(free_bytes)} of the Ray cluster's {size_text(total_bytes)} are free.",
-        "Take down what else runs there (`ray status` lists it), or lower replicas or "
-        "kv_cache.memory.",
+    for resource in _RESOURCES.keys() & total.keys():
+        each = {
+            model.name: count * sum(bundle.get(resource, 0.0) for bundle in bundles(model))
+            for model, count in needs
+        }
+        # Ray leaves a resource out of which nothing is free.
+        if sum(each.values()) > free.get(resource, 0.0) + _ROUNDING:
+            raise _shortage(resource, each, free.get(resource, 0.0), total[resource])
+
+
+def _shortage(
+    resource: str, each: Mapping[str, float], free: float, total: float
+) -> UnavailableError:
+    def text(amount: float) -> str:
+        return size_text(int(amount)) if resource == "memory" else f"{amount:g}"
+
+    unit, key = _RESOURCES[resource]
+    parts = ", ".join(f"{name} {text(need)}" for name, need in each.items())
+    return UnavailableError(
+        f"The models reserve {text(sum(each.values()))} {unit} ({parts}), but {text(free)} of the "
+        f"Ray cluster's {text(total)} are free.",
+        f"Take down what else runs there (`ray status` lists it), or lower replicas or {key}.",
     )

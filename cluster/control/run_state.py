@@ -32,6 +32,10 @@ class RunState:
     ray_address: str
     models: tuple[str, ...]
     ready: bool = False
+    file: str = ""
+    """The cluster file, absolute."""
+    control: str = ""
+    """The socket that takes changes (`control_socket.py`)."""
 
 
 def process_started(pid: int) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 
+from cluster.base.front_spec import GatewaySpec
 from cluster.base.plan import GatewayPlan, LimitsPlan, ModelPlan
-from cluster.base.spec import GatewaySpec
 
 WAITING_CONTEXTS = 8
 """Automatic bound on prompt tokens that wait in a gateway, in longest contexts."""

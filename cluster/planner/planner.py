@@ -80,6 +80,7 @@ def make_plan(
         gateway=plan_gateway(spec.gateway, models, front_share(loads)),
         models=models,
         dashboard_port=spec.dashboard.port,
+        drain_s=spec.cluster.drain,
         warnings=tuple(warnings_of(spec, models, placed, loads)),
     )
 

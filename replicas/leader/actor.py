@@ -35,7 +35,6 @@ from replicas.leader.worker_group import WorkerGroup
 from replicas.worker.actor import WorkerActor
 
 _LAST_WORDS_S = 0.25
-_DRAIN_S = 4.0
 _METRICS_PERIOD_S = 1.0
 # The loop's own deadline fires first; this one is for a loop that is itself stuck.
 _HANG_MARGIN_S = 5.0
@@ -62,6 +61,7 @@ class LeaderReplica:
         self._plan = from_json(ModelPlan, model)
         self._stats = ReplicaStats()
         self._dying = False
+        self._drain_s = 0.0
         replica_id = serve.get_replica_context().replica_id.unique_id
         host = host or ray.util.get_node_ip_address()
         epoch = new_epoch("leader")
@@ -139,6 +139,14 @@ class LeaderReplica:
             **changes,
         )
 
+    def reconfigure(self, settings: dict[str, float]) -> None:
+        """What may change while it runs; Serve calls it once more after the constructor.
+
+        Args:
+            settings: `drain_s`, the longest time that requests have to finish when it leaves.
+        """
+        self._drain_s = settings["drain_s"]
+
     def check_health(self) -> None:
         """Serve's periodic check; progress, not presence.
 
@@ -161,7 +169,7 @@ class LeaderReplica:
             return
         self._dying = True
         self._reporter.update(state=ReplicaState.DRAINING)
-        await self._server.drain(_DRAIN_S)
+        await self._server.drain(self._drain_s)
         self._exporter.cancel()
         await self._asyncio_loop.run_in_executor(None, self._engine.stop)
         await self._server.stop()

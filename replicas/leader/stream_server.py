@@ -21,6 +21,7 @@ from typing import Protocol
 
 from cluster.base.errors import InternalError, PenstockError, UnavailableError
 from replicas.api import FinishReason, GenerationDelta, GenerationRequest, ReplicaStats
+from replicas.leader.departure import Departure
 from replicas.leader.gateway_ear import GatewayEar
 from replicas.leader.gateway_link import GatewayLink
 from replicas.leader.request_routes import RequestRoutes
@@ -73,10 +74,9 @@ class ReplicaStreamServer:
         self._links: dict[int, GatewayLink] = {}
         self._routes = RequestRoutes()
         self._stats = ReplicaStats()
-        self._draining = False
+        self._departure = Departure(lambda: not self._routes)
         self._failure: PenstockError | None = None
         self._serials = itertools.count(1)
-        self._idle = asyncio.Event()
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -117,7 +117,7 @@ class ReplicaStreamServer:
         """
         touched: dict[GatewayLink, list[Delta]] = {}
         with self._lock:
-            self._stats, draining = stats, self._draining
+            self._stats, draining = stats, self._departure.is_announced
             routed = [(route, delta) for delta in deltas if (route := self._routes.take(delta))]
             if not all(route.has_spoken for route, _ in routed):
                 routed.sort(key=lambda routed: routed[0].has_spoken)
@@ -137,15 +137,10 @@ class ReplicaStreamServer:
             link.say_goodbye(error)
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for the running ones; True when none is left."""
-        with self._lock:
-            self._draining = True
-            self._note_idle()
+        """Tell gateways to send nothing more, finish what there is; True when nothing is left."""
+        self._departure.is_announced = True
         self._report()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        return self._idle.is_set()
+        return await self._departure.wait(timeout_s)
 
     async def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -237,8 +232,8 @@ class ReplicaStreamServer:
         engine_id = ""
         try:
             with self._lock:
-                if self._draining:
-                    raise UnavailableError("The replica is draining.", "Retry on another replica.")
+                if self._departure.is_closed:
+                    raise UnavailableError("The replica is leaving.", "Retry on another replica.")
                 # Registered first: the engine's thread may answer before add_request returns.
                 engine_id = self._routes.add(link, key, request.request_id, num_choices)
             self._engine.add_request(dataclasses.replace(request, request_id=engine_id))
@@ -255,7 +250,7 @@ class ReplicaStreamServer:
         delta = GenerationDelta(
             request_id="", finish_reason=FinishReason.ERROR, error=error.to_dict()
         )
-        link.send([delta_to_wire(key, delta)], self._stats, draining=self._draining)
+        link.send([delta_to_wire(key, delta)], self._stats, draining=self._departure.is_announced)
 
     def _cancel(self, link: GatewayLink, message: Cancel) -> None:
         with self._lock:
@@ -289,14 +284,14 @@ class ReplicaStreamServer:
     def _report(self, only: GatewayLink | None = None) -> None:
         with self._lock:
             links = list(self._links.values()) if only is None else [only]
-            stats, draining = self._stats, self._draining
+            stats, draining = self._stats, self._departure.is_announced
         for link in links:
             link.send((), stats, draining=draining)
 
     def _note_idle(self) -> None:
         """Tell `drain` when nothing is left; the caller holds the lock."""
-        if self._draining and not self._routes:
-            self._loop.call_soon_threadsafe(self._idle.set)
+        if not self._routes:
+            self._departure.note_idle()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = self._loop.create_task(work)

@@ -84,8 +84,14 @@ class HttpServer:
         if self._task.done():
             self._task.result()
 
-    async def stop(self) -> None:
-        """Accept nothing more, let running answers finish for `drain_s`, then end them."""
+    async def stop(self, drain_s: float | None = None) -> None:
+        """Accept nothing more, let running answers finish for `drain_s`, then end them.
+
+        Args:
+            drain_s: seconds; None: those it was made with.
+        """
+        if drain_s is not None:
+            self._server.config.timeout_graceful_shutdown = max(1, round(drain_s))
         self._server.should_exit = True
         if self._task is not None:
             await self._task

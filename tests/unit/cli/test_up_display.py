@@ -8,7 +8,7 @@ from rich.console import Console
 
 from cluster.base.plan import ClusterPlan
 from cluster.cli.up_display import UpDisplay
-from cluster.control.lifecycle import Snapshot
+from cluster.control.readiness import Snapshot
 from replicas.leader.record import LossRecord, ReplicaRecord, ReplicaState
 
 

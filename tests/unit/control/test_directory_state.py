@@ -61,3 +61,13 @@ def test_goodbye_removes():
     directory.report(record(ReplicaState.READY))
     assert directory.remove("r1", epoch="e1")
     assert directory.records() == []
+
+
+def test_a_model_that_was_taken_away_leaves_no_record():
+    directory = DirectoryState(Clock())
+    directory.report(record(ReplicaState.FAILED))
+    before = directory.version
+    assert not directory.forget_model("other")
+    assert directory.forget_model("m")
+    assert directory.records() == []
+    assert directory.version == before + 1
