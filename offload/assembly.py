@@ -139,6 +139,9 @@ def open_weights(
         opening = Opening(
             store, plan, runtime, device, reader=reader, engines=engines, opened=opened
         )
+        has_stages = runtime.streams_of(device) is not None
+        # A device's pass through host memory that is the slots' afterwards.
+        resident = opening.resident(placement.resident) if has_stages else {}
         pinned = opening.pinned(placement.host)
         ring = experts = None
         if placement.ring:
@@ -151,8 +154,9 @@ def open_weights(
             costs = plan.host_experts
             host = None if costs is None else HostExperts(store, _routed(pinned), costs)
             experts = ExpertCache(placement.experts, placement.expert_room.num_slots, link, host)
-        # Last: units that arrive make pages, and the slots' huge pages would wait for them.
-        resident = opening.resident(placement.resident)
+        if not has_stages:
+            # Last: units that arrive make pages, and the slots' huge pages would wait for them.
+            resident = opening.resident(placement.resident)
         closing = opened.pop_all()
     _log_placement(placement, reader)
     return StreamedWeights(resident, ring, experts, reader=reader, on_close=closing.close)

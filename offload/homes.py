@@ -31,6 +31,8 @@ class Placement:
     host_layers: int
     """The next so many stream from host memory, the rest from disk."""
     fixed_resident: bool = True
+    fixed_on_host: bool = False
+    """Of fixed units that stream: from host memory, not from disk."""
     precision: Precision = Precision.NATIVE
     """Of all layers, wherever they are: answers do not depend on the budget."""
     ring_slots: int = 3
@@ -75,8 +77,11 @@ class Placement:
         sizes = [self._read_bytes(layer, cut, missed) for layer in model.layers]
         first_disk = self.resident_layers + self.host_layers
         fixed = 0 if self.fixed_resident else model.fixed_read_bytes
-        from_disk = round(sum(sizes[first_disk:])) + fixed
-        return from_disk, round(sum(sizes[self.resident_layers : first_disk]))
+        from_disk = round(sum(sizes[first_disk:]))
+        from_host = round(sum(sizes[self.resident_layers : first_disk]))
+        if self.fixed_on_host:
+            return from_disk, from_host + fixed
+        return from_disk + fixed, from_host
 
     def slot_bytes(self, model: ModelShape) -> int:
         """The largest record that passes through the ring; 0 when nothing does."""

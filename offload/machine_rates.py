@@ -26,7 +26,7 @@ from offload.rates import GemmPoint, Rates
 DEADLINE_S = 60.0
 """Measuring takes about 8 s; starting Python and torch on a cold disk can double that, and a busy
 machine multiplies it."""
-_VERSION = 3
+_VERSION = 4
 """Changes when the probe measures something else."""
 _GEMMS = ("gemm", "int8_gemm", "int4_gemm")
 _MAY_BE_ZERO = ("layer_overhead_s", "row_value_s", "attention_bytes_per_s")
@@ -42,6 +42,8 @@ class RatesRequest:
     device: str
     num_threads: int
     dtype: str
+    device_kind: str = ""
+    """Which GPU, as its driver names it."""
     disk: Path
     """A directory on the file system that will hold the store."""
 
@@ -116,6 +118,7 @@ def _fingerprint(request: RatesRequest) -> str:
         _processor(),
         os.cpu_count(),
         request.device,
+        request.device_kind,
         request.num_threads,
         request.dtype,
         _file_system(request.disk),

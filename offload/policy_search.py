@@ -146,8 +146,7 @@ def _candidates(
     placement = replace(placement, micro_batch_tokens=cut.micro_batch_tokens)
     weights = placement.weight_bytes(model)
     left = budgets.device_bytes - cut.workspace_bytes - weights
-    has_staging = budgets.host_bytes > 0 and budgets.host_holds_weights
-    host_bytes = host_bytes_of(model, placement, has_host=has_staging)
+    host_bytes = host_bytes_of(model, placement) if budgets.host_holds_weights else 0
     host_left = budgets.host_bytes - host_bytes
     if left < 0 or host_left < 0:
         return

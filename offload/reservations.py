@@ -52,8 +52,9 @@ def reserve(budget: Budget, placement: Placement, plan: OffloadPlan) -> None:
 
 
 def reserve_host(budget: Budget, placement: Placement) -> None:
-    """Take what stands beside a device from the host's budget: host units, staging slots, and the
-    record that resident units are loaded through.
+    """Take what stands beside a device from the host's budget: host units and staging slots.
+
+    Resident units are loaded before, through room for one record at a time.
 
     Raises:
         BudgetError: it does not fit; the error shows the sum.
@@ -62,5 +63,5 @@ def reserve_host(budget: Budget, placement: Placement) -> None:
     for kind, room in (("layers", placement.ring_room), ("experts", placement.expert_room)):
         if room.num_staging:
             budget.reserve(f"{room.num_staging} staging slots for {kind}", room.staging_bytes)
-    if placement.largest_resident_bytes:
-        budget.reserve("loading resident weights", placement.largest_resident_bytes)
+    if (more := placement.largest_resident_bytes - budget.reserved_bytes) > 0:
+        budget.reserve("loading resident weights", more)

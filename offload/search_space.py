@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from offload.homes import KvHome, Placement
+from offload.homes import KvHome, Placement, staging_slots
 from offload.model_shape import ModelShape
 from offload.precision import Precision
 
@@ -85,7 +85,7 @@ def placements(
     """All homes of weights and KV cache that the choices allow."""
     for base in _weight_homes(model, choices):
         for placement in _kv_homes(base, demand, choices):
-            yield replace(placement, host_layers=_host_layers(model, placement, budgets))
+            yield _with_host_homes(model, placement, budgets)
 
 
 def _weight_homes(model: ModelShape, choices: Choices) -> Iterator[Placement]:
@@ -150,33 +150,48 @@ def _resident_choices(model: ModelShape, wanted: int | None) -> Sequence[int]:
     return sorted({(layers - 1) * step // steps for step in range(steps + 1)})
 
 
-def _host_layers(model: ModelShape, base: Placement, budgets: Budgets) -> int:
-    """As many streamed layers as host memory holds: a link is never slower than disk and link.
+def _with_host_homes(model: ModelShape, base: Placement, budgets: Budgets) -> Placement:
+    """As much of what streams as host memory holds: a link is never slower than disk and link.
 
     None beside a KV cache there, which serves demand better.
     """
     if not budgets.host_holds_weights or base.kv_home is not KvHome.DEVICE:
-        return 0
+        return base
     sizes = [layer.record_bytes(base.precision) for layer in model.layers[base.resident_layers :]]
-    if sum(sizes) <= budgets.host_bytes:
-        return len(sizes)
-    room = budgets.host_bytes - base.ring_slots * base.slot_bytes(model)  # staging for the disk
+    if not base.fixed_resident:
+        beside = replace(base, fixed_on_host=True)
+        base = beside if host_bytes_of(model, beside) <= budgets.host_bytes else base
+    every = replace(base, host_layers=len(sizes))
+    if host_bytes_of(model, every) <= budgets.host_bytes:
+        return every
+    room = budgets.host_bytes - host_bytes_of(model, base)
     count = 0
     for size in sizes:
         room -= size
         if room < 0:
             break
         count += 1
-    return count
+    return replace(base, host_layers=count)
 
 
-def host_bytes_of(model: ModelShape, placement: Placement, *, has_host: bool) -> int:
-    """Host bytes of a placement: layers that live there, and staging for those on disk."""
-    if not has_host:
-        return 0
+def host_bytes_of(model: ModelShape, placement: Placement) -> int:
+    """Host bytes beside a device: layers that live there and staging for those on disk; not less
+    than the largest record that stays, as it is loaded through there."""
     start = placement.resident_layers
     homes = model.layers[start : start + placement.host_layers]
-    held = sum(layer.record_bytes(placement.precision) for layer in homes)
-    if start + placement.host_layers == len(model.layers) and placement.fixed_resident:
-        return held
-    return held + placement.ring_slots * placement.slot_bytes(model)
+    on_disk = model.layers[start + placement.host_layers :]
+    precision = placement.precision
+    held = sum(layer.record_bytes(precision) for layer in homes)
+    held += model.fixed_bytes if placement.fixed_on_host else 0
+    fixed_on_disk = not placement.fixed_resident and not placement.fixed_on_host
+    if fixed_on_disk or (on_disk and not placement.bases_resident):
+        held += staging_slots(placement.ring_slots) * placement.slot_bytes(model)
+    if any(layer.experts for layer in on_disk):
+        held += staging_slots(placement.expert_slots) * placement.expert_slot_bytes(model)
+    resident = [unit for layer in model.layers[:start] for unit in layer.units]
+    if placement.bases_resident:
+        resident += [layer.base for layer in model.layers[start:]]
+    loaded = [unit.record_bytes(precision) for unit in resident]
+    if placement.fixed_resident:
+        loaded += [unit.native_bytes for unit in model.fixed_units]
+    return max(held, *loaded, 0)

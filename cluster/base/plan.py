@@ -77,10 +77,12 @@ class MemoryPlan:
     available_bytes: int
     shared_bytes: int = 0
     """Of the weights, what replicas on one node have in common: a node holds it once."""
+    host_bytes: int = 0
+    """Of host memory beside a device: weights at home there, and slots that others pass through."""
 
     @property
     def total_bytes(self) -> int:
-        """All that the rank will hold."""
+        """All that the rank will hold where it computes."""
         return self.weights_bytes + self.kv_bytes + self.workspace_bytes
 
 

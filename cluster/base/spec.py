@@ -137,8 +137,10 @@ class OffloadSpec(Section):
     )
     host_memory: Annotated[int | Auto, Size(64 * KIB, 16 * TIB, auto=True)] = Field(
         default="auto",
-        description="Host memory beside `device_memory`, for the cache (see `kv_home`). On the CPU "
-        "both are the machine's memory, each a bound of its own. auto: none.",
+        description="Host memory beside `device_memory`. On a GPU: for weights that stay there, "
+        "pinned, and slots for those on disk; auto: what is useful of what the node leaves. On the "
+        "CPU: for the cache (see `kv_home`), and both are the machine's memory, each a bound of "
+        "its own; auto: none.",
     )
     kv_home: Annotated[
         Literal["auto", "device", "host", "streamed"],
@@ -148,7 +150,7 @@ class OffloadSpec(Section):
         description="Where keys and values are. device: with the weights. host: in `host_memory`, "
         "attended to by the host's cores. streamed: in `host_memory`, and those of a micro-batch "
         "pass through windows in `device_memory`, layer by layer. auto: device, or host where "
-        "there is `host_memory` and the objective gains by it.",
+        "there is `host_memory` and the objective gains by it. On a GPU always device.",
     )
     disk_path: Annotated[str | Auto, Text("a directory", r".+", 4096)] = Field(
         default="auto",

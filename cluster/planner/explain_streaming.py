@@ -19,7 +19,15 @@ def streaming_tables(plan: ClusterPlan) -> tuple[Table, ...]:
     return (
         Table(
             title="Where the weights of streamed models are",
-            columns=("MODEL", "ON DEVICE", "RING", "HOST EACH STEP", "DISK EACH STEP", "FORMAT"),
+            columns=(
+                "MODEL",
+                "ON DEVICE",
+                "RING",
+                "IN HOST MEMORY",
+                "HOST EACH STEP",
+                "DISK EACH STEP",
+                "FORMAT",
+            ),
             rows=tuple(_homes(*entry) for entry in streamed),
         ),
         Table(
@@ -119,10 +127,20 @@ def _homes(model: ModelPlan, offload: OffloadPlan, speed: SpeedPlan) -> tuple[st
         model.name,
         f"{resident} and ring: {size_text(model.memory.weights_bytes)}",
         f"{offload.ring_slots} slots",
+        _host_text(model, offload),
         size_text(speed.host_bytes),
         size_text(speed.disk_bytes),
         offload.precision,
     )
+
+
+def _host_text(model: ModelPlan, offload: OffloadPlan) -> str:
+    """What is pinned beside a device; a CPU has one memory."""
+    if not model.memory.host_bytes:
+        return "none"
+    layers = sum(name.count(".") == 1 for name in offload.host_units)
+    homes = f"{layers} layers and staging" if layers else "staging"
+    return f"{homes}: {size_text(model.memory.host_bytes)}"
 
 
 def _computing(model: ModelPlan, offload: OffloadPlan) -> tuple[str, ...]:

@@ -159,11 +159,13 @@ def _room(draft: Draft, loads: Sequence[NodeLoad], topology: Topology, num_model
     ranks = replicas * tp
     free = max(load.free_bytes for load in loads) - num_models * replicas * FRONT_PROCESS_BYTES
     host = free // num_models // ranks - RANK_PROCESS_BYTES
-    device = host
+    device, beside, kind = host, 0, ""
     alone = free // num_models // tp - RANK_PROCESS_BYTES
     if draft.on_gpu:
         budgets = [gpu_budget_bytes(topology.nodes[node]) for node in draft.device.nodes]
-        device = min(budgets) - CUDA_CONTEXT_BYTES
+        device, beside = min(budgets) - CUDA_CONTEXT_BYTES, max(0, host)
+        kinds = {gpu.kind for node in draft.device.nodes for gpu in topology.nodes[node].devices}
+        kind = ", ".join(sorted(kinds))
     threads = spec.resources.threads_per_rank
     cores = min(load.cores for load in loads)
     return Room(
@@ -172,6 +174,8 @@ def _room(draft: Draft, loads: Sequence[NodeLoad], topology: Topology, num_model
         replicas=replicas,
         auto_share=CPU_KV_SHARE,
         num_threads=max(1, cores // ranks) if isinstance(threads, str) else threads,
+        host_bytes=beside,
+        device_kind=kind,
     )
 
 

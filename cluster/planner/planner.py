@@ -176,6 +176,7 @@ def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topolog
             workspace_bytes=draft.space.total_bytes,
             available_bytes=cache.available_bytes,
             shared_bytes=draft.shared_bytes,
+            host_bytes=streaming.found.best.host_bytes if streaming and draft.on_gpu else 0,
         ),
         reasons=reasons_of(draft, compute, cache),
         leader_cpus=compute.leader_cpus,

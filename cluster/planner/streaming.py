@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.base.env import default_cache_dir
-from cluster.base.errors import ConfigError
 from cluster.base.spec import OffloadSpec
 from cluster.planner.decisions import Decision
 from cluster.planner.drafts import Draft, redraft
@@ -22,13 +21,12 @@ from cluster.planner.streaming_choice import Streaming
 from cluster.planner.streaming_refusal import too_small
 from cluster.planner.streaming_room import (
     Room,
-    device_budget,
     disk_path,
-    host_budget,
+    memory_budgets,
     shares_resident,
 )
 from cluster.planner.streaming_settings import asked_micro_batch, open_choices, refuse_unpacked
-from cluster.planner.streaming_trial import Trial, search_steps, share_resident
+from cluster.planner.streaming_trial import Chosen, Trial, search_steps, share_resident
 from offload.machine_rates import RatesRequest, machine_rates
 from offload.model_shape import ModelShape, model_shape
 from offload.policy_search import Objective
@@ -63,33 +61,20 @@ class Streamer:
             ConfigError: its budgets do not fit the machine, or cannot hold what streaming needs.
         """
         asked = draft.source.spec.offload or OffloadSpec()
-        if draft.on_gpu:
-            raise ConfigError(
-                "Weights are streamed to the CPU only in this version.",
-                "Set device: cpu.",
-                param=draft.source.param("engine"),
-            )
         refuse_unpacked(draft, asked)
         draft = _own_dtype(draft)
         disk = disk_path(asked, self.directory)
-        device = device_budget(draft, asked, room)
-        # A CPU has one memory: weights in the host's part of it would be resident. The workspace is
-        # filled in later.
-        budgets = Budgets(
-            device_bytes=device,
-            workspace_bytes=0,
-            host_bytes=host_budget(asked),
-            host_holds_weights=False,
-        )
+        budgets = memory_budgets(draft, asked, room)
         spec = draft.source.spec
         model = model_shape(draft.source.arch, draft.tp_size, draft.dtype.value)
         request = RatesRequest(
             device=draft.device.device,
+            device_kind=room.device_kind,
             num_threads=room.num_threads,
             dtype=draft.dtype.value,
             disk=Path(disk),
         )
-        rates = replace(self.rates(request), device_is_host=True)
+        rates = replace(self.rates(request), device_is_host=not draft.on_gpu)
         choices = open_choices(draft, asked, model)
         demand = _demand(draft, budgets, model)
         trial = Trial(
@@ -105,7 +90,7 @@ class Streamer:
         chosen = search_steps(trial)
         if chosen is None:
             raise too_small(trial)
-        shares = shares_resident(asked, room)
+        shares = shares_resident(draft, asked, room)
         if shares and isinstance(asked.device_memory, str):
             chosen = share_resident(trial, room.replicas, chosen)
         streaming = Streaming(
@@ -114,7 +99,7 @@ class Streamer:
             disk_path=disk,
             model=model,
             rates=rates,
-            budgets=chosen.budgets,
+            budgets=_taken(chosen, asked, draft),
             demand=demand,
             found=chosen.found,
             block_size=draft.kv.block_size,
@@ -139,10 +124,18 @@ def _own_dtype(draft: Draft) -> Draft:
     return replace(changed, dtype=Decision(value=own, reason=reason))
 
 
+def _taken(chosen: Chosen, asked: OffloadSpec, draft: Draft) -> Budgets:
+    """The budgets; of host memory beside a GPU, where it was left open, what is used."""
+    if not draft.on_gpu or isinstance(asked.host_memory, int):
+        return chosen.budgets
+    return replace(chosen.budgets, host_bytes=chosen.found.best.host_bytes)
+
+
 def _demand(draft: Draft, budgets: Budgets, model: ModelShape) -> Demand:
     longest = draft.kv.max_context
     if isinstance(longest, str):
-        room = max(budgets.device_bytes // _CACHE_SHARE, budgets.host_bytes)
+        host = 0 if budgets.host_holds_weights else budgets.host_bytes
+        room = max(budgets.device_bytes // _CACHE_SHARE, host)
         held = room // model.kv_bytes_per_token
         least = min(MIN_AUTO_CONTEXT, draft.kv.max_position)
         longest = min(draft.kv.max_position, max(least, held))

@@ -62,6 +62,9 @@ class Streaming:
             resident += [layer.base.name for layer in streamed]
         if placement.fixed_resident:
             resident += [unit.name for unit in model.fixed_units]
+        host = list(_unit_names(model, placement.resident_layers, first_disk))
+        if placement.fixed_on_host:
+            host += [unit.name for unit in model.fixed_units]
         return OffloadPlan(
             disk_path=self.disk_path,
             device_bytes=self.budgets.device_bytes,
@@ -74,7 +77,7 @@ class Streaming:
             resident_units=tuple(resident),
             is_packed=self.is_packed,
             share_resident=self.shares and bool(resident),
-            host_units=tuple(_unit_names(model, placement.resident_layers, first_disk)),
+            host_units=tuple(host),
             ring_slots=placement.ring_slots,
             prefetch_depth=placement.ring_slots,
             expert_slots=placement.expert_slots,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cluster.base.amount_text import size_text
 from cluster.base.errors import ConfigError
 from cluster.planner.memory import sum_text
 from cluster.planner.streaming_trial import Trial
-from offload.homes import KvHome
+from offload.homes import KvHome, Placement
 from offload.precision import Precision
-from offload.search_space import KV_WINDOWS, Budgets, least_expert_slots
+from offload.search_space import KV_WINDOWS, Budgets, host_bytes_of, least_expert_slots
 
 
 def too_small(trial: Trial) -> ConfigError:
@@ -27,6 +29,8 @@ def too_small(trial: Trial) -> ConfigError:
     if KvHome.DEVICE not in homes and host < max(one_request, draft.kv.fixed_bytes):
         return _host_too_small(trial, max(one_request, draft.kv.fixed_bytes))
     precision = min(trial.choices.precisions, key=trial.model.layer_bytes)
+    if draft.on_gpu and (beside := _least_beside(trial, precision)) > host:
+        return _staging_too_small(trial, beside)
     parts = _least_parts(trial, precision)
     need, have = sum(parts.values()), trial.budgets.device_bytes
     key = "offload.device_memory" if draft.source.spec.offload else "engine"
@@ -58,6 +62,30 @@ def _host_too_small(trial: Trial, need: int) -> ConfigError:
         f"Raise offload.host_memory to {size_text(need)}, or lower limits.max_context.",
         param=draft.source.param("offload.host_memory"),
     )
+
+
+def _staging_too_small(trial: Trial, need: int) -> ConfigError:
+    draft, have = trial.draft, trial.budgets.host_bytes
+    key = "offload.host_memory" if draft.source.spec.offload else "engine"
+    return ConfigError(
+        f"Too little host memory to stream the weights through: {size_text(need)} are needed for "
+        f"slots between disk and GPU and to load what stays; have {size_text(have)} for each rank.",
+        f"Raise offload.host_memory to {size_text(need)}.",
+        param=draft.source.param(key),
+    )
+
+
+def _least_beside(trial: Trial, precision: Precision) -> int:
+    """Host bytes of the placement that needs fewest beside a device."""
+    model, choices = trial.model, trial.choices
+    base = Placement(
+        resident_layers=choices.resident_layers or 0,
+        host_layers=0,
+        precision=precision,
+        ring_slots=min(choices.ring_slots),
+        expert_slots=least_expert_slots(model) if any(la.experts for la in model.layers) else 0,
+    )
+    return min(host_bytes_of(model, replace(base, fixed_resident=fixed)) for fixed in (True, False))
 
 
 def _cache_part(trial: Trial, budgets: Budgets) -> tuple[str, int]:

@@ -12,6 +12,7 @@ from cluster.base.spec import OffloadSpec
 from cluster.planner.drafts import Draft
 from cluster.planner.kv_sizing import MIN_AUTO_CONTEXT
 from cluster.planner.memory import blocks_for
+from offload.search_space import Budgets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,10 @@ class Room:
     auto_share: float
     """Part of a node's memory that an automatic budget takes; of a GPU it takes all."""
     num_threads: int
+    host_bytes: int = 0
+    """Of the node, beside a device; 0 on the CPU, which has one memory."""
+    device_kind: str = ""
+    """As its driver names it."""
 
 
 def disk_path(asked: OffloadSpec, directory: Path) -> str:
@@ -35,8 +40,20 @@ def disk_path(asked: OffloadSpec, directory: Path) -> str:
     return str((directory / Path(asked.disk_path).expanduser()).absolute())
 
 
-def shares_resident(asked: OffloadSpec, room: Room) -> bool:
-    """Whether replicas of a node have the layers that stay in common."""
+def shares_resident(draft: Draft, asked: OffloadSpec, room: Room) -> bool:
+    """Whether replicas of a node have the layers that stay in common.
+
+    Raises:
+        ConfigError: it is asked for and each has a device's memory of its own.
+    """
+    if draft.on_gpu:
+        if asked.share_resident == "always":
+            raise ConfigError(
+                "share_resident is always, and layers that stay are in each GPU's own memory.",
+                "Leave share_resident out.",
+                param=draft.source.param("offload.share_resident"),
+            )
+        return False
     if asked.share_resident == "auto":
         return room.replicas > 1 and asked.pack
     return asked.share_resident == "always"
@@ -51,6 +68,43 @@ def least_draft(draft: Draft) -> Draft:
     return replace(draft, kv=replace(kv, memory=max(kv.fixed_bytes, least)))
 
 
+def memory_budgets(draft: Draft, asked: OffloadSpec, room: Room) -> Budgets:
+    """What a rank may use; the workspace in it is filled in later.
+
+    Raises:
+        ConfigError: more was asked than the machine has.
+    """
+    if not draft.on_gpu:
+        # A CPU has one memory: weights in the host's part of it would be resident.
+        return Budgets(
+            device_bytes=device_budget(draft, asked, room),
+            workspace_bytes=0,
+            host_bytes=host_budget(asked),
+            host_holds_weights=False,
+        )
+    usable = int(room.host_bytes * room.auto_share)
+    return Budgets(
+        device_bytes=_asked(draft, "device_memory", asked.device_memory, room.device_bytes),
+        workspace_bytes=0,
+        host_bytes=_asked(draft, "host_memory", asked.host_memory, usable, room.host_bytes),
+    )
+
+
+def _asked(draft: Draft, key: str, wanted: int | str, usable: int, have: int | None = None) -> int:
+    """Bytes of a budget beside or on a GPU: those asked for, else what is usable."""
+    if isinstance(wanted, str):
+        return max(0, usable)
+    left = usable if have is None else have
+    if wanted > left:
+        raise ConfigError(
+            f"{key} {size_text(wanted)} is asked for each rank, and {size_text(max(0, left))} are "
+            "left for it.",
+            f"Lower it to {size_text(max(0, left))}, or leave it to auto.",
+            param=draft.source.param(f"offload.{key}"),
+        )
+    return wanted
+
+
 def device_budget(draft: Draft, asked: OffloadSpec, room: Room) -> int:
     """Bytes of `device_memory`, beside `host_memory` in the same node.
 
@@ -58,7 +112,7 @@ def device_budget(draft: Draft, asked: OffloadSpec, room: Room) -> int:
         ConfigError: more was asked than the machine has.
     """
     host = host_budget(asked)
-    have = room.alone_bytes if shares_resident(asked, room) else room.device_bytes
+    have = room.alone_bytes if shares_resident(draft, asked, room) else room.device_bytes
     left = max(0, have - host)
     if isinstance(asked.device_memory, str):
         if host and not left:
@@ -81,5 +135,5 @@ def device_budget(draft: Draft, asked: OffloadSpec, room: Room) -> int:
 
 
 def host_budget(asked: OffloadSpec) -> int:
-    """Bytes of `host_memory`."""
+    """Bytes of `host_memory` on a CPU."""
     return 0 if isinstance(asked.host_memory, str) else asked.host_memory

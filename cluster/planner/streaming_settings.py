@@ -63,8 +63,18 @@ def _kv_homes(draft: Draft, asked: OffloadSpec) -> tuple[KvHome, ...]:
     """Of a CPU rank: a stream from host memory to host memory is only taken when asked for.
 
     Raises:
-        ConfigError: host memory is asked for and not used, or used and not there.
+        ConfigError: host memory is asked for and not used, or used and not there; a GPU's cache is
+            asked for elsewhere.
     """
+    if draft.on_gpu:
+        if asked.kv_home in ("host", "streamed"):
+            raise ConfigError(
+                f"kv_home is {asked.kv_home}, and ranks on GPUs have their cache there: the host's "
+                "memory beside them is for weights.",
+                "Leave kv_home out, or set device: cpu.",
+                param=draft.source.param("offload.kv_home"),
+            )
+        return (KvHome.DEVICE,)
     host = host_budget(asked)
     if asked.kv_home == "auto":
         return (KvHome.DEVICE, KvHome.HOST) if host else (KvHome.DEVICE,)

@@ -232,26 +232,32 @@ def test_the_tokens_of_transformers(
 
 
 def test_what_the_host_holds_is_reserved_to_the_byte(llama: Path) -> None:
-    """Units at home there, a few staging slots for the rest, a record to load residents through."""
-    in_process_engine(llama, weights_factory=streamed_weights(offload_plan(llama.parent / "store")))
-    (path,) = (llama.parent / "store").glob("*.weights")
-    store = read_store(path)
-    largest = max(store.record_of(unit).num_bytes for unit in ("embed", "norm", "head"))
-    layer = store.record_of("layer.0").num_bytes
-    need = layer + 2 * layer + largest
-    fields = {
-        "resident_units": ("embed", "norm", "head"),
-        "host_units": ("layer.0",),
-        "ring_slots": 2,
-    }
-    for host_bytes in (need, need - 1):
-        plan = offload_plan(llama.parent / "store", host_bytes=host_bytes, **fields)
-        factory = streamed_weights(plan, staged_runtime())
-        if host_bytes == need:
-            in_process_engine(llama, weights_factory=factory).generate(requests())
-            continue
-        with pytest.raises(BudgetError, match=r"2 staging slots for layers .* loading resident"):
-            in_process_engine(llama, weights_factory=factory)
+    """Units at home there and a few staging slots; at least what the largest that stays needs."""
+    folder = llama.parent / "store"
+    in_process_engine(llama, weights_factory=streamed_weights(offload_plan(folder)))
+    store = read_store(next(folder.glob("*.weights")))
+    sizes = {unit.name: store.record_of(unit.name).num_bytes for unit in store.units}
+    ends, layers = ("embed", "norm", "head"), ("layer.0", "layer.1", "layer.2")
+    cases: list[tuple[int, dict[str, Any], str]] = [
+        (
+            3 * sizes["layer.0"],
+            {"resident_units": ends, "host_units": ("layer.0",), "ring_slots": 2},
+            "2 staging slots for layers",
+        ),
+        (
+            max(sizes.values()),
+            {"resident_units": (*layers, "embed", "head"), "host_units": ("norm",)},
+            "loading resident weights",
+        ),
+    ]
+    for need, fields, told in cases:
+        enough = streamed_weights(offload_plan(folder, host_bytes=need, **fields), staged_runtime())
+        in_process_engine(llama, weights_factory=enough).generate(requests())
+        short = streamed_weights(
+            offload_plan(folder, host_bytes=need - 1, **fields), staged_runtime()
+        )
+        with pytest.raises(BudgetError, match=told):
+            in_process_engine(llama, weights_factory=short)
 
 
 def test_one_memory_has_no_second_tier(llama: Path) -> None:

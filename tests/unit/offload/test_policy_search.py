@@ -138,7 +138,10 @@ def test_nothing_in_the_space_is_better_and_budgets_hold(
     model = uniform_model(layers, 500_000_000, kv_bytes_per_token=10**6, fixed_bytes=GB // 2)
     rates = machine(disk=disk * GB, flops=flops)
     budgets = Budgets(
-        device_bytes=int(device_gb * GB), workspace_bytes=GB // 10, host_bytes=host_gb * GB
+        device_bytes=int(device_gb * GB),
+        workspace_bytes=GB // 10,
+        host_bytes=host_gb * GB,
+        host_holds_weights=host_gb > 0,
     )
     demand = Demand(max_rows=max_rows, context_tokens=context, max_context=1000)
     choices = Choices(precisions=tuple(Precision))
@@ -162,7 +165,7 @@ def check_budgets(
     used = candidate.device_bytes + candidate.kv_bytes + candidate.workspace_bytes
     assert used <= budgets.device_bytes
     assert candidate.device_bytes == placement.weight_bytes(model)
-    host = host_bytes_of(model, placement, has_host=budgets.host_bytes > 0)
+    host = host_bytes_of(model, placement) if budgets.host_holds_weights else 0
     assert host == candidate.host_bytes <= budgets.host_bytes
     assert candidate.rows <= candidate.max_rows <= demand.max_rows
     assert candidate.kv_bytes >= model.kv_bytes_per_token * max(

@@ -13,6 +13,7 @@ from cluster.base.plan import ClusterPlan
 from cluster.base.spec import ClusterSpec
 from cluster.dist.topology import Device, Node, Topology
 from cluster.planner.planner import make_plan
+from cluster.planner.streaming import RatesSource
 from offload.machine_rates import RatesRequest
 from offload.rates import GemmPoint, Rates
 
@@ -34,11 +35,17 @@ BIG_CPU = Topology(nodes=(node(32, 256),))
 GPU_BOX = Topology(nodes=(node(64, 512, (80,) * 8),))
 
 
-def plan_model(tmp_path: Path, topology: Topology, config: Any = TINY, **model: Any) -> ClusterPlan:
+def plan_model(
+    tmp_path: Path,
+    topology: Topology,
+    config: Any = TINY,
+    rates: RatesSource | None = None,
+    **model: Any,
+) -> ClusterPlan:
     write_checkpoint(tmp_path / "ckpt", config)
     entry = {"name": "m", "path": "ckpt", "engine": "tensor_parallel", **model}
     spec = ClusterSpec.model_validate({"models": [entry]})
-    return make_plan(spec, topology, directory=tmp_path, rates=rates_for_tests)
+    return make_plan(spec, topology, directory=tmp_path, rates=rates or rates_for_tests)
 
 
 def rates_for_tests(request: RatesRequest) -> Rates:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fake_checkpoints import LLAMA_3_8B, TINY, write_checkpoint
-from planned_models import GIB, GPU_BOX, LAPTOP, node, plan_model, rates_for_tests, refused
+from planned_models import GIB, LAPTOP, node, plan_model, rates_for_tests, refused
 
 from cluster.base.amount_text import size_text
 from cluster.base.plan import (
@@ -178,12 +178,6 @@ def test_neither_whole_nor_streamed_tells_both(tmp_path: Path) -> None:
     error = refused(tmp_path, node_of(2.8), LLAMA_3_8B, engine="auto", limits={"max_context": 2048})
     assert "Not enough memory" in error.cause
     assert "Streaming the weights fails too" in error.cause
-
-
-def test_on_a_gpu_streaming_is_refused(tmp_path: Path) -> None:
-    error = refused(tmp_path, GPU_BOX, LLAMA_3_8B, engine="offload")
-    assert "CPU only" in error.cause
-    assert error.remedy == "Set device: cpu."
 
 
 def test_an_automatic_budget_leaves_other_models_their_memory(tmp_path: Path) -> None:
