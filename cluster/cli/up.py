@@ -112,7 +112,7 @@ def _detach(file: Path, address: str | None, watch: bool, timeout_s: float) -> N
     if ended is not None and ended > 0:
         raise click.exceptions.Exit(ended)  # what it says has just been printed
     if ended is not None:
-        raise UnavailableError(f"The cluster did not start (signal {-ended}).")
+        raise UnavailableError("The cluster was stopped while it started.")
     console.print(f"Detached; `penstock down {name}` ends it. Log: {log_path}", soft_wrap=True)
 
 
