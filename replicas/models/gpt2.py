@@ -13,36 +13,24 @@ from torch.nn import functional
 
 from replicas.layers.attention import StepContext
 from replicas.layers.linear import PlainMlp
-from replicas.layers.mixture import ExpertUnits, Foresight
 from replicas.layers.norms import LayerNorm
-from replicas.layers.vocab import VocabEmbedding, VocabHead
 from replicas.layers.weights import WeightProvider, acquired
 from replicas.models.arch import ArchConfig
 from replicas.models.context import ModelContext
 from replicas.models.decoder import ForwardBatch
-from replicas.models.weight_units import weight_units
+from replicas.models.pre_norm import PreNormDecoder, PreNormLayer
 
 
-class Gpt2Layer:
+class Gpt2Layer(PreNormLayer[LayerNorm]):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
         self, arch: ArchConfig, context: ModelContext, index: int, following: Gpt2Layer | None
     ) -> None:
+        super().__init__(arch, context, index, LayerNorm("mlp_norm", arch.norm_eps), following)
         self._attention_norm = LayerNorm("attention_norm", arch.norm_eps)
         self._attention = context.self_attention(arch, index)
-        self._mlp_norm = LayerNorm("mlp_norm", arch.norm_eps)
         self._mlp = PlainMlp(arch.activation, context.communicator, context.kernels)
-        self._mixture = context.mixture(arch, index)
-        self._index = index
-        self._next = None if following is None else following.foresight
-
-    @property
-    def foresight(self) -> Foresight | None:
-        """How the layer before sees what this one's mixture will visit; None in a dense layer."""
-        if self._mixture is None:
-            return None
-        return Foresight(self._index, self._mlp_norm.forward, self._mixture)
 
     def forward(
         self,
@@ -54,11 +42,6 @@ class Gpt2Layer:
         """The layer's output, (T, D); writes this step's keys and values."""
         with acquired(weights, f"layer.{self._index}") as tensors:
             return self._forward(hidden_TD, context, weights, tensors, kv_2NBGP)
-
-    def forward_idle(self, no_rows_0D: torch.Tensor, weights: WeightProvider) -> None:
-        """A mixture's exchange without rows."""
-        if self._mixture is not None:
-            self._mixture.forward_idle(no_rows_0D, ExpertUnits(weights, self._index))
 
     def _forward(
         self,
@@ -74,17 +57,11 @@ class Gpt2Layer:
         if self._mixture is None:
             self._look_ahead(hidden_TD, weights)
             return hidden_TD + self._mlp.forward(normed_TD, tensors)
-        experts = ExpertUnits(
-            weights, self._index, announced=lambda: self._look_ahead(hidden_TD, weights)
-        )
+        experts = self._experts(hidden_TD, weights)
         return hidden_TD + self._mixture.forward(normed_TD, tensors, experts)
 
-    def _look_ahead(self, hidden_TD: torch.Tensor, weights: WeightProvider) -> None:
-        if self._next is not None:
-            self._next.tell(hidden_TD, weights)
 
-
-class Gpt2Model:
+class Gpt2Model(PreNormDecoder[Gpt2Layer, LayerNorm]):
     """A `DecoderModel`; see there for the contract.
 
     Raises:
@@ -92,19 +69,12 @@ class Gpt2Model:
     """
 
     def __init__(self, arch: ArchConfig, context: ModelContext) -> None:
-        communicator = context.communicator
-        self.arch = arch
-        self.kernels = context.kernels
-        self._dtype, self._device = context.dtype, context.device
-        held = context.held_experts(arch)
-        self.units = weight_units(arch, communicator.rank, communicator.size, held)
-        self._embedding = VocabEmbedding(communicator, context.kernels)
-        self._layers: list[Gpt2Layer] = []
-        for index in reversed(range(arch.num_layers)):
-            following = self._layers[0] if self._layers else None
-            self._layers.insert(0, Gpt2Layer(arch, context, index, following))
-        self._norm = LayerNorm("norm", arch.norm_eps)
-        self._head = VocabHead(arch.vocab_size, communicator, context.kernels)
+        super().__init__(
+            arch,
+            context,
+            LayerNorm("norm", arch.norm_eps),
+            lambda index, following: Gpt2Layer(arch, context, index, following),
+        )
 
     def forward(
         self, batch: ForwardBatch, weights: WeightProvider, kv_caches: Sequence[torch.Tensor]
@@ -123,31 +93,3 @@ class Gpt2Model:
             hidden_TD = self._embedding.forward(batch.token_ids_T, tensors)
             hidden_TD = hidden_TD + functional.embedding(batch.positions_T, tensors["positions"])
         return hidden_TD, StepContext(attention=batch.attention)
-
-    def layer(
-        self,
-        index: int,
-        hidden_TD: torch.Tensor,
-        context: StepContext,
-        weights: WeightProvider,
-        kv_2NBGP: torch.Tensor,
-    ) -> torch.Tensor:
-        """Output of one layer, (T, D); writes the tokens' keys and values."""
-        return self._layers[index].forward(hidden_TD, context, weights, kv_2NBGP)
-
-    def end(self, hidden_TD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
-        """Hidden states after the final norm, (T, D)."""
-        with acquired(weights, "norm") as tensors:
-            return self._norm.forward(hidden_TD, tensors)
-
-    def forward_idle(self, weights: WeightProvider) -> None:
-        """The exchanges of all mixture layers, without rows; nothing in a dense model."""
-        shape = (0, self.arch.model_dim)
-        no_rows_0D = torch.empty(shape, dtype=self._dtype, device=self._device)
-        for layer in self._layers:
-            layer.forward_idle(no_rows_0D, weights)
-
-    def logits(self, hidden_RD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
-        """Logits over the true vocabulary, (R, V) fp32, on every rank."""
-        with acquired(weights, "head") as tensors:
-            return self._head.forward(hidden_RD, tensors)

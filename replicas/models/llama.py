@@ -8,7 +8,6 @@ transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 
@@ -16,37 +15,26 @@ from cluster.base.errors import ConfigError
 from replicas.layers.activations import activation
 from replicas.layers.attention import StepContext
 from replicas.layers.linear import GatedMlp
-from replicas.layers.mixture import ExpertUnits, Foresight
 from replicas.layers.norms import RmsNorm
 from replicas.layers.rotary import Rotary
-from replicas.layers.vocab import VocabEmbedding, VocabHead
 from replicas.layers.weights import WeightProvider, acquired
 from replicas.models.arch import ArchConfig
 from replicas.models.context import ModelContext
 from replicas.models.decoder import ForwardBatch
-from replicas.models.weight_units import weight_units
+from replicas.models.pre_norm import PreNormDecoder, PreNormLayer
 
 
-class LlamaLayer:
+class LlamaLayer(PreNormLayer[RmsNorm]):
     """x + attention(norm(x)), then x + mlp(norm(x)), the MLP dense or a mixture of experts."""
 
     def __init__(
         self, arch: ArchConfig, context: ModelContext, index: int, following: LlamaLayer | None
     ) -> None:
+        mlp_norm = RmsNorm("mlp_norm", arch.norm_eps, context.kernels)
+        super().__init__(arch, context, index, mlp_norm, following)
         self._attention_norm = RmsNorm("attention_norm", arch.norm_eps, context.kernels)
         self._attention = context.attention(arch, index)
-        self._mlp_norm = RmsNorm("mlp_norm", arch.norm_eps, context.kernels)
         self._mlp = GatedMlp(activation(arch.activation), context.communicator, context.kernels)
-        self._mixture = context.mixture(arch, index)
-        self._index = index
-        self._next = None if following is None else following.foresight
-
-    @property
-    def foresight(self) -> Foresight | None:
-        """How the layer before sees what this one's mixture will visit; None in a dense layer."""
-        if self._mixture is None:
-            return None
-        return Foresight(self._index, self._mlp_norm.forward, self._mixture)
 
     def forward(
         self,
@@ -84,22 +72,11 @@ class LlamaLayer:
             if self._mixture is None:
                 self._look_ahead(hidden_TD, weights)
                 return hidden_TD, self._mlp.forward(normed_TD, tensors)
-            experts = ExpertUnits(
-                weights, self._index, announced=partial(self._look_ahead, hidden_TD, weights)
-            )
+            experts = self._experts(hidden_TD, weights)
             return hidden_TD, self._mixture.forward(normed_TD, tensors, experts)
 
-    def forward_idle(self, no_rows_0D: torch.Tensor, weights: WeightProvider) -> None:
-        """A mixture's exchange without rows."""
-        if self._mixture is not None:
-            self._mixture.forward_idle(no_rows_0D, ExpertUnits(weights, self._index))
 
-    def _look_ahead(self, hidden_TD: torch.Tensor, weights: WeightProvider) -> None:
-        if self._next is not None:
-            self._next.tell(hidden_TD, weights)
-
-
-class LlamaModel:
+class LlamaModel(PreNormDecoder[LlamaLayer, RmsNorm]):
     """A `DecoderModel`; see there for the contract.
 
     Raises:
@@ -109,20 +86,13 @@ class LlamaModel:
     def __init__(self, arch: ArchConfig, context: ModelContext) -> None:
         if arch.rope is None:
             raise ConfigError(f"A {arch.family} model needs rotary positions.")
-        communicator = context.communicator
-        self.arch = arch
-        self.kernels = context.kernels
-        self._dtype, self._device = context.dtype, context.device
-        held = context.held_experts(arch)
-        self.units = weight_units(arch, communicator.rank, communicator.size, held)
+        super().__init__(
+            arch,
+            context,
+            RmsNorm("norm", arch.norm_eps, context.kernels),
+            lambda index, following: LlamaLayer(arch, context, index, following),
+        )
         self._rotary = Rotary(arch.rope, context.dtype, context.device)
-        self._embedding = VocabEmbedding(communicator, context.kernels)
-        self._layers: list[LlamaLayer] = []
-        for index in reversed(range(arch.num_layers)):
-            following = self._layers[0] if self._layers else None
-            self._layers.insert(0, LlamaLayer(arch, context, index, following))
-        self._norm = RmsNorm("norm", arch.norm_eps, context.kernels)
-        self._head = VocabHead(arch.vocab_size, communicator, context.kernels)
         self._stack = context.layer_stack(arch)
 
     @property
@@ -158,31 +128,3 @@ class LlamaModel:
         )
         with acquired(weights, "embed") as tensors:
             return self._embedding.forward(batch.token_ids_T, tensors), context
-
-    def layer(
-        self,
-        index: int,
-        hidden_TD: torch.Tensor,
-        context: StepContext,
-        weights: WeightProvider,
-        kv_2NBGP: torch.Tensor,
-    ) -> torch.Tensor:
-        """Output of one layer, (T, D); writes the tokens' keys and values."""
-        return self._layers[index].forward(hidden_TD, context, weights, kv_2NBGP)
-
-    def end(self, hidden_TD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
-        """Hidden states after the final norm, (T, D)."""
-        with acquired(weights, "norm") as tensors:
-            return self._norm.forward(hidden_TD, tensors)
-
-    def forward_idle(self, weights: WeightProvider) -> None:
-        """The exchanges of all mixture layers, without rows; nothing in a dense model."""
-        shape = (0, self.arch.model_dim)
-        no_rows_0D = torch.empty(shape, dtype=self._dtype, device=self._device)
-        for layer in self._layers:
-            layer.forward_idle(no_rows_0D, weights)
-
-    def logits(self, hidden_RD: torch.Tensor, weights: WeightProvider) -> torch.Tensor:
-        """Logits over the true vocabulary, (R, V) fp32, on every rank."""
-        with acquired(weights, "head") as tensors:
-            return self._head.forward(hidden_RD, tensors)
