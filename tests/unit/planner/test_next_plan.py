@@ -6,6 +6,8 @@ import pytest
 from fake_checkpoints import write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers.models import WordLevel
 
 from cluster.base.load import parse_cluster_text
 from cluster.base.problems import ClusterFileError
@@ -23,6 +25,7 @@ HUB = Hub(offline=True)
 def parse(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plans")
     write_checkpoint(folder / "ckpt")
+    BackendTokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(folder / "ckpt/tokenizer.json"))
     return lambda text: parse_cluster_text(text, folder / "c.yaml")
 
 
