@@ -6,18 +6,20 @@ On the leader's asyncio loop; the waiting itself is done in a thread (`worker/ro
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Collection, Sequence
+import logging
+from collections.abc import Collection
 
 from cluster.base.errors import InternalError, PenstockError
 from cluster.base.ids import new_epoch
 from cluster.base.plan import ModelPlan
-from cluster.dist.rank_topology import RankTopology
+from replicas.leader.link_knowledge import LinkKnowledge, ProbeDecision
 from replicas.leader.roster import Meeting, Muster, Roster
 from replicas.leader.worker_group import WorkerGroup
 from replicas.worker import roll_call
 from replicas.worker.gathering import Gathered
 from replicas.worker.leader_link import LeaderLink
+
+log = logging.getLogger(__name__)
 
 _HALT_S = 20.0
 """For a rank that lives: one computes a layer between two looks, or waits to its own deadline."""
@@ -40,12 +42,10 @@ class RollCaller:
     ) -> None:
         if plan.experts is None:
             raise InternalError("These ranks do not share experts.")
-        self._exchange = plan.experts.exchange
         self._tp_size = plan.tp_size
         self._group = group
         self._roster = roster
-        self._costs: bytes = group.facts["costs"]
-        self._measured_on = group.nodes
+        self._links = LinkKnowledge(plan.experts.exchange, group.facts["costs"], group.nodes)
         self.link = link
         """To the ranks there are."""
 
@@ -72,17 +72,18 @@ class RollCaller:
             PenstockError: a rank is lost, then it is among the link's suspects; or it stays away.
         """
         nodes = self._roster.nodes_of(muster)
-        meeting = await self._meeting(muster, table, probes=self._must_probe(nodes))
+        decision = self._links.decide(nodes)
+        what = "measured anew" if decision.probes else "kept"
+        log.info("costs of links are %s: %s", what, decision.reason)
+        meeting = await self._meeting(muster, table, decision)
         told = self._roster.gatherings(muster, meeting, forgets_rows=forgets_rows)
         answers = await asyncio.to_thread(
             roll_call.gather, self.link, told, _GATHER_S, self._silence_finder()
         )
-        self._costs = answers[muster.members[0]].costs
-        if meeting.probes:
-            self._measured_on = nodes
+        self._links.learn(decision, nodes, answers)
         return answers
 
-    async def _meeting(self, muster: Muster, table: int, *, probes: bool) -> Meeting:
+    async def _meeting(self, muster: Muster, table: int, decision: ProbeDecision) -> Meeting:
         """Under a new epoch, at ports that its ranks say are free."""
         firsts = self._roster.first_ranks(muster)
         asked = [muster.members[0], *firsts]
@@ -97,23 +98,9 @@ class RollCaller:
             peers=peers,
             tensor_groups=dict(zip(groups, places, strict=True)),
             table=table,
-            costs=self._costs,
-            probes=probes,
+            costs=self._links.costs,
+            probes=decision.probes,
         )
-
-    def _must_probe(self, nodes: Sequence[str]) -> bool:
-        """Whether these ranks, some gone or moved, need costs of their own.
-
-        What a link costs does not change with the ranks that are left; how many there are, and
-        where, the choice of an exchange takes into account. To measure takes a second in which
-        requests wait: only where more ranks share a node than before, or two hops have become
-        possible that had not been.
-        """
-        if self._exchange != "auto":
-            return False
-        is_fuller = bool(Counter(nodes) - Counter(self._measured_on))
-        now, then = RankTopology(tuple(nodes)), RankTopology(self._measured_on)
-        return is_fuller or (now.has_two_levels and not then.has_two_levels)
 
     def _silence_finder(self) -> roll_call.FindSilent:
         """For a roll call in a thread, which asks the ranks on this loop."""

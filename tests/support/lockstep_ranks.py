@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 from cluster.base.plan import (
     EngineKind,
@@ -39,7 +40,7 @@ HOST = "127.0.0.1"
 
 
 def run_worker(plan: WorkerPlan, questions: Connection) -> None:
-    """One rank's process; answers each message on `questions` with its `ExpertState`."""
+    """One rank's process; answers "facts" on `questions` with those, else with `ExpertState`."""
     with contextlib.suppress(Exception):  # the leader's side has been told
         worker = Worker(plan, lambda phase, fraction: None)
         threading.Thread(target=_answer, args=(worker, questions), daemon=True).start()
@@ -48,8 +49,8 @@ def run_worker(plan: WorkerPlan, questions: Connection) -> None:
 
 def _answer(worker: Worker, questions: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):
-        while questions.recv():
-            questions.send(worker.expert_state())
+        while question := questions.recv():
+            questions.send(worker.facts if question == "facts" else worker.expert_state())
 
 
 def model_plan(
@@ -146,10 +147,12 @@ class LockstepRanks:
         self.balancer = ExpertBalancer(
             self._starting_tables(), names, max_moves=plan.experts.max_moves if plan.experts else 0
         )
+        # The first rank's answer, as the leader takes it.
+        self.choose_scheme = scheme_chooser(self.facts()[0]["schemes"], plan.tp_size)
         self.scheduler = LockstepScheduler(
             scheduler_config(plan),
             plan.dp_size,
-            choose_scheme=scheme_chooser([(64, self._scheme, "asked for")], plan.tp_size),
+            choose_scheme=lambda num_tokens: self.choose_scheme(num_tokens),
             expert_orders=lambda: self.balancer.orders(),
             serving=self.serving,
         )
@@ -171,21 +174,23 @@ class LockstepRanks:
         ]
         return starting_tables(sizes, self.plan.num_ranks, self.plan.experts.num_redundant)
 
-    @property
-    def _scheme(self) -> str:
-        assert self.plan.experts is not None
-        return self.plan.experts.exchange
-
     def engine(self) -> SyncEngine:
         """One step at a time."""
         return SyncEngine(self.scheduler, self.executor, step_timeout_s=15.0)
 
     def expert_states(self) -> list[ExpertState]:
         """What each rank says of its experts."""
+        return self._ask(True)
+
+    def facts(self) -> list[dict[str, Any]]:
+        """What each rank found when it started; see `LockstepRank.facts`."""
+        return self._ask("facts")
+
+    def _ask(self, question: object) -> list[Any]:
         with self._asking:
             pipes = [self._questions[rank] for rank in self.link.ranks]
             for pipe in pipes:
-                pipe.send(True)
+                pipe.send(question)
             return [pipe.recv() for pipe in pipes]
 
     def signal(self, rank: int, signum: int) -> None:

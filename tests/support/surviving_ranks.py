@@ -10,9 +10,12 @@ from cluster.base.errors import PenstockError
 from cluster.base.plan import ModelPlan
 from cluster.dist.rendezvous import pick_port
 from replicas.engine.engine_loop import Recovery
+from replicas.leader.engine_parts import scheme_chooser
+from replicas.leader.link_knowledge import LinkKnowledge, ProbeDecision
 from replicas.leader.roster import Meeting, Muster, Roster
 from replicas.leader.worker_plans import Meetings, worker_plan
 from replicas.worker import roll_call
+from replicas.worker.gathering import Gathered
 from replicas.worker.link_listener import LinkListener
 from replicas.worker.lockstep_executor import LockstepExecutor
 from tests.support.lockstep_ranks import HOST, LockstepRanks
@@ -25,6 +28,8 @@ class SurvivingRanks(LockstepRanks):
         on_gather: called when the survivors have just been told to gather, with their number.
         kills: whether ranks that are lost are ended; else as where a node is cut off.
         noticed: when each loss was noticed, and as what.
+        decisions: whether each gathering measured its links.
+        gathered: what the members of the last gathering answered.
     """
 
     def __init__(self, plan: ModelPlan, nodes: Sequence[str] = ()) -> None:
@@ -36,6 +41,10 @@ class SurvivingRanks(LockstepRanks):
         self.on_gather: Callable[[int], None] = lambda number: None
         self.kills = True
         self.noticed: list[tuple[float, PenstockError]] = []
+        self.decisions: list[ProbeDecision] = []
+        self.gathered: dict[int, Gathered] = {}
+        assert plan.experts is not None
+        self._links = LinkKnowledge(plan.experts.exchange, self.facts()[0]["costs"], self.nodes)
 
     def serving(self) -> Sequence[int]:
         """Groups that have ranks."""
@@ -121,16 +130,25 @@ class SurvivingRanks(LockstepRanks):
 
     def _gather(self, muster: Muster, *, forgets_rows: bool) -> None:
         self.num_gatherings += 1
-        balancer = self.balancer.regrouped(muster.tables, self.roster.nodes_of(muster))
+        nodes = self.roster.nodes_of(muster)
+        balancer = self.balancer.regrouped(muster.tables, nodes)
+        decision = self._links.decide(nodes)
+        self.decisions.append(decision)
         meeting = Meeting(
             epoch=f"e{self.num_gatherings}",
             peers=(HOST, pick_port(HOST)),
             tensor_groups={group: (HOST, pick_port(HOST)) for group in range(self.plan.dp_size)},
             table=balancer.version,
+            costs=self._links.costs,
+            probes=decision.probes,
         )
         told = self.roster.gatherings(muster, meeting, forgets_rows=forgets_rows)
         self.on_gather(self.num_gatherings)
         answers = roll_call.gather(self.link, told, 30.0, self.find_silent)
+        self._links.learn(decision, nodes, answers)
+        self.gathered = answers
+        schemes = answers[muster.members[0]].schemes
+        self.choose_scheme = scheme_chooser(schemes, self.plan.tp_size)
         self.num_fetched += sum(answer.num_fetched for answer in answers.values())
         self.roster.adopt(muster)
         self.balancer = balancer
