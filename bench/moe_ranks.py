@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import mmap
 import struct
 import sys
@@ -132,31 +133,42 @@ class Bench:
             if self._rank == 0:
                 self._control.shape(Link(**link["shape"]))
             self._conductor.meet()
-            costs = self._exchanges.calibrate()
+            probes = [self._probe(budget_s) for budget_s in self._plan["probes_s"]]
             for case in link["cases"]:
-                found = self._case(case, costs)
+                found = self._case(case, [costs for costs, _ in probes])
                 local = self._plan["local"]
                 answers.append({"link": link["name"], "local": local, **case, **found})
-            answers[-1]["costs"] = dataclasses.asdict(costs)
+            answers[-1]["costs"] = dataclasses.asdict(probes[0][0])
+            answers[-1]["probes_s"] = [took_s for _, took_s in probes]
         self._conductor.meet()
         self._peers.close()
         return answers
 
-    def _case(self, case: dict[str, Any], costs: LinkCosts) -> dict[str, Any]:
+    def _probe(self, budget_s: float) -> tuple[LinkCosts, float]:
+        """The costs, and how long it took to find them."""
+        self._conductor.meet()
+        begun_s = time.monotonic()
+        costs = self._exchanges.calibrate(budget_s)
+        return costs, time.monotonic() - begun_s
+
+    def _case(self, case: dict[str, Any], costs: list[LinkCosts]) -> dict[str, Any]:
         rows, max_nodes = case["rows"], case["max_nodes"]
         generator = torch.Generator().manual_seed(self._rank)
         hidden = torch.randn((rows, self._plan["dim"]), generator=generator)
         chosen = self._routes(rows, max_nodes, generator)
         weights = torch.rand((rows, self._plan["top_k"]), generator=generator)
-        choice = choose(
-            rows,
-            self._topology,
-            costs,
-            self._format,
-            slot_rows=self._plan["slot_rows"],
-            max_nodes=max_nodes,
-        )
-        schemes = list(choice.expected_s)
+        choices = [
+            choose(
+                rows,
+                self._topology,
+                found,
+                self._format,
+                slot_rows=self._plan["slot_rows"],
+                max_nodes=max_nodes,
+            )
+            for found in costs
+        ]
+        schemes = list(choices[0].expected_s)
         times: dict[str, list[float]] = {scheme: [] for scheme in schemes}
         wires: dict[str, list[tuple[int, int]]] = {scheme: [] for scheme in schemes}
         for repeat in range(self._plan["repeats"] + 1):
@@ -169,8 +181,8 @@ class Bench:
         return {
             "times_s": times,
             "wires": wires,
-            "expected_s": dict(choice.expected_s),
-            "chosen": choice.scheme,
+            "expected_s": [dict(choice.expected_s) for choice in choices],
+            "chosen": [choice.scheme for choice in choices],
         }
 
     def _measure(
@@ -212,6 +224,7 @@ class Bench:
 def main() -> None:
     """Run the plan; rank 0 writes the answers."""
     torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     rank = int(sys.argv[2])
     answers = Bench(plan, rank).run()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from typing import Any
 
 from bench.report import Row, Samples, compared, measured
+from moe.exchange.schemes import DEFAULT_PROBE_S
 
 FLAT = "flat"
 
@@ -95,15 +97,46 @@ def wire_rows(case: str, answer: dict[str, Any]) -> list[Row]:
 def model_rows(case: str, answer: dict[str, Any], times: dict[str, Samples]) -> list[Row]:
     """The chosen scheme beside the best one, and virtual time beside measured time."""
     best = min(samples.median for samples in times.values())
-    chosen = times[answer["chosen"]]
-    row = measured(case, f"chosen: {answer['chosen']}", "ms", chosen)
+    chosen = answer["chosen"][0]
+    row = measured(case, f"chosen: {chosen}", "ms", times[chosen])
     best_samples = Samples(values=(best,))
     rows = [compared(row, "best", best_samples, target=1 / 1.1, lower_is_better=True)]
-    for scheme, expected_s in answer["expected_s"].items():
+    for scheme, expected_s in answer["expected_s"][0].items():
         expected = Samples(values=(1e3 * expected_s,))
         row = measured(case, f"{scheme}: virtual time", "ms", expected)
         off = compared(row, "measured", times[scheme])
         # Too short is as wrong as too long: the ratio is the smaller over the larger.
         nearer = min(off.ratio or 0.0, 1 / off.ratio if off.ratio else 0.0)
         rows.append(dataclasses.replace(off, ratio=nearer, target=1 / 1.2))
+    return rows
+
+
+def probe_rows(answers: list[dict[str, Any]]) -> list[Row]:
+    """How long the default probe took on each link, and what its virtual time is worth."""
+    rows = []
+    for answer in answers:
+        if "probes_s" in answer:
+            took = Samples(values=(answer["probes_s"][-1],))
+            row = measured(f"{answer['link']}, default probe", "time", "s", took)
+            budget = Samples(values=(DEFAULT_PROBE_S,))
+            rows.append(compared(row, "budget", budget, lower_is_better=True))
+    medians = [
+        {scheme: statistics.median(times) for scheme, times in answer["times_s"].items()}
+        for answer in answers
+    ]
+    cells = [
+        expected_s / median_s[scheme]
+        for answer, median_s in zip(answers, medians, strict=True)
+        for scheme, expected_s in answer["expected_s"][-1].items()
+    ]
+    near = Samples(values=(float(sum(1 / 1.2 <= ratio <= 1.2 for ratio in cells)),))
+    row = measured("default probe", "virtual time within 20 %", "cells", near)
+    rows.append(compared(row, "all", Samples(values=(float(len(cells)),))))
+    worst = max(
+        median_s[answer["chosen"][-1]] / min(median_s.values())
+        for answer, median_s in zip(answers, medians, strict=True)
+    )
+    row = measured("default probe", "worst choice over the best", "", Samples(values=(worst,)))
+    one = Samples(values=(1.0,))
+    rows.append(compared(row, "best", one, target=1 / 1.1, lower_is_better=True))
     return rows

@@ -60,6 +60,12 @@ class MoeSectionSpec(Section):
         "one exchange ahead, which saves a delay for small steps. auto: the fastest for the size "
         "of each step, from the cost of the links as measured at start.",
     )
+    probe_budget: Annotated[float, Duration(0.1, 60)] = Field(
+        default=1.0,
+        description="What measuring the links may take, at start and where ranks gather anew on "
+        "other nodes: what does not fit is not timed. Refused without `exchange: auto`. "
+        "More helps where many ranks share a core.",
+    )
     dispatch: Annotated[Literal["exact", "int8", "fp8"], Choice(("exact", "int8", "fp8"))] = Field(
         default="exact",
         description="Number format of hidden states on their way to experts of other ranks; "

@@ -199,6 +199,8 @@ class ExpertPlan:
     """How hidden states travel: exact, int8 or fp8."""
     combine: str
     """How partial sums travel back: fp32 or bf16."""
+    probe_s: float = 1.0
+    """What measuring the links may take, where `exchange` is auto."""
     capacity_factor: float | None = None
     """Bound on the rows a rank sends to one expert, over their mean; None: nothing is dropped."""
     num_redundant: int = 0

@@ -219,6 +219,7 @@ def _experts(draft: Draft) -> ExpertPlan | None:
         exchange=moe.exchange,
         dispatch=moe.dispatch,
         combine=moe.combine,
+        probe_s=moe.probe_budget,
         capacity_factor=moe.capacity_factor,
         num_redundant=draft.layout.num_redundant,
         balance_interval_s=moe.balance.interval if moe.balance.enabled else None,

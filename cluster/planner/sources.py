@@ -126,6 +126,13 @@ def _check_moe_section(source: ModelSource) -> None:
             "Delete it, or set parallel.dp above 1 or engine: expert_parallel.",
             param=source.param("moe"),
         )
+    moe = source.spec.moe
+    if moe is not None and "probe_budget" in moe.model_fields_set and moe.exchange != "auto":
+        raise ConfigError(
+            f"Links are not measured with `exchange: {moe.exchange}`, so they need no budget.",
+            "Delete probe_budget, or set exchange: auto.",
+            param=source.param("moe.probe_budget"),
+        )
 
 
 def _check_context(source: ModelSource) -> None:

@@ -1,5 +1,5 @@
-"""Which scheme a step should use: the one that should be fastest, by virtual time and what the
-probe found a layer to take besides. Pure.
+"""Which scheme a step should use: the one that should be fastest, by virtual time and by how long
+the layers of the probe took. Pure.
 
 All ranks hold the same costs (`calibrate` sees to that) and the same numbers, so they come to the
 same answer; the step header then only has to carry the name.
@@ -66,8 +66,7 @@ def choose(
     expected = {}
     for scheme in schemes_of(topology):
         virtual_s = simulate(scheme, topology, traffic, costs, slot_rows)
-        # Far from the rows of the probe its line must not outweigh what the links need.
-        expected[scheme] = max(virtual_s / 2, virtual_s + costs.own_s(scheme, rows))
+        expected[scheme] = costs.layer_s(scheme, virtual_s)
     best = min(expected, key=expected.__getitem__)
     figures = ", ".join(f"{scheme} {1e3 * time_s:.3g} ms" for scheme, time_s in expected.items())
     shape = "+".join(str(len(ranks)) for ranks in topology.nodes)

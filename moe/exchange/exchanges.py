@@ -6,6 +6,7 @@ switch at the same step; the step header is where they agree.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,19 +17,24 @@ from cluster.dist.peer_group import PeerGroup
 from cluster.dist.rank_topology import RankTopology
 from moe.exchange.answers import Leg, answers_for
 from moe.exchange.base import Arrivals, Exchange, Pending
-from moe.exchange.calibrate import Probe, calibrate
+from moe.exchange.calibrate import link_costs
+from moe.exchange.choose import schemes_of, traffic_of
 from moe.exchange.flat import OneHopExchange, SlotHomes
 from moe.exchange.hierarchical import Route, TwoHopExchange
 from moe.exchange.hops import CountedHop, Hop
+from moe.exchange.layer_costs import layer_costs
 from moe.exchange.link_costs import LinkCosts
 from moe.exchange.peers import Peers
 from moe.exchange.preposted import SlotHop
-from moe.exchange.probe_layers import LayerProbe
-from moe.exchange.schemes import DEFAULT_SLOT_ROWS, Scheme
+from moe.exchange.probe import Probe, Probed, slots_of
+from moe.exchange.schemes import DEFAULT_PROBE_S, DEFAULT_SLOT_ROWS, Scheme
 from moe.exchange.shared_hop import SharedHop
+from moe.exchange.simulate import simulate
 from moe.exchange.wire import Combine, WireFormat
 from moe.expert_slots import ExpertSlots
 from moe.row_moves import RowWork
+
+log = logging.getLogger(__name__)
 
 
 class Exchanges:
@@ -86,16 +92,42 @@ class Exchanges:
             raise ConfigError(f"There is no exchange {scheme!r}.", f"Use one of {list(Scheme)}.")
         self._scheme = Scheme(scheme)
 
-    def calibrate(self) -> LinkCosts:
-        """Measure the links, about a second; all ranks call it together and get the same."""
-        costs = calibrate(self.peers, self.topology, self._slots, self._row_work.sums)
-        probe = Probe(self.peers)
-        layers = LayerProbe(probe, self.topology, self.format, self.slot_rows, self._rank)
+    def calibrate(self, budget_s: float = DEFAULT_PROBE_S) -> LinkCosts:
+        """Measure the links; all ranks call it together and get the same.
+
+        Args:
+            budget_s: what it may take: what does not fit is not timed.
+        """
+        slots = slots_of(self.topology, self.format)
         scheme = self._scheme
-        layer = self.for_layer(0, layers.slots(self.topology, self.format))
-        own = layers.own_costs(layer, self.use, costs)
+        probed = Probed(
+            peers=self.peers,
+            inside=self._slots[-1],
+            exchange=self.for_layer(0, slots),
+            use=self.use,
+            sums=self._row_work.sums,
+            format=self.format,
+        )
+        probe = Probe(probed, slots.num_slots, budget_s)
+        costs = link_costs(probe, self.topology)
+        links_s = probe.spent_s
+        layers = layer_costs(
+            probe,
+            schemes_of(self.topology),
+            lambda scheme, rows: simulate(
+                scheme, self.topology, traffic_of(rows, self.format), costs, self.slot_rows
+            ),
+        )
         self._scheme = scheme
-        return probe.agree(replace(costs, own=own))
+        if self._rank == 0:
+            log.info(
+                "links measured in %.2f s of %.2f s (without layers %.2f s): %s",
+                probe.spent_s,
+                budget_s,
+                links_s,
+                layers.summary,
+            )
+        return replace(costs, layers=layers.lines)
 
     def for_layer(self, layer: int, slots: ExpertSlots) -> LayerExchange:
         """The exchange of one layer, whose experts lie as given.

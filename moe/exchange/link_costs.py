@@ -32,13 +32,17 @@ class LinkCosts:
     posted_call_s: float = 0.0
     """The same for a hop over slots."""
 
-    own: tuple[tuple[str, float, float], ...] = ()
-    """By scheme, what a layer takes besides all that: seconds, and seconds per row of a rank; of
-    either sign (see probe_layers.py)."""
+    layers: tuple[tuple[str, float, float], ...] = ()
+    """By scheme, how long a layer takes: seconds, and seconds per second of virtual time (see
+    layer_costs.py)."""
 
-    def own_s(self, scheme: str, rows: int) -> float:
-        """The time of processors that no message waits for in the simulation."""
-        return sum(base_s + rows * row_s for name, base_s, row_s in self.own if name == scheme)
+    def layer_s(self, scheme: str, virtual_s: float) -> float:
+        """How long a layer takes that needs `virtual_s` by the other costs."""
+        for name, base_s, scale in self.layers:
+            if name == scheme:
+                # Far from the rows of the probe its line must not outweigh what the links need.
+                return max(scale * virtual_s / 4, base_s + scale * virtual_s)
+        return virtual_s
 
     def to_bytes(self) -> bytes:
         """For the agreement of all ranks; `from_bytes` is its inverse."""
@@ -48,4 +52,4 @@ class LinkCosts:
     def from_bytes(cls, data: bytes) -> LinkCosts:
         """What `to_bytes` made; trailing blanks are ignored."""
         fields = json.loads(data)
-        return cls(**{**fields, "own": tuple(map(tuple, fields["own"]))})
+        return cls(**{**fields, "layers": tuple(map(tuple, fields["layers"]))})

@@ -12,13 +12,14 @@ the receiver's word; where the receive was posted before it costs one, and the w
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cluster.dist.rank_topology import RankTopology
 from moe.exchange.link_costs import LinkCosts
-from moe.exchange.schemes import Scheme
+from moe.exchange.schemes import Scheme, Way
 
 _COUNT_BYTES = 8.0
 _HEADER_BYTES = 16.0
@@ -63,10 +64,20 @@ def _hit(places: float, tries: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class _Message:
-    source: int
-    target: int
-    num_bytes: float
+class _Pairs:
+    """Who sends to whom in one hop: (source, target, their nodes), in the order of sending."""
+
+    there: tuple[tuple[int, int, int, int], ...]
+    back: tuple[tuple[int, int, int, int], ...]
+    """The same the other way round."""
+
+
+@functools.lru_cache(maxsize=64)
+def _pairs(way: Way, topology: RankTopology) -> _Pairs:
+    listed = {Way.WORLD: _world, Way.NODE: _nodes, Way.RAIL: _rails}[way](topology)
+    node = [topology.node_index(rank) for rank in range(topology.num_ranks)]
+    there = tuple((a, b, node[a], node[b]) for a, b in listed)
+    return _Pairs(there, tuple((b, a, m, n) for a, b, n, m in there))
 
 
 class _Network:
@@ -80,56 +91,58 @@ class _Network:
         self._in = [0.0] * topology.num_nodes
         self._local = [0.0] * topology.num_ranks
 
-    def hop(self, messages: Sequence[_Message], *, asked_before: bool) -> None:
-        """Everybody sends and waits; without `asked_before` data waits for its receiver's word."""
+    def hop(self, pairs: _Pairs, num_bytes: float, *, asked_before: bool) -> None:
+        """All send so many bytes and wait; without `asked_before` data waits for the receiver."""
         spent_s = self.costs.posted_call_s if asked_before else self.costs.call_s
         self.now = [clock + spent_s for clock in self.now]
-        from_receivers = [_Message(m.target, m.source, 0.0) for m in messages]
-        from_senders = [_Message(m.source, m.target, 0.0) for m in messages]
-        ready = self._ready(messages)
+        ready = [self.now[source] for source, *_ in pairs.there]
         if not asked_before:
-            heard = self._carry(from_receivers, self._ready(from_receivers))
-            self._carry(from_senders, self._ready(from_senders))
-            ready = [max(pair) for pair in zip(ready, heard, strict=True)]
+            heard = self._carry(pairs.back, [self.now[target] for target, *_ in pairs.back], 0.0)
+            self._carry(pairs.there, ready, 0.0)
+            ready = list(map(max, ready, heard))
         else:
-            self._carry(from_senders, ready)
-        arrived = self._carry(messages, ready)
+            self._carry(pairs.there, ready, 0.0)
+        arrived = self._carry(pairs.there, ready, num_bytes)
         if asked_before:
-            self._carry(from_receivers, self._ready(from_receivers))
-        for message, when in zip(messages, arrived, strict=True):
-            self.now[message.target] = max(self.now[message.target], when)
-
-    def _ready(self, messages: Sequence[_Message]) -> list[float]:
-        return [self.now[message.source] for message in messages]
+            self._carry(pairs.back, [self.now[target] for target, *_ in pairs.back], 0.0)
+        now = self.now
+        for (_, target, _, _), when in zip(pairs.there, arrived, strict=True):
+            now[target] = max(now[target], when)
 
     def work(self, num_bytes: float) -> None:
         """Every rank handles rows."""
         spent_s = num_bytes / self.costs.row_bytes_per_s
         self.now = [clock + spent_s for clock in self.now]
 
-    def _carry(self, messages: Sequence[_Message], ready: Sequence[float]) -> list[float]:
-        arrived = [0.0] * len(messages)
-        for index in sorted(range(len(messages)), key=ready.__getitem__):
-            arrived[index] = self._one(messages[index], ready[index])
-        return arrived
-
-    def _one(self, message: _Message, ready_s: float) -> float:
-        costs = self.costs
-        source = self.topology.node_index(message.source)
-        target = self.topology.node_index(message.target)
-        if source == target:
-            busy_s = costs.local_message_s + message.num_bytes / costs.local_bytes_per_s
-            done_s = max(ready_s, self._local[message.source]) + busy_s
-            self._local[message.source] = done_s
-            return done_s + costs.local_delay_s
-        packets = max(1.0, math.ceil(message.num_bytes / PACKET_BYTES))
-        busy_s = packets * costs.node_message_s + message.num_bytes / costs.node_bytes_per_s
-        done_s = max(ready_s, self._out[source]) + busy_s
-        self._out[source] = done_s
+    def _carry(
+        self,
+        pairs: Sequence[tuple[int, int, int, int]],
+        ready: Sequence[float],
+        num_bytes: float,
+    ) -> list[float]:
+        """When messages of one size arrive, which queue in the order in which they are ready."""
+        costs, local, ways_out, ways_in = self.costs, self._local, self._out, self._in
+        local_s = costs.local_message_s + num_bytes / costs.local_bytes_per_s
+        packets = max(1.0, math.ceil(num_bytes / PACKET_BYTES))
+        node_s = packets * costs.node_message_s + num_bytes / costs.node_bytes_per_s
+        arrived = [0.0] * len(pairs)
+        far = []
+        for index in sorted(range(len(pairs)), key=ready.__getitem__):
+            source, _, source_node, target_node = pairs[index]
+            ready_s = ready[index]
+            if source_node == target_node:
+                local[source] = done_s = max(ready_s, local[source]) + local_s
+                arrived[index] = done_s + costs.local_delay_s
+                continue
+            ways_out[source_node] = done_s = max(ready_s, ways_out[source_node]) + node_s
+            arrived[index] = done_s + costs.node_delay_s
+            far.append(index)
         # It passes the way in as it comes; only several senders to one node queue there.
-        came_s = max(done_s + costs.node_delay_s, self._in[target] + busy_s)
-        self._in[target] = came_s
-        return came_s
+        for index in sorted(far, key=arrived.__getitem__):
+            target_node = pairs[index][3]
+            came_s = max(arrived[index], ways_in[target_node] + node_s)
+            ways_in[target_node] = arrived[index] = came_s
+        return arrived
 
 
 def simulate(
@@ -141,50 +154,45 @@ def simulate(
     preposted = scheme is Scheme.PREPOSTED
     if scheme is Scheme.FLAT or not two_levels:
         share = traffic.rank_share(topology)
-        legs = [(list(_world(topology)), traffic.rows * share, topology.num_ranks)]
+        legs = [(Way.WORLD, traffic.rows * share, topology.num_ranks)]
     else:
         outer = traffic.rows * traffic.node_share(topology)
         inner = topology.num_nodes * traffic.rows * traffic.rank_share(topology)
         legs = [
-            (list(_rails(topology)), outer, topology.num_nodes),
-            (list(_nodes(topology)), inner, max(map(len, topology.nodes))),
+            (Way.RAIL, outer, topology.num_nodes),
+            (Way.NODE, inner, max(map(len, topology.nodes))),
         ]
-    for pairs, rows, num_targets in legs:
+    for way, rows, num_targets in legs:
         network.work(num_targets * rows * traffic.row_bytes)
-        _there(network, pairs, rows, traffic, slot_rows if preposted else None)
-    for pairs, rows, num_targets in reversed(legs):
-        answers = [_Message(a, b, rows * traffic.answer_bytes) for a, b in pairs]
-        network.hop(answers, asked_before=preposted)
+        _there(network, _pairs(way, topology), rows, traffic, slot_rows if preposted else None)
+    for way, rows, num_targets in reversed(legs):
+        network.hop(_pairs(way, topology), rows * traffic.answer_bytes, asked_before=preposted)
         network.work(num_targets * rows * traffic.answer_bytes)
     return max(network.now)
 
 
-def rail_exchange(topology: RankTopology, costs: LinkCosts, num_bytes: float) -> float:
-    """Seconds of one collective along all rails; for fitting costs to a measured one."""
+def exchange_s(way: Way, topology: RankTopology, costs: LinkCosts, num_bytes: float) -> float:
+    """Seconds of one collective of all groups of a kind; for fitting costs to a measured one."""
     network = _Network(topology, costs)
-    messages = [_Message(a, b, num_bytes) for a, b in _rails(topology)]
-    network.hop(messages, asked_before=False)
+    network.hop(_pairs(way, topology), num_bytes, asked_before=False)
     return max(network.now)
 
 
 def _there(
     network: _Network,
-    pairs: Sequence[tuple[int, int]],
+    pairs: _Pairs,
     rows: float,
     traffic: Traffic,
     slot_rows: int | None,
 ) -> None:
     if slot_rows is None:
-        network.hop([_Message(a, b, _COUNT_BYTES) for a, b in pairs], asked_before=False)
-        network.hop(
-            [_Message(a, b, rows * traffic.row_bytes) for a, b in pairs], asked_before=False
-        )
+        network.hop(pairs, _COUNT_BYTES, asked_before=False)
+        network.hop(pairs, rows * traffic.row_bytes, asked_before=False)
         return
     first = _HEADER_BYTES + min(rows, slot_rows) * traffic.row_bytes
-    network.hop([_Message(a, b, first) for a, b in pairs], asked_before=True)
+    network.hop(pairs, first, asked_before=True)
     if rows > slot_rows:
-        rest = (rows - slot_rows) * traffic.row_bytes
-        network.hop([_Message(a, b, rest) for a, b in pairs], asked_before=False)
+        network.hop(pairs, (rows - slot_rows) * traffic.row_bytes, asked_before=False)
 
 
 # Everybody begins with the next rank, so that no way in is everybody's first.

@@ -81,6 +81,7 @@ def _expert_place(
         exchange=plan.experts.exchange,
         dispatch=plan.experts.dispatch,
         combine=plan.experts.combine,
+        probe_s=plan.experts.probe_s,
         capacity_factor=plan.experts.capacity_factor,
         num_redundant=plan.experts.num_redundant,
         survives=plan.experts.survives,

@@ -152,7 +152,7 @@ class LockstepRank:
         self._costs = LinkCosts.from_bytes(gathering.costs) if gathering.costs else None
         if gathering.probes:
             # Before any reading, which takes one member longer than another.
-            self._costs = exchanges.calibrate()
+            self._costs = exchanges.calibrate(self._groups.place.probe_s)
         member = gathering.members.index(self._rank)
         num_fetched = sum(
             self._hold(table, table.logical_by_rank[member], check) for table in gathering.tables

@@ -23,6 +23,8 @@ class ExpertRankPlan:
     exchange: str
     dispatch: str
     combine: str
+    probe_s: float = 1.0
+    """What measuring the links may take, where `exchange` is auto."""
     capacity_factor: float | None = None
     num_redundant: int = 0
     survives: bool = False

@@ -144,7 +144,7 @@ class Worker:
                 on_progress("measuring links", 0.0)
                 # Soon after the ranks have met: it has a step's deadline, and loading weights
                 # may take one rank far longer than another.
-                costs = experts.exchanges.calibrate()
+                costs = experts.exchanges.calibrate(groups.place.probe_s)
 
         def on_loaded(done: int, total: int) -> None:
             on_progress("loading weights", done / max(1, total))

@@ -107,7 +107,7 @@ def test_all_ranks_are_given_the_same_costs(nodes):
     assert LinkCosts.from_bytes(costs[0].to_bytes()) == costs[0]
     assert costs[0].row_bytes_per_s > 0
     assert (costs[0].node_delay_s > 0) == (topology.num_nodes > 1)
-    assert [name for name, _, _ in costs[0].own] == [str(s) for s in schemes_of(topology)]
+    assert [name for name, _, _ in costs[0].layers] == [str(s) for s in schemes_of(topology)]
     for scheme in schemes_of(topology):
         few, more = (choose(rows, topology, costs[0], WIRE).expected_s[scheme] for rows in (4, 48))
         assert 0 <= few < 1
@@ -117,8 +117,15 @@ def test_all_ranks_are_given_the_same_costs(nodes):
 def test_what_layers_took_in_the_probe_counts():
     costs = LinkCosts(node_delay_s=1e-3)
     fast = choose(10, GRID, costs, WIRE)
-    slowed = replace(costs, own=((str(fast.scheme), 0.5, 0.01), ("nobody", 9.0, 9.0)))
+    slowed = replace(costs, layers=((str(fast.scheme), 0.5, 3.0), ("nobody", 9.0, 9.0)))
     other = choose(10, GRID, slowed, WIRE)
     assert other.scheme is not fast.scheme
-    slower_s = other.expected_s[fast.scheme] - fast.expected_s[fast.scheme]
-    assert slower_s == pytest.approx(0.5 + 10 * 0.01)
+    virtual_s = fast.expected_s[fast.scheme]
+    assert other.expected_s[fast.scheme] == pytest.approx(0.5 + 3 * virtual_s)
+
+
+def test_a_line_is_not_followed_to_where_links_need_longer():
+    costs = LinkCosts(node_delay_s=1e-3, layers=(("flat", -5.0, 2.0),))
+    choice = choose(10, GRID, costs, WIRE)
+    virtual_s = choose(10, GRID, LinkCosts(node_delay_s=1e-3), WIRE).expected_s[Scheme.FLAT]
+    assert choice.expected_s[Scheme.FLAT] == pytest.approx(virtual_s / 2)

@@ -213,6 +213,15 @@ def test_layouts_that_cannot_work_are_refused_with_the_arithmetic(
     assert error.remedy
 
 
+def test_a_budget_for_links_that_nobody_measures_is_refused(tmp_path: Path):
+    moe = {"exchange": "flat", "probe_budget": "2s"}
+    error = refused(tmp_path, LAPTOP, MIXTURE, engine="auto", parallel={"dp": 2}, moe=moe)
+    assert error.param == "models[0].moe.probe_budget"
+    plan = planned(tmp_path, LAPTOP, parallel={"dp": 2}, moe={"probe_budget": "2s"})
+    assert plan.experts is not None
+    assert plan.experts.probe_s == 2.0
+
+
 @pytest.mark.parametrize(
     ("model", "param"),
     [
