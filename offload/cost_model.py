@@ -2,11 +2,12 @@
 
 Everything overlaps, so a pass takes as long as its busiest resource:
 
-    t = max( S_disk / BW_disk, S_link / BW_link, C, KV_link / BW_link, A_host )
+    t = max( S_disk / BW_disk, S_link / BW_link, C, KV_link / BW_link, A_host, E_host )
 
 S: bytes streamed in a pass after quantisation. C: the device's own work, one thing after another:
 multiplications with weights as they are stored, attention over the KV cache it holds, and what
-each row takes beside its products (norms, heads, activations, sampling).
+each row takes beside its products (norms, heads, activations, sampling). A, E: attention and
+experts that the host computes.
 tokens/s = batch / t; with S / BW the largest term this is ZeRO-Inference's rule: throughput is
 batch x link / model.
 """
@@ -16,6 +17,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from cluster.base.plan import HostExpertsPlan
+from offload.expert_division import ExpertWork, compute_s, num_for_host
 from offload.homes import KvHome, Placement, distinct_experts
 from offload.model_shape import LayerShape, ModelShape
 from offload.precision import Precision
@@ -37,6 +40,7 @@ class Resource(enum.StrEnum):
     COMPUTE = "device compute"
     KV_LINK = "KV cache over the link"
     HOST_ATTENTION = "host attention"
+    HOST_EXPERTS = "experts on the host"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +93,14 @@ def pass_time(model: ModelShape, placement: Placement, rates: Rates, load: PassL
     from_disk, from_host = placement.streamed_bytes(model, load.tokens, load.kv_tokens)
     kv_bytes = load.rows * load.context_tokens * model.kv_bytes_per_token
     overlaps = not rates.device_is_host
+    left, experts_s = host_experts_share(model, placement, rates, load)
     seconds = {
         Resource.DISK: from_disk / rates.disk_bytes_per_s,
-        Resource.LINK: (from_disk + from_host) / rates.link_bytes_per_s,
+        Resource.LINK: (from_disk + from_host - left) / rates.link_bytes_per_s,
         Resource.COMPUTE: _compute_s(model, placement, rates, load),
         Resource.KV_LINK: 0.0,
         Resource.HOST_ATTENTION: 0.0,
+        Resource.HOST_EXPERTS: experts_s,
     }
     if placement.kv_home is KvHome.STREAMED and overlaps:
         # The weights use the same link: the cache comes on top of them.
@@ -104,6 +110,41 @@ def pass_time(model: ModelShape, placement: Placement, rates: Rates, load: PassL
     transfer = max(seconds[Resource.DISK], seconds[Resource.LINK], seconds[Resource.KV_LINK])
     shown = JITTER_SHARE.get(placement.ring_slots, 0.0) * min(transfer, seconds[Resource.COMPUTE])
     return PassCost(seconds=tuple(seconds.items()), total_s=max(seconds.values()) + shown)
+
+
+def host_experts_share(
+    model: ModelShape, placement: Placement, rates: Rates, load: PassLoad
+) -> tuple[int, float]:
+    """What the host computes of a pass: (bytes that are not fetched for it, its seconds)."""
+    if not placement.host_experts:
+        return 0, 0.0
+    costs, cut = host_costs(rates), placement.parts(load.tokens, load.kv_tokens)
+    start, left, seconds = placement.resident_layers, 0, 0.0
+    for layer in model.layers[start : start + placement.host_layers]:
+        if not layer.experts:
+            continue
+        expert = layer.experts[0]
+        hit = distinct_experts(len(layer.experts), layer.top_k, cut[1])
+        work = ExpertWork(
+            unit=expert.name,
+            num_bytes=expert.record_bytes(placement.precision),
+            num_weights=expert.linear_weights,
+            row_bytes=model.expert_row_bytes,
+            rows=max(1, round(cut[1] * layer.top_k / hit)),
+        )
+        count = num_for_host(round(placement.missed_experts(layer, model, cut)), work, costs)
+        left += count * work.num_bytes
+        seconds += count * compute_s(work, costs)
+    return left, seconds
+
+
+def host_costs(rates: Rates) -> HostExpertsPlan:
+    """What decides, visit by visit, whether the host computes an expert."""
+    return HostExpertsPlan(
+        link_bytes_per_s=rates.link_bytes_per_s,
+        host_bytes_per_s=rates.host_memory_bytes_per_s,
+        host_flops_per_s=rates.host_flops_per_s,
+    )
 
 
 def _compute_s(model: ModelShape, placement: Placement, rates: Rates, load: PassLoad) -> float:

@@ -40,6 +40,8 @@ class Placement:
     """Of mixture layers that stream only the routed experts do; the rest of them stays."""
     expert_slots: int = 0
     """Places for routed experts of layers that are not resident."""
+    host_experts: bool = False
+    """Routed experts in host memory may be computed there."""
     kv_home: KvHome = KvHome.DEVICE
     kv_windows: int = 0
     """Micro-batches whose keys and values of a layer are on the device at one time; 0 unless the
@@ -82,6 +84,12 @@ class Placement:
         if self.fixed_on_host:
             return from_disk, from_host + fixed
         return from_disk + fixed, from_host
+
+    def missed_experts(self, layer: LayerShape, model: ModelShape, cut: tuple[int, int]) -> float:
+        """Experts of a streamed layer that a pass visits and finds in no slot; `cut` by `parts`."""
+        count, tokens = cut
+        visited = count * distinct_experts(len(layer.experts), layer.top_k, tokens)
+        return visited * self._missed_share(model)
 
     def slot_bytes(self, model: ModelShape) -> int:
         """The largest record that passes through the ring; 0 when nothing does."""

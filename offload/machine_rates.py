@@ -29,7 +29,12 @@ machine multiplies it."""
 _VERSION = 4
 """Changes when the probe measures something else."""
 _GEMMS = ("gemm", "int8_gemm", "int4_gemm")
-_MAY_BE_ZERO = ("layer_overhead_s", "row_value_s", "attention_bytes_per_s")
+_MAY_BE_ZERO = (
+    "layer_overhead_s",
+    "row_value_s",
+    "attention_bytes_per_s",
+    "host_flops_per_s",
+)
 
 Run = Callable[[Sequence[str], float], str]
 """Runs a command with a timeout in seconds and gives its output."""

@@ -12,12 +12,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from offload.expert_division import row_bytes
 from offload.layout import TENSOR_ALIGN, aligned
 from offload.precision import GROUP, GROUP_BYTES, NEVER_QUANTISED, Precision
 from offload.record_sizes import record_bytes, tensor_bytes
 from replicas.layers.weights import TensorSpec, WeightUnit
 from replicas.models.arch import ArchConfig, LayerSpec
-from replicas.models.memory import kv_bytes_per_token
+from replicas.models.memory import DTYPE_BYTES, kv_bytes_per_token
 from replicas.models.weight_units import weight_units
 
 _BLOCK_ROWS = 64
@@ -91,6 +92,8 @@ class ModelShape:
     """Operations of all layers for one query token and one key."""
     row_values: int = 0
     """Values of one token that the layers work on beside their products (`layer_values`)."""
+    expert_row_bytes: int = 0
+    """That travel for a row whose expert the host computes, there and back."""
     logits: int = 0
     """Values of one row that sampling looks at."""
 
@@ -136,6 +139,7 @@ def model_shape(arch: ArchConfig, tp_size: int, dtype: str) -> ModelShape:
             )
             for layer in arch.layers
         ),
+        expert_row_bytes=row_bytes(arch.model_dim, DTYPE_BYTES[dtype]),
         logits=arch.vocab_size,
     )
 

@@ -92,8 +92,8 @@ def search(
 ) -> Found | None:
     """The best placement under the budgets; None when none holds one request of the longest.
 
-    Ties go to larger micro-batches, then to fewer ring slots, then to fewer resident layers: memory
-    that buys nothing stays with the KV cache.
+    Ties go to experts computed on the device, then to larger micro-batches, then to fewer ring
+    slots, then to fewer resident layers: memory that buys nothing stays with the KV cache.
     """
     candidates = [
         candidate
@@ -121,7 +121,12 @@ def _score(objective: Objective) -> Callable[[Candidate], tuple[float, ...]]:
     def key(candidate: Candidate) -> tuple[float, ...]:
         placement = candidate.placement
         smallness = 1 / placement.micro_batch_tokens if placement.micro_batch_tokens else 0.0
-        tie = (smallness, placement.ring_slots, placement.resident_layers)
+        tie = (
+            placement.host_experts,
+            smallness,
+            placement.ring_slots,
+            placement.resident_layers,
+        )
         if objective is Objective.LATENCY:
             alone = candidate.tpot_s if candidate.rows == 1 else float("inf")
             return (_round(alone), -candidate.max_rows, *tie)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,6 +41,8 @@ COPY_BYTES = 64 << 20
 READ_BYTES = 256 << 20
 GEMM_TOKENS = (1, 16, 64, 256)
 """Kernels change their way at 16 and at 64 rows."""
+HOST_ROWS = 8
+"""An expert that more rows visit is fetched, as a rule."""
 WEIGHT_SHAPE = (4096, 2048)
 NUM_WEIGHTS = 8
 """Together larger than the caches of a core's share, so that weights come from memory."""
@@ -101,6 +103,7 @@ def measure(probe: Probe, disk: Path) -> Rates:
         int8_gemm=_quantised_gemm(probe, Precision.INT8, weights),
         int4_gemm=_quantised_gemm(probe, Precision.INT4, weights),
         host_memory_bytes_per_s=_memory(probe, torch.device("cpu")),
+        host_flops_per_s=_host_flops(probe, weights),
         layer_overhead_s=_calls(probe) + rows.layer_s,
         row_value_s=rows.value_s,
         attention_bytes_per_s=rows.attention_bytes_per_s,
@@ -119,6 +122,15 @@ def _gemm(
     seconds = probe.best_s(multiply, 5 if tokens < max(GEMM_TOKENS) else 2)
     flops = 2 * tokens * math.prod(WEIGHT_SHAPE) * len(packed)
     return GemmPoint(tokens=tokens, flops_per_s=flops / seconds)
+
+
+def _host_flops(probe: Probe, weights: Sequence[torch.Tensor]) -> float:
+    """What host cores make of experts beside a device; 0 where they are the device."""
+    if probe.device.type == "cpu":
+        return 0.0
+    beside = replace(probe, device=torch.device("cpu"), kernels=probe.kernels.on_host)
+    packed = [beside.kernels.pack("w.weight", weight) for weight in weights]
+    return _gemm(beside, beside.kernels, packed, HOST_ROWS).flops_per_s
 
 
 def _quantised_gemm(

@@ -37,6 +37,8 @@ class Rates:
     """The same with quantised weights, which the device brings back on the way."""
     host_memory_bytes_per_s: float = 0.0
     """Reading host memory by host cores; 0: not measured."""
+    host_flops_per_s: float = 0.0
+    """Products of weights with few rows by host cores beside a device; 0: not measured."""
     device_is_host: bool = False
     """Copies of keys and values, and attention to those in host memory, take the time of the very
     cores that compute."""

@@ -64,6 +64,9 @@ class Choices:
     """Parts of the streamed routed experts that slots are tried for."""
     resident_layers: int | None = None
     """None: free."""
+    host_experts: tuple[bool, ...] = (False,)
+    """Whether the host may compute experts; only of native ones, as no kernel of the host's keeps
+    codes in its caches there."""
     kv_homes: tuple[KvHome, ...] = (KvHome.DEVICE,)
     window_requests: tuple[int, ...] = (1, 2, 4, 8)
     """Requests of the greatest length that a window of a streamed cache is tried with."""
@@ -85,7 +88,8 @@ def placements(
     """All homes of weights and KV cache that the choices allow."""
     for base in _weight_homes(model, choices):
         for placement in _kv_homes(base, demand, choices):
-            yield _with_host_homes(model, placement, budgets)
+            homed = _with_host_homes(model, placement, budgets)
+            yield from _host_experts(model, homed, choices)
 
 
 def _weight_homes(model: ModelShape, choices: Choices) -> Iterator[Placement]:
@@ -172,6 +176,16 @@ def _with_host_homes(model: ModelShape, base: Placement, budgets: Budgets) -> Pl
             break
         count += 1
     return replace(base, host_layers=count)
+
+
+def _host_experts(model: ModelShape, base: Placement, choices: Choices) -> Iterator[Placement]:
+    """Computed by the host or not, where it holds any that it could compute."""
+    start = base.resident_layers
+    homes = model.layers[start : start + base.host_layers]
+    able = base.precision is Precision.NATIVE and any(layer.experts for layer in homes)
+    for wanted in choices.host_experts:
+        if able or not wanted:
+            yield replace(base, host_experts=wanted)
 
 
 def host_bytes_of(model: ModelShape, placement: Placement) -> int:

@@ -193,6 +193,16 @@ class OffloadSpec(Section):
         "of the packed file, counted once. Pages of a file are never huge ones, which costs a "
         "little speed. auto: when several replicas share a node.",
     )
+    host_experts: Annotated[
+        Literal["auto", "always", "never"], Choice(("auto", "always", "never"))
+    ] = Field(
+        default="auto",
+        description="Whether, beside a GPU, the host's cores compute routed experts that are in "
+        "host memory and that few rows visit, where that is sooner than to fetch them; decided "
+        "visit by visit from measured speeds. Their last bits may differ from the GPU's, so tokens "
+        "may depend on what else runs. auto: where it is predicted to serve the objective; "
+        "always: also where not, and refused where there are no such experts.",
+    )
     objective: Annotated[Literal["throughput", "latency"], Choice(("throughput", "latency"))] = (
         Field(
             default="throughput",

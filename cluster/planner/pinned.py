@@ -47,6 +47,7 @@ def _pin_model(spec: ModelSpec, plan: ModelPlan) -> ModelSpec:
             {
                 "device_memory": plan.offload.device_bytes,
                 "host_memory": plan.offload.host_bytes or "auto",
+                "host_experts": "always" if plan.offload.host_experts else "never",
             },
         )
     return spec.model_copy(update=changes)

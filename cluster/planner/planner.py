@@ -122,7 +122,9 @@ def _share_cores(placed: Sequence[Placed], loads: Sequence[NodeLoad]) -> list[Co
 
 def _threads(model: Placed, loads: Sequence[NodeLoad]) -> Decision[int]:
     wanted = model.draft.source.spec.resources.threads_per_rank
-    if model.draft.on_gpu and isinstance(wanted, str):
+    streaming = model.draft.streaming
+    helps = streaming is not None and streaming.placement.host_experts
+    if model.draft.on_gpu and isinstance(wanted, str) and not helps:
         return Decision(value=1, reason="the GPU computes")
     choices = [
         choose_threads(wanted, loads[node].cores, loads[node].num_ranks) for node in model.nodes

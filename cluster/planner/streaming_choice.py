@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cluster.base.amount_text import size_text
 from cluster.base.plan import OffloadPlan, SpeedPlan, SpeedPoint
-from offload.cost_model import PassLoad, pass_time
+from offload.cost_model import PassLoad, host_costs, host_experts_share, pass_time
 from offload.homes import KvHome, Placement
 from offload.model_shape import ModelShape
 from offload.policy_search import Candidate, Found
@@ -81,6 +81,7 @@ class Streaming:
             ring_slots=placement.ring_slots,
             prefetch_depth=placement.ring_slots,
             expert_slots=placement.expert_slots,
+            host_experts=host_costs(self.rates) if placement.host_experts else None,
             read_timeout_s=min(READ_TIMEOUT_S, READ_SHARE * step_timeout_s),
             precision=placement.precision.value,
         )
@@ -89,6 +90,8 @@ class Streaming:
         """What is predicted."""
         rows, context = self.found.best.rows, self.demand.context_tokens
         disk_bytes, host_bytes = self.placement.streamed_bytes(self.model, rows, rows * context)
+        load = PassLoad(rows=rows, context_tokens=context)
+        host_bytes -= host_experts_share(self.model, self.placement, self.rates, load)[0]
         return SpeedPlan(
             chosen=_point(self.found.best),
             ttft_s=self.found.ttft_s,
@@ -131,6 +134,8 @@ class Streaming:
             rest = ", the rest of them on the device" if placement.bases_resident else ""
             experts = placement.streamed_experts(self.model)
             where += f" ({placement.expert_slots} of {experts} experts in slots{rest})"
+        if placement.host_experts:
+            where += ", experts of few rows computed by the host's cores"
         best = self.found.best
         if placement.kv_home is not KvHome.DEVICE:
             where += f", keys and values in host memory{self._windows()}"

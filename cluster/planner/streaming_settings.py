@@ -34,7 +34,8 @@ def open_choices(draft: Draft, asked: OffloadSpec, model: ModelShape) -> Choices
     """What the user left open.
 
     Raises:
-        ConfigError: `resident` or `ring_slots` leaves nothing to stream.
+        ConfigError: `resident` or `ring_slots` leaves nothing to stream, or a setting would have no
+            effect.
     """
     layers = len(model.layers)
     resident = None if isinstance(asked.resident, str) else asked.resident
@@ -56,7 +57,34 @@ def open_choices(draft: Draft, asked: OffloadSpec, model: ModelShape) -> Choices
         ring_slots=slots,
         resident_layers=resident,
         kv_homes=_kv_homes(draft, asked),
+        host_experts=_host_experts(draft, asked, model, precisions),
     )
+
+
+def _host_experts(
+    draft: Draft, asked: OffloadSpec, model: ModelShape, precisions: tuple[Precision, ...]
+) -> tuple[bool, ...]:
+    """Whether the host may compute experts.
+
+    Raises:
+        ConfigError: it is to compute some and there cannot be any.
+    """
+    why = ""
+    if not draft.on_gpu:
+        why = "the ranks run on the CPU, which computes all of them"
+    elif not any(layer.experts for layer in model.layers):
+        why = "the model is dense"
+    elif Precision.NATIVE not in precisions:
+        why = f"{asked.precision} codes are computed with on the GPU only"
+    if asked.host_experts == "always":
+        if why:
+            raise ConfigError(
+                f"host_experts is always, and there are none that the host could compute: {why}.",
+                "Leave host_experts out.",
+                param=draft.source.param("offload.host_experts"),
+            )
+        return (True,)
+    return (False,) if why or asked.host_experts == "never" else (False, True)
 
 
 def _kv_homes(draft: Draft, asked: OffloadSpec) -> tuple[KvHome, ...]:

@@ -16,7 +16,7 @@ from cluster.base.env import default_cache_dir
 from cluster.base.plan import HostExpertsPlan
 from offload.assembly import open_weights
 from offload.expert_cache import ExpertCache
-from offload.host_experts import ExpertWork, compute_s, divide, fetch_s
+from offload.expert_division import ExpertWork, compute_s, divide, fetch_s, num_for_host
 from offload.opening import Runtime
 from offload.pack import NativePacker, StoreRequest, ensure_store
 from offload.placement import place_units
@@ -154,3 +154,16 @@ def test_tokens_are_those_of_a_resident_model_whoever_computes(link: float, tmp_
     assert (stats.num_experts_on_host == 0) == (link == 1e15)
     assert stats.num_expert_hits > 0
     assert stats.num_expert_misses > 0
+
+
+@given(st.integers(0, 64), st.integers(1, 64))
+def test_equal_experts_are_divided_in_closed_form(count: int, rows: int) -> None:
+    work = replace(EXPERT, rows=rows)
+    every = [replace(work, unit=f"e{index}") for index in range(count)]
+    by_search = len(divide(every, COSTS))
+    by_form = num_for_host(count, work, COSTS)
+    times = [
+        max(host * compute_s(work, COSTS), (count - host) * fetch_s(work, COSTS))
+        for host in (by_search, by_form)
+    ]
+    assert times[0] == pytest.approx(times[1])

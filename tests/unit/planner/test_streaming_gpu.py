@@ -10,6 +10,7 @@ import pytest
 from fake_checkpoints import LLAMA_3_8B
 from planned_models import GIB, node, plan_model, rates_for_tests, refused
 
+from cluster.base.errors import ConfigError
 from cluster.base.plan import ClusterPlan, EngineKind, ModelPlan
 from cluster.dist.topology import Topology
 from cluster.planner.explain import explain
@@ -135,3 +136,69 @@ def test_too_little_host_memory_names_what_is_enough(tmp_path: Path) -> None:
     enough = error.remedy.removeprefix("Raise offload.host_memory to ").removesuffix(".")
     model = streamed(tmp_path, offload={"host_memory": f"{1.01 * float(enough[:-3]):.0f}MiB"})
     assert "on disk" in model.reasons["engine"]
+
+
+MIXTURE = {
+    **LLAMA_3_8B,
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.0,
+}
+BIG_BOX = Topology(nodes=(node(32, 256, (24,)),))
+
+
+def mixture(tmp_path: Path, config: Any = MIXTURE, **model: Any) -> ModelPlan:
+    limits = {"max_context": 2048, "max_running_requests": 1}
+    entry: dict[str, Any] = {"engine": "offload", "limits": limits, "device": "cuda"}
+    return plan_model(tmp_path, BIG_BOX, config, **{**entry, "rates": beside, **model}).models[0]
+
+
+def beside(request: RatesRequest) -> Rates:
+    """Host cores that read their memory four times as fast as the link gives it."""
+    return replace(
+        gpu_rates(request),
+        host_memory_bytes_per_s=80e9,
+        host_flops_per_s=1e12,
+        disk_bytes_per_s=1e9,
+    )
+
+
+def test_the_host_computes_experts_where_that_is_predicted_to_be_sooner(tmp_path: Path) -> None:
+    model = mixture(tmp_path)
+    costs = model.offload.host_experts
+    assert costs is not None
+    assert (costs.link_bytes_per_s, costs.host_bytes_per_s) == (20e9, 80e9)
+    assert "computed by the host's cores" in model.reasons["engine"]
+    assert model.num_threads > 1
+    never = mixture(tmp_path, offload={"host_experts": "never"})
+    assert never.offload.host_experts is None
+    assert never.num_threads == 1
+    assert model.speed.chosen.tpot_s < 0.6 * never.speed.chosen.tpot_s
+    assert model.speed.host_bytes < never.speed.host_bytes
+
+
+def test_slow_cores_compute_none_unless_told(tmp_path: Path) -> None:
+    def slow(request: RatesRequest) -> Rates:
+        return replace(beside(request), host_memory_bytes_per_s=1e8, host_flops_per_s=1e8)
+
+    assert mixture(tmp_path, rates=slow).offload.host_experts is None
+    told = mixture(tmp_path, rates=slow, offload={"host_experts": "always"})
+    assert told.offload.host_experts is not None
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "precision", "told"),
+    [
+        (LLAMA_3_8B, "cuda", "native", "the model is dense"),
+        (MIXTURE, "cpu", "native", "the ranks run on the CPU"),
+        (MIXTURE, "cuda", "int4", "int4 codes are computed with on the GPU only"),
+    ],
+)
+def test_host_experts_that_cannot_be_are_refused(
+    tmp_path: Path, config: Any, device: str, precision: str, told: str
+) -> None:
+    asked = {"host_experts": "always", "precision": precision}
+    with pytest.raises(ConfigError, match=told) as caught:
+        mixture(tmp_path, config, device=device, offload=asked)
+    assert caught.value.param == "models[0].offload.host_experts"
