@@ -5,27 +5,31 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
 from cluster.base.amount_text import size_text
 from cluster.base.env import default_cache_dir
-from cluster.base.errors import ConfigError, InternalError
+from cluster.base.errors import ConfigError
 from cluster.base.plan import OffloadPlan
 from offload.checkpoint_store import READER, CheckpointStore
+from offload.compression import DTYPE, Compression, RecordCodec
 from offload.expert_cache import ExpertCache
 from offload.homes import KvHome
 from offload.host_experts import HostExperts
 from offload.kv_windows import KvWindows
 from offload.layout import Store
+from offload.lossless_library import open_codec
 from offload.opening import Opening, Runtime
-from offload.pack import NativePacker, Packer, StoreRequest, ensure_store
+from offload.pack import StoreRequest, ensure_store
+from offload.packers import NativePacker, Packer
 from offload.placement import Placement, place_units
+from offload.plan_check import check_plan
 from offload.precision import Precision
 from offload.provider import StreamedWeights
 from offload.quant_kernels import QuantKernels, QuantPacker
 from offload.readers.choose import OpenEngine, choose_reader, openers
-from offload.record_check import VERIFY
 from offload.reservations import reserve_all
 from offload.ring import Ring
 from offload.schedule import build_schedule
@@ -53,7 +57,7 @@ def streamed_weights(plan: OffloadPlan, runtime: Runtime | None = None) -> Weigh
 
     def make(request: WeightsRequest) -> WeightProvider:
         has_stages = runtime.streams_of(request.device) is not None
-        _check(plan, request, has_stages=has_stages)
+        check_plan(plan, request, has_stages=has_stages)
         wanted = StoreRequest(
             model_path=request.spec.model_path,
             units=request.model.units,
@@ -62,6 +66,7 @@ def streamed_weights(plan: OffloadPlan, runtime: Runtime | None = None) -> Weigh
             disk_path=plan.disk_path,
             rank=request.rank,
             size=request.size,
+            codec=codec_of(plan, request.spec.dtype, runtime.cache_dir / "kernels"),
         )
         if plan.is_packed:
             store = ensure_store(wanted, request.on_progress)
@@ -81,6 +86,31 @@ def make_packer(kernels: Kernels, dtype: torch.dtype) -> Packer:
     if isinstance(kernels, QuantKernels):
         return QuantPacker(kernels, dtype)
     return NativePacker(kernels, dtype)
+
+
+def codec_of(plan: OffloadPlan, dtype: str, cache_dir: Path) -> RecordCodec | None:
+    """What this plan's records are compressed with.
+
+    Args:
+        cache_dir: where it is kept once it is compiled.
+
+    Raises:
+        ConfigError: the compression is not known, not for such weights, or cannot be compiled.
+    """
+    if plan.compression not in list(Compression):
+        known = ", ".join(Compression)
+        raise ConfigError(
+            f"compression {plan.compression!r} is not known.", f"Use {known}.", param="compression"
+        )
+    if plan.compression == Compression.NONE:
+        return None
+    if plan.precision != Precision.NATIVE or dtype != DTYPE:
+        raise ConfigError(
+            f"{plan.precision} weights in {dtype} do not get smaller: only native {DTYPE} does.",
+            "Set compression to none.",
+            param="compression",
+        )
+    return open_codec(cache_dir)
 
 
 def kernel_adapter(plan: OffloadPlan) -> Callable[[Kernels], Kernels] | None:
@@ -164,63 +194,6 @@ def open_weights(
 
 def _routed(pinned: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     return {unit: memory for unit, memory in pinned.items() if ".expert." in unit}
-
-
-def _check(plan: OffloadPlan, request: WeightsRequest, *, has_stages: bool) -> None:
-    if plan.verify not in VERIFY:
-        raise ConfigError(
-            f"verify {plan.verify!r} is not known.", f"Use {' or '.join(VERIFY)}.", param="verify"
-        )
-    if not plan.is_packed and (plan.share_resident or plan.precision != Precision.NATIVE):
-        raise ConfigError(
-            "Weights straight from a checkpoint are neither shared nor quantised.",
-            "Pack them.",
-            param="pack",
-        )
-    _check_kv(plan, request)
-    adapted = isinstance(request.model.kernels, QuantKernels)
-    if adapted != (kernel_adapter(plan) is not None):
-        raise InternalError(f"The model's kernels do not know {plan.precision} weights.")
-    if plan.share_resident and request.device.type != "cpu":
-        raise ConfigError(
-            "Ranks on devices have no resident units in host memory to share.",
-            "Set share_resident to never.",
-            param="share_resident",
-        )
-    if plan.host_units and not has_stages:
-        raise ConfigError(
-            "A CPU rank has one memory: units cannot stay in the host's.",
-            "Make them resident.",
-            param="host_units",
-        )
-    if plan.host_experts is not None and not plan.host_units:
-        raise ConfigError(
-            "No experts lie in host memory that could be computed there.",
-            "Leave host_experts out.",
-            param="host_experts",
-        )
-
-
-def _check_kv(plan: OffloadPlan, request: WeightsRequest) -> None:
-    if plan.kv_home not in list(KvHome):
-        known = ", ".join(KvHome)
-        raise ConfigError(
-            f"kv_home {plan.kv_home!r} is not known.", f"Use {known}.", param="kv_home"
-        )
-    if plan.kv_home != KvHome.DEVICE and request.device.type != "cpu":
-        raise ConfigError(
-            "Ranks on devices have their KV cache there in this version.",
-            "Set kv_home to device.",
-            param="kv_home",
-        )
-    longest = -(-request.spec.max_context // request.spec.block_size)
-    if plan.kv_home == KvHome.STREAMED and (plan.kv_windows < 1 or plan.kv_window_blocks < longest):
-        raise ConfigError(
-            f"{plan.kv_windows} windows of {plan.kv_window_blocks} blocks do not hold a request "
-            f"of {longest} blocks.",
-            "Plan the model again.",
-            param="kv_home",
-        )
 
 
 def _log_placement(placement: Placement, reader: str) -> None:

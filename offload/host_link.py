@@ -1,9 +1,11 @@
 """Disk -> host slots. On a CPU rank the kernels compute straight from them.
 
 Nothing that was read is used before it is known to be whole (`offload/record_check.py`). Checksums
-are computed by a thread of their own as records arrive, in the order of their reads, so that the
-computation waits for one only where it caught up with the disk. A read that failed is tried once
-more. A slow disk makes a slow step; a wrong byte makes an error.
+are computed and compressed records decoded by a thread of their own as records arrive, in the order
+of their reads, so that the computation waits for one only where it caught up with the disk. A
+compressed record is read to the end of its place in the slot and decoded there: it takes no memory
+beside. A read that failed is tried once more. A slow disk makes a slow step; a wrong byte makes an
+error.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from cluster.base.errors import PenstockError
+from cluster.base.errors import CorruptWeightsError, InternalError, PenstockError
+from offload.compression import RecordCodec
 from offload.layout import PackedTensor, Record, Store
 from offload.link import POISON, LinkStats
 from offload.readers.engine import ReadEngine, ReadTimeoutError
@@ -25,6 +28,7 @@ from offload.record_check import RecordCheck
 _MAX_CACHED_VIEWS = 4096
 _POLL_S = 0.5
 """How long a wait may keep `close` waiting."""
+_PACK_AGAIN = "Delete the file; it is packed again at the next start."
 _log = logging.getLogger(__name__)
 
 
@@ -32,18 +36,20 @@ class HostLink:
     """Implements `Link` over a packed store.
 
     Args:
-        slots: memory of each slot, from `engine.allocate`; a unit's record must fit its slot.
+        slots: memory of each slot, from `engine.allocate`; a unit's image must fit its slot.
         check: of what was read; None: checksums at the first read of each record.
+        codec: decodes compressed records; None: there are none.
         poison: overwrite evicted slots with NaN, so that a use after release shows.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what stands between a file and whole records
         self,
         store: Store,
         engine: ReadEngine,
         slots: Sequence[torch.Tensor],
         *,
         check: RecordCheck | None = None,
+        codec: RecordCodec | None = None,
         timeout_s: float = 30.0,
         poison: bool = False,
     ) -> None:
@@ -52,6 +58,7 @@ class HostLink:
         self._engine = engine
         self._slots = list(slots)
         self._check = check or RecordCheck(store)
+        self._codec = codec
         self._timeout_s = timeout_s
         self._poison = poison
         self._reading: list[Record | None] = [None] * len(slots)
@@ -95,8 +102,8 @@ class HostLink:
         return self._views[key]
 
     def record(self, unit: str, slot: int) -> torch.Tensor:
-        """The unit's record in the slot as bytes, after `wait`: what a further stage copies."""
-        return self._slots[slot][: self._store.record_of(unit).num_bytes]
+        """The unit's image in the slot as bytes, after `wait`: what a further stage copies."""
+        return self._slots[slot][: self._store.record_of(unit).image_bytes]
 
     def evict(self, slot: int) -> None:
         """See `Link.evict`."""
@@ -111,13 +118,13 @@ class HostLink:
         self._views.clear()
 
     def _start(self, record: Record, slot: int) -> None:
-        buffer = self._slots[slot][: record.num_bytes]
+        buffer = self._place(record, slot)
         self._check.spoil(record, buffer)
         self._engine.submit(slot, buffer, record.offset)
         self._reading[slot] = record
         self.stats.num_reads += 1
         self.stats.num_bytes += record.num_bytes
-        if self._check.needs_checksum(record):
+        if record.compressed_from or self._check.needs_checksum(record):
             self._checks[slot] = self._checker.submit(self._finish, record, slot)
 
     def _end(self, record: Record, slot: int) -> None:
@@ -131,7 +138,20 @@ class HostLink:
 
     def _finish(self, record: Record, slot: int) -> None:
         self._wait_for_read(slot)
-        self._check.check(record, self._slots[slot][: record.num_bytes])
+        self._check.check(record, self._place(record, slot))
+        if record.compressed_from:
+            if self._codec is None:
+                raise InternalError(f"{self._store.path} is compressed and there is no codec.")
+            try:
+                self._codec.decode(self._slots[slot][: record.image_bytes], record.num_bytes)
+            except CorruptWeightsError as error:
+                raise CorruptWeightsError(
+                    f"{self._store.path}: at {record.offset}: {error}", _PACK_AGAIN
+                ) from error
+
+    def _place(self, record: Record, slot: int) -> torch.Tensor:
+        """Where in the slot the record is read to: the end of its image, for the codec's sake."""
+        return self._slots[slot][record.image_bytes - record.num_bytes : record.image_bytes]
 
     def _wait_for_read(self, slot: int) -> None:
         deadline_s = time.monotonic() + self._timeout_s

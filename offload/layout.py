@@ -8,6 +8,8 @@ lie in the layout the kernels compute with. Units with the same tensors share a 
 says what lies where, with a CRC of each record and its guard words: the last eight bytes of every
 `GUARD_STRIDE` and of the record. A reader spoils those words before a read and compares them
 afterwards, which catches a read that ended early or failed in silence without looking at each byte.
+A record may be compressed (`offload/compression.py`): offsets of tensors are those in its image,
+CRC and guard words those of what is stored.
 
 The head block is written last and the file gets its name by rename, so a store is absent or whole.
 Torch-free; reads headers only.
@@ -29,7 +31,9 @@ from typing import Any
 from cluster.base.errors import CorruptWeightsError
 
 MAGIC = b"PENSTOCK"
-VERSION = 1
+VERSION = 2
+_READABLE = (1, 2)
+"""Records of version 1 are never compressed."""
 PAGE_BYTES = 4096
 TENSOR_ALIGN = 64
 GUARD_BYTES = 8
@@ -63,6 +67,13 @@ class Record:
     crc32: int
     guards: bytes
     """The guard words, in order."""
+    compressed_from: int = 0
+    """Bytes of the image that it decodes to, more than its own; 0: it is the image."""
+
+    @property
+    def image_bytes(self) -> int:
+        """Of the memory that it is used in."""
+        return self.compressed_from or self.num_bytes
 
     @property
     def num_guards(self) -> int:
@@ -105,6 +116,11 @@ class Store:
     def total_bytes(self) -> int:
         """Of all records."""
         return sum(record.num_bytes for record in self.records)
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether a record has to be decoded."""
+        return any(record.compressed_from for record in self.records)
 
 
 def aligned(offset: int, align: int = PAGE_BYTES) -> int:
@@ -163,7 +179,7 @@ def _read_head(path: Path, head: bytes, size: int) -> tuple[int, int, int]:
     _, version, crc, offset, length, own_crc = HEAD.unpack(head)
     if own_crc != zlib.crc32(head[:-4]):
         raise CorruptWeightsError(f"{path}: its head is damaged.", _PACK_AGAIN)
-    if version != VERSION:
+    if version not in _READABLE:
         raise CorruptWeightsError(
             f"{path} has format {version}; this version reads {VERSION}.", _PACK_AGAIN
         )
@@ -210,11 +226,13 @@ def _complaints(store: Store, end: int) -> Iterator[str]:
             yield f"record {number} is not inside the file"
         if len(record.guards) != GUARD_BYTES * record.num_guards:
             yield f"record {number} has no guard words"
+        if record.image_bytes < record.num_bytes or record.image_bytes % PAGE_BYTES:
+            yield f"record {number} is longer than what it decodes to"
     for unit in store.units:
         if not 0 <= unit.record < len(store.records):
             yield f"unit {unit.name} has no record"
             continue
-        size = store.records[unit.record].num_bytes
+        size = store.records[unit.record].image_bytes
         for tensor in unit.tensors:
             if tensor.offset >= 0 and tensor.offset + tensor.num_bytes > size:
                 yield f"tensor {tensor.name} of {unit.name} is not inside its record"

@@ -21,6 +21,7 @@ from offload.device_streams import DeviceStreams, TorchStreams
 from offload.host_link import HostLink
 from offload.layout import Store
 from offload.link import Link
+from offload.lossless_library import open_codec
 from offload.placement import SlotRoom
 from offload.readers.choose import OpenEngine
 from offload.readers.engine import ReadEngine, ReaderUnavailableError
@@ -38,7 +39,7 @@ class Runtime:
     """What a plan leaves to the machine, and what tests want to see."""
 
     cache_dir: Path
-    """Where compiled readers are kept."""
+    """Where compiled readers and the codec are kept."""
     poison: bool = False
     """Overwrite what was released with NaN."""
     wrap_engine: Callable[[ReadEngine], ReadEngine] = lambda engine: engine
@@ -60,6 +61,9 @@ class Opening:
         reader: the one chosen for streaming.
         engines: all readers that there are for the store.
         opened: closes everything again, in reverse.
+
+    Raises:
+        ConfigError: the store is compressed and cannot be decoded here.
     """
 
     def __init__(  # noqa: PLR0913 - where tiers come together
@@ -80,6 +84,7 @@ class Opening:
         self._reader = reader
         self._opened = opened
         self._engines = engines
+        self._codec = open_codec(runtime.cache_dir / "kernels") if store.is_compressed else None
 
     def resident(self, units: tuple[str, ...]) -> Mapping[str, Tensors]:
         """Tensors of units that stay on the device; on the host's they may still be arriving.
@@ -99,7 +104,7 @@ class Opening:
         engine = self._plain_engine(1)
         try:
             records = copy_records(
-                self._store, units, engine, self._device, self._plan.read_timeout_s
+                self._store, units, engine, self._device, self._plan.read_timeout_s, self._codec
             )
         finally:
             engine.close()
@@ -108,7 +113,9 @@ class Opening:
     def _arriving(self, units: tuple[str, ...]) -> ArrivingUnits:
         engine = self._plain_engine(len(record_numbers(self._store, units)))
         try:
-            arriving = ArrivingUnits(self._store, units, engine, self._plan.read_timeout_s)
+            arriving = ArrivingUnits(
+                self._store, units, engine, self._plan.read_timeout_s, self._codec
+            )
         except OSError as error:
             engine.close()
             raise _no_memory(error) from error
@@ -125,7 +132,9 @@ class Opening:
             return {}
         engine = self._plain_engine(len(record_numbers(self._store, units)))
         try:
-            records = read_records(self._store, units, engine, self._plan.read_timeout_s)
+            records = read_records(
+                self._store, units, engine, self._plan.read_timeout_s, self._codec
+            )
         except OSError as error:
             raise _no_memory(error) from error
         finally:
@@ -166,6 +175,7 @@ class Opening:
             engine,
             torch.split(memory, slot_bytes),
             check=RecordCheck(self._store, self._plan.verify),
+            codec=self._codec,
             timeout_s=self._plan.read_timeout_s,
             poison=self._runtime.poison,
         )

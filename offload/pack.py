@@ -1,4 +1,4 @@
-"""Checkpoint -> packed store, one tensor in memory at a time.
+"""Checkpoint -> packed store, one tensor in memory at a time; one record where it is compressed.
 
 Linear weights are laid out for the kernels that will compute with them, so a streamed unit costs
 no work when it arrives. The name of a store is the fingerprint of all that its bytes depend on:
@@ -9,73 +9,25 @@ for a new one.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from cluster.base.amount_text import size_text
 from cluster.base.errors import ConfigError, CorruptWeightsError
+from offload.compression import RecordCodec
 from offload.layout import PackedTensor, Store, StoredUnit, read_store
+from offload.packers import Packer, bytes_of
 from offload.record_sizes import record_bytes
+from offload.store_lock import alone
 from offload.store_writer import TEMPORARY_SUFFIX, StoreWriter
-from replicas.kernels.ops import Kernels
 from replicas.layers.weights import TensorSpec, WeightUnit
 from replicas.models.checkpoint import ProgressCallback, open_checkpoint
 from replicas.models.checkpoint_files import read_index
-
-_LOCK_POLL_S = 0.1
-# Ranks and replicas that start together wait for the one that packs.
-_LOCK_TIMEOUT_S = 3600.0
-# Shapes that no block size divides, and one that all do: a layout shows in the bytes it makes.
-_PROBE_SHAPES = ((67, 131), (128, 256))
-
-
-class Packer(Protocol):
-    """Decides what lies in a record for each tensor of a unit."""
-
-    layout: str
-    """Changes with the bytes that `pack` makes of the same tensor."""
-
-    def pack(self, unit: str, name: str, weight_OI: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """The tensors that stand for the linear weight `name` of `unit`, by what is added to it.
-
-        One on the meta device has no bytes and tells dtype and shape.
-        """
-        ...
-
-
-class NativePacker:
-    """Linear weights in the layout of `kernels`, in their own dtype."""
-
-    def __init__(self, kernels: Kernels, dtype: torch.dtype) -> None:
-        self._kernels = kernels
-        self.layout = layout_digest(kernels.name, lambda probe: kernels.pack("", probe), dtype)
-
-    def pack(self, unit: str, name: str, weight_OI: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """See `Packer`."""
-        return self._kernels.pack("", weight_OI)
-
-
-def layout_digest(
-    name: str, pack: Callable[[torch.Tensor], Mapping[str, torch.Tensor]], dtype: torch.dtype
-) -> str:
-    """Changes with the bytes that `pack` makes of a few weights in `dtype`."""
-    digest = hashlib.sha256(name.encode())
-    for rows, width in _PROBE_SHAPES:
-        probe = torch.arange(rows * width).remainder(251).view(rows, width).to(dtype)
-        for suffix, tensor in pack(probe).items():
-            digest.update(f"{suffix} {tuple(tensor.shape)} ".encode())
-            if not tensor.is_meta:
-                digest.update(_bytes_of(tensor))
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +41,8 @@ class StoreRequest:
     disk_path: str
     rank: int = 0
     size: int = 1
+    codec: RecordCodec | None = None
+    """Makes records smaller; None: they are stored as they are used."""
 
     def fingerprint(self) -> str:
         """Of everything the store's bytes depend on.
@@ -108,6 +62,7 @@ class StoreRequest:
         digest.update(config.read_bytes() if config.exists() else b"")
         digest.update(f"{self.dtype} {self.packer.layout} {self.rank}/{self.size}".encode())
         digest.update(repr(self.units).encode())
+        digest.update(b"" if self.codec is None else self.codec.name.encode())
         return digest.hexdigest()
 
     def target(self, fingerprint: str) -> Path:
@@ -132,7 +87,7 @@ def ensure_store(request: StoreRequest, on_progress: ProgressCallback | None = N
         target.parent.mkdir(parents=True, exist_ok=True)
         if store := _whole(target, fingerprint):
             return store
-        with _alone(target.with_suffix(".lock")):
+        with alone(target.with_suffix(".lock")):
             if store := _whole(target, fingerprint):
                 return store
             _remove_leftovers(target)
@@ -162,13 +117,13 @@ def pack_store(
     total = sum(record_bytes(unit, request.dtype) for unit in request.units)
     _check_space(target, total)
     reading = open_checkpoint(request.model_path, request.units, dtype=request.dtype)
-    with reading as load, StoreWriter(target) as writer:
+    with reading as load, StoreWriter(target, request.codec) as writer:
         packing = _Packing(writer, load, request)
         units = []
         for unit in request.units:
             units.append(packing.add(unit))
             if on_progress is not None:
-                done = sum(record.num_bytes for record in writer.records)
+                done = sum(record.image_bytes for record in writer.records)
                 on_progress(min(done, total), total)
         writer.commit(
             Store(
@@ -221,7 +176,7 @@ class _Packing:
                 name=suffix,
                 dtype=str(tensor.dtype).removeprefix("torch."),
                 shape=tuple(tensor.shape),
-                offset=-1 if tensor.is_meta else self._writer.add(_bytes_of(tensor)),
+                offset=-1 if tensor.is_meta else self._writer.add(bytes_of(tensor)),
                 num_bytes=0 if tensor.is_meta else tensor.nbytes,
             )
 
@@ -240,11 +195,6 @@ def _stored(
 def _identity(spec: TensorSpec) -> TensorSpec:
     """Equal for specs that ask for the same bytes."""
     return dataclasses.replace(spec, name="")
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.contiguous().view(-1).view(torch.uint8)
-    return flat.numpy().data
 
 
 def _whole(target: Path, fingerprint: str) -> Store | None:
@@ -274,24 +224,3 @@ def _remove_leftovers(target: Path) -> None:
     """Files of packers that died; the lock says that none is at work."""
     for part in target.parent.glob(f"{target.name}.*{TEMPORARY_SUFFIX}"):
         part.unlink(missing_ok=True)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Holds the file lock of a store; the kernel frees it with its holder."""
-    deadline_s = time.monotonic() + _LOCK_TIMEOUT_S
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline_s:
-                    raise ConfigError(
-                        f"Another process has been packing {path.with_suffix('.weights')} for "
-                        f"{_LOCK_TIMEOUT_S:.0f} s.",
-                        "Look for a process that hangs.",
-                        param="disk_path",
-                    ) from None
-                time.sleep(_LOCK_POLL_S)
-        yield

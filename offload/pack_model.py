@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cluster.base.env import default_cache_dir
 from cluster.base.plan import OffloadPlan
-from offload.assembly import kernel_adapter, make_packer
+from offload.assembly import codec_of, kernel_adapter, make_packer
 from offload.layout import Store
 from offload.pack import StoreRequest, ensure_store
 from replicas.kernels.select import select_kernels
@@ -22,6 +22,7 @@ def pack_model(  # noqa: PLR0913 - what a store depends on
     *,
     dtype: str,
     precision: str,
+    compression: str = "none",
     disk_path: str,
     rank: int = 0,
     size: int = 1,
@@ -30,11 +31,17 @@ def pack_model(  # noqa: PLR0913 - what a store depends on
     """The store of `rank`: what is there, or packed now; as an offload worker would find it.
 
     Raises:
-        ConfigError: an unsupported checkpoint, an unknown dtype or precision, no place on the disk.
+        ConfigError: an unsupported checkpoint, an unknown dtype, precision or compression, no place
+            on the disk.
         CorruptWeightsError: the checkpoint is damaged.
     """
     plan = OffloadPlan(
-        disk_path=disk_path, device_bytes=0, host_bytes=0, workspace_bytes=0, precision=precision
+        disk_path=disk_path,
+        device_bytes=0,
+        host_bytes=0,
+        workspace_bytes=0,
+        precision=precision,
+        compression=compression,
     )
     kernels = select_kernels("auto", torch_dtype(dtype), "cpu", default_cache_dir() / "kernels")
     adapter = kernel_adapter(plan)
@@ -48,5 +55,6 @@ def pack_model(  # noqa: PLR0913 - what a store depends on
         disk_path=disk_path,
         rank=rank,
         size=size,
+        codec=codec_of(plan, dtype, default_cache_dir() / "kernels"),
     )
     return ensure_store(request, on_progress)

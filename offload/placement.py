@@ -79,11 +79,13 @@ def place_units(store: Store, plan: OffloadPlan) -> Placement:
         ring=ring,
         experts=experts,
         host=tuple(unit.name for unit in streamed if unit.record in on_host),
-        host_unit_bytes=sum(store.records[number].num_bytes for number in sorted(on_host)),
+        host_unit_bytes=sum(store.records[number].image_bytes for number in sorted(on_host)),
         ring_room=_room(store, ring, plan.ring_slots, on_host),
         expert_room=_room(store, experts, max(2, plan.expert_slots), on_host),
-        resident_bytes=sum(store.records[number].num_bytes for number in sorted(kept)),
-        largest_resident_bytes=max((store.records[number].num_bytes for number in kept), default=0),
+        resident_bytes=sum(store.records[number].image_bytes for number in sorted(kept)),
+        largest_resident_bytes=max(
+            (store.records[number].image_bytes for number in kept), default=0
+        ),
     )
 
 
@@ -98,4 +100,4 @@ def _room(store: Store, units: Sequence[str], wanted: int, on_host: Collection[i
 
 
 def _largest(store: Store, units: Iterable[str]) -> int:
-    return max((store.record_of(unit).num_bytes for unit in units), default=0)
+    return max((store.record_of(unit).image_bytes for unit in units), default=0)

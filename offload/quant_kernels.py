@@ -19,7 +19,7 @@ from cluster.base.errors import InternalError
 from moe.experts import GroupedExperts
 from moe.spec import GateSpec
 from offload.dequant_library import DequantLibrary
-from offload.pack import layout_digest
+from offload.packers import layout_digest
 from offload.precision import NEVER_QUANTISED, Precision
 from offload.quant import (
     ROWS,

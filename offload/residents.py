@@ -12,6 +12,7 @@ from contextlib import closing
 import torch
 
 from offload.awaited_units import AwaitedUnits, record_order
+from offload.compression import RecordCodec
 from offload.host_link import HostLink
 from offload.host_memory import block_on_demand
 from offload.layout import Store
@@ -27,7 +28,7 @@ def record_numbers(store: Store, units: Sequence[str]) -> list[int]:
 class ArrivingUnits(AwaitedUnits):
     """Tensors of units that are being read into host memory, all at once and in their order.
 
-    Looking one up waits for it; one thread does. Memory is of exactly the records' size.
+    Looking one up waits for it; one thread does. Memory is of exactly the images' size.
 
     Args:
         engine: fills any page-aligned memory, tells of failed reads and has a slot for each record;
@@ -40,17 +41,22 @@ class ArrivingUnits(AwaitedUnits):
     """
 
     def __init__(
-        self, store: Store, units: Sequence[str], engine: ReadEngine, timeout_s: float
+        self,
+        store: Store,
+        units: Sequence[str],
+        engine: ReadEngine,
+        timeout_s: float,
+        codec: RecordCodec | None = None,
     ) -> None:
         super().__init__(store, units)
         numbers = record_order(store, units)
-        sizes = [store.records[number].num_bytes for number in numbers]
+        sizes = [store.records[number].image_bytes for number in numbers]
         slots = torch.split(block_on_demand(sum(sizes)), sizes)
         self._slot_of = {number: slot for slot, number in enumerate(numbers)}
         self._memory = dict(zip(numbers, slots, strict=True))
         self._missing = set(numbers)
         check = RecordCheck(store, leaves_untouched=True)
-        self._link = HostLink(store, engine, slots, check=check, timeout_s=timeout_s)
+        self._link = HostLink(store, engine, slots, check=check, codec=codec, timeout_s=timeout_s)
         unit_of = {store.by_name[unit].record: unit for unit in reversed(units)}
         for number, slot in self._slot_of.items():
             self._link.submit(unit_of[number], slot)
@@ -68,9 +74,13 @@ class ArrivingUnits(AwaitedUnits):
 
 
 def read_records(
-    store: Store, units: Sequence[str], engine: ReadEngine, timeout_s: float
+    store: Store,
+    units: Sequence[str],
+    engine: ReadEngine,
+    timeout_s: float,
+    codec: RecordCodec | None = None,
 ) -> Mapping[int, torch.Tensor]:
-    """The records of `units` by number, in one block of host memory of exactly their size.
+    """The images of `units`' records by number, in one block of host memory of exactly their size.
 
     Args:
         engine: has a slot for each record, and its memory outlives it; closed afterwards.
@@ -79,9 +89,9 @@ def read_records(
         CorruptWeightsError, WeightStreamError: they cannot be read.
     """
     numbers = record_numbers(store, units)
-    sizes = [store.records[number].num_bytes for number in numbers]
+    sizes = [store.records[number].image_bytes for number in numbers]
     slots = list(torch.split(engine.allocate(sum(sizes)), sizes))
-    link = HostLink(store, engine, slots, timeout_s=timeout_s)
+    link = HostLink(store, engine, slots, codec=codec, timeout_s=timeout_s)
     unit_of = {store.by_name[unit].record: unit for unit in units}
     with closing(link):
         for slot, number in enumerate(numbers):
@@ -97,6 +107,7 @@ def copy_records(
     engine: ReadEngine,
     device: torch.device,
     timeout_s: float,
+    codec: RecordCodec | None = None,
 ) -> Mapping[int, torch.Tensor]:
     """As `read_records`, on `device`; the host holds one record at a time.
 
@@ -104,9 +115,9 @@ def copy_records(
         engine: has one slot; closed afterwards.
     """
     numbers = record_numbers(store, units)
-    sizes = [store.records[number].num_bytes for number in numbers]
+    sizes = [store.records[number].image_bytes for number in numbers]
     blocks = torch.split(torch.empty(sum(sizes), dtype=torch.uint8, device=device), sizes)
-    link = HostLink(store, engine, [engine.allocate(max(sizes))], timeout_s=timeout_s)
+    link = HostLink(store, engine, [engine.allocate(max(sizes))], codec=codec, timeout_s=timeout_s)
     unit_of = {store.by_name[unit].record: unit for unit in units}
     with closing(link):
         for number, block in zip(numbers, blocks, strict=True):

@@ -2,7 +2,8 @@
 
 Pages are handed to the disk as they are written, so packing a model never fills the memory with
 pages that wait. A process that dies leaves a file with a temporary name, which the next one
-removes.
+removes. With a codec a record is in memory until it is finished, and stored shorter where it can
+be.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
+
+from offload.compression import RecordCodec
 from offload.layout import (
     GUARD_BYTES,
     GUARD_STRIDE,
@@ -33,16 +37,22 @@ _FLUSH_BYTES = 64 * 2**20
 class StoreWriter:
     """A store being written; leave the `with` block without `commit` and nothing remains.
 
+    Args:
+        codec: makes records smaller; None: they are stored as they are used.
+
     Raises:
         OSError: the disk is full, or the directory cannot be written.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, codec: RecordCodec | None = None) -> None:
         self._target = target
+        self._codec = codec
         self._part = target.with_name(f"{target.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
         self._file = self._part.open("wb", buffering=2**20)
         self._records: list[Record] = []
         self._record: _OpenRecord | None = None
+        self._length = 0
+        self._image = bytearray()
         self._position = 0
         self._flushed = 0
         self._pad_to(PAGE_BYTES)
@@ -68,22 +78,25 @@ class StoreWriter:
     def begin(self) -> None:
         """Start a record."""
         self._record = _OpenRecord(start=self._position)
+        self._length = 0
+        self._image = bytearray()
 
     def add(self, data: memoryview) -> int:
         """Append a tensor's bytes to the record; returns their offset in it."""
-        record = self._open_record()
-        self._fill(aligned(self._position - record.start, TENSOR_ALIGN) + record.start)
-        offset = self._position - record.start
-        self._write(data)
+        self._open_record()
+        self._fill(aligned(self._length, TENSOR_ALIGN))
+        offset = self._length
+        self._put(data)
         return offset
 
     def finish(self) -> int:
         """End the record; returns its number."""
         record = self._open_record()
         # A record has a page at least, so that it has a guard word.
-        end = max(aligned(self._position), record.start + PAGE_BYTES)
-        self._fill(end)
-        self._records.append(record.finished())
+        self._fill(max(aligned(self._length), PAGE_BYTES))
+        if self._image:
+            self._write(self._encoded())
+        self._records.append(record.finished(self._length))
         self._record = None
         self._flush(_FLUSH_BYTES)
         return len(self._records) - 1
@@ -109,8 +122,22 @@ class StoreWriter:
             raise RuntimeError("begin() comes before add() and finish()")
         return self._record
 
-    def _fill(self, position: int) -> None:
-        self._write(memoryview(bytes(position - self._position)))
+    def _fill(self, length: int) -> None:
+        self._put(memoryview(bytes(length - self._length)))
+
+    def _put(self, data: memoryview) -> None:
+        """Append to the record's image, which is what is stored unless there is a codec."""
+        self._length += len(data)
+        if self._codec is None:
+            self._write(data)
+        else:
+            self._image += data
+
+    def _encoded(self) -> memoryview:
+        """The image as it is stored."""
+        image = torch.frombuffer(self._image, dtype=torch.uint8)
+        record = None if self._codec is None else self._codec.encode(image)
+        return (image if record is None else record).numpy().data
 
     def _write(self, data: memoryview) -> None:
         if self._record is not None:
@@ -152,11 +179,12 @@ class _OpenRecord:
             if self._length % GUARD_STRIDE == 0:
                 self._guards += self._tail
 
-    def finished(self) -> Record:
+    def finished(self, image_bytes: int) -> Record:
         # One more word for the end, also where it is the end of a stride.
         return Record(
             offset=self.start,
             num_bytes=self._length,
             crc32=self._crc,
             guards=bytes(self._guards + self._tail),
+            compressed_from=image_bytes if image_bytes != self._length else 0,
         )

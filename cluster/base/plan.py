@@ -127,6 +127,8 @@ class OffloadPlan:
     results may differ from the device's in the last bits, so tokens then depend on the load."""
     precision: str = "native"
     """Number format of streamed linear weights: `native`, or a quantised one."""
+    compression: str = "none"
+    """How records lie on disk: `none`, or `lossless`: shorter, and the same bits after a read."""
     reader: str = "auto"
     """auto, aio, direct or buffered."""
     verify: str = "first"

@@ -74,6 +74,7 @@ class FaultyEngine:
     kind: str
     at: int = 0
     times: int = 10**9
+    byte: int = 100
     name: str = "faulty"
     num_reads: int = 0
     faulty: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -97,7 +98,7 @@ class FaultyEngine:
         if self.kind == "error":
             raise WeightStreamError("Input/output error.")
         if self.kind == "flip":
-            self.faulty[slot][100] ^= 4
+            self.faulty[slot][self.byte] ^= 4
 
     def close(self) -> None:
         self.inner.close()

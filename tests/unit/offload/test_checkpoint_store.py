@@ -10,7 +10,8 @@ import torch
 from cluster.base.env import default_cache_dir
 from cluster.base.errors import ConfigError, PenstockError
 from offload.checkpoint_store import CheckpointStore
-from offload.pack import NativePacker, StoreRequest, ensure_store
+from offload.pack import StoreRequest, ensure_store
+from offload.packers import NativePacker
 from replicas.api import GenerationRequest, SamplingParams
 from replicas.kernels.select import select_kernels
 from replicas.models.hf_config import arch_from_hf

@@ -18,7 +18,8 @@ from offload.assembly import open_weights
 from offload.expert_cache import ExpertCache
 from offload.expert_division import ExpertWork, compute_s, divide, fetch_s, num_for_host
 from offload.opening import Runtime
-from offload.pack import NativePacker, StoreRequest, ensure_store
+from offload.pack import StoreRequest, ensure_store
+from offload.packers import NativePacker
 from offload.placement import place_units
 from offload.provider import StreamedWeights
 from offload.readers.choose import openers

@@ -16,8 +16,9 @@ from cluster.base.errors import ConfigError, CorruptWeightsError
 from cluster.dist.communicator import SingleRank
 from offload import pack
 from offload.layout import GUARD_BYTES, GUARD_STRIDE, PAGE_BYTES, Store, read_store
-from offload.pack import NativePacker, StoreRequest, ensure_store
+from offload.pack import StoreRequest, ensure_store
 from offload.pack_model import pack_model
+from offload.packers import NativePacker
 from offload.record_sizes import record_bytes
 from replicas.kernels.torch_ops import TORCH_KERNELS
 from replicas.models.checkpoint import load_weights
