@@ -2,12 +2,14 @@
 
 Everything overlaps, so a pass takes as long as its busiest resource:
 
-    t = max( S_disk / BW_disk, S_link / BW_link, C, KV_link / BW_link, A_host, E_host )
+    t = max( r S_disk / BW_disk, S_disk / BW_decode, S_link / BW_link, C,
+             KV_link / BW_link, A_host, E_host )
 
-S: bytes streamed in a pass after quantisation. C: the device's own work, one thing after another:
-multiplications with weights as they are stored, attention over the KV cache it holds, and what
-each row takes beside its products (norms, heads, activations, sampling). A, E: attention and
-experts that the host computes.
+S: bytes streamed in a pass after quantisation. r: what compression leaves of them on disk; one core
+decodes them, and where none is free it takes from those that compute. C: the device's own work, one
+thing after another: multiplications with weights as they are stored, attention over the KV cache it
+holds, and what each row takes beside its products (norms, heads, activations, sampling). A, E:
+attention and experts that the host computes.
 tokens/s = batch / t; with S / BW the largest term this is ZeRO-Inference's rule: throughput is
 batch x link / model.
 """
@@ -18,6 +20,7 @@ import enum
 from dataclasses import dataclass
 
 from cluster.base.plan import HostExpertsPlan
+from offload.compression import Compression
 from offload.expert_division import ExpertWork, compute_s, num_for_host
 from offload.homes import KvHome, Placement, distinct_experts
 from offload.model_shape import LayerShape, ModelShape
@@ -31,11 +34,15 @@ JITTER_SHARE = {1: 1.0, 2: 0.06}
 it with one slot; with two a late transfer is felt (measured 1 % on a quiet machine, 12-19 % on a
 loaded one); three or more absorb it."""
 
+SLOTS_TO_DECODE = 3
+"""With fewer slots a record is decoded and computed with in turn: the others are being read."""
+
 
 class Resource(enum.StrEnum):
     """What a pass can be bound by."""
 
     DISK = "disk"
+    DECODE = "decoding of compressed records"
     LINK = "host to device link"
     COMPUTE = "device compute"
     KV_LINK = "KV cache over the link"
@@ -81,11 +88,11 @@ class PassCost:
 
     @property
     def transfer_s(self) -> float:
-        """The busier of disk and link."""
+        """The busiest of disk, decoding and link."""
         return max(seconds for name, seconds in self.seconds if name in _TRANSFERS)
 
 
-_TRANSFERS = (Resource.DISK, Resource.LINK)
+_TRANSFERS = (Resource.DISK, Resource.DECODE, Resource.LINK)
 
 
 def pass_time(model: ModelShape, placement: Placement, rates: Rates, load: PassLoad) -> PassCost:
@@ -94,10 +101,13 @@ def pass_time(model: ModelShape, placement: Placement, rates: Rates, load: PassL
     kv_bytes = load.rows * load.context_tokens * model.kv_bytes_per_token
     overlaps = not rates.device_is_host
     left, experts_s = host_experts_share(model, placement, rates, load)
+    decode_s = _decode_s(placement, rates, from_disk)
     seconds = {
-        Resource.DISK: from_disk / rates.disk_bytes_per_s,
+        Resource.DISK: from_disk * placement.stored_share(model) / rates.disk_bytes_per_s,
+        Resource.DECODE: decode_s,
         Resource.LINK: (from_disk + from_host - left) / rates.link_bytes_per_s,
-        Resource.COMPUTE: _compute_s(model, placement, rates, load),
+        Resource.COMPUTE: _compute_s(model, placement, rates, load)
+        + decode_s * (1.0 if placement.ring_slots < SLOTS_TO_DECODE else rates.decode_slowdown),
         Resource.KV_LINK: 0.0,
         Resource.HOST_ATTENTION: 0.0,
         Resource.HOST_EXPERTS: experts_s,
@@ -107,7 +117,7 @@ def pass_time(model: ModelShape, placement: Placement, rates: Rates, load: PassL
         seconds[Resource.KV_LINK] = seconds[Resource.LINK] + kv_bytes / rates.link_bytes_per_s
     if placement.kv_home is KvHome.HOST and overlaps:
         seconds[Resource.HOST_ATTENTION] = kv_bytes / rates.host_memory_bytes_per_s
-    transfer = max(seconds[Resource.DISK], seconds[Resource.LINK], seconds[Resource.KV_LINK])
+    transfer = max(seconds[name] for name in (*_TRANSFERS, Resource.KV_LINK))
     shown = JITTER_SHARE.get(placement.ring_slots, 0.0) * min(transfer, seconds[Resource.COMPUTE])
     return PassCost(seconds=tuple(seconds.items()), total_s=max(seconds.values()) + shown)
 
@@ -145,6 +155,12 @@ def host_costs(rates: Rates) -> HostExpertsPlan:
         host_bytes_per_s=rates.host_memory_bytes_per_s,
         host_flops_per_s=rates.host_flops_per_s,
     )
+
+
+def _decode_s(placement: Placement, rates: Rates, from_disk: int) -> float:
+    if placement.compression is Compression.NONE:
+        return 0.0
+    return from_disk / (rates.decode_bytes_per_s or 1.0)  # a year, where it cannot be done
 
 
 def _compute_s(model: ModelShape, placement: Placement, rates: Rates, load: PassLoad) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from offload.compression import Compression
 from offload.model_shape import LayerShape, ModelShape
 from offload.precision import Precision
 
@@ -35,6 +36,8 @@ class Placement:
     """Of fixed units that stream: from host memory, not from disk."""
     precision: Precision = Precision.NATIVE
     """Of all layers, wherever they are: answers do not depend on the budget."""
+    compression: Compression = Compression.NONE
+    """Of all records in the store; memory holds what they decode to."""
     ring_slots: int = 3
     bases_resident: bool = False
     """Of mixture layers that stream only the routed experts do; the rest of them stays."""
@@ -68,8 +71,12 @@ class Placement:
         layer_bytes = -(-model.kv_bytes_per_token // len(model.layers))
         return self.kv_windows * self.kv_window_tokens * layer_bytes
 
+    def stored_share(self, model: ModelShape) -> float:
+        """Of the bytes that come from disk, what is read."""
+        return model.stored_share if self.compression is Compression.LOSSLESS else 1.0
+
     def streamed_bytes(self, model: ModelShape, tokens: int, kv_tokens: int = 0) -> tuple[int, int]:
-        """Bytes that one pass of `tokens` tokens reads from (disk, host memory); see `parts`.
+        """Bytes that one pass of `tokens` tokens brings from (disk, host memory); see `parts`.
 
         Of routed experts those that uniform routing hits and that are not in a slot: a skewed
         routing hits fewer and finds more of them, so this errs on the slow side.

@@ -34,6 +34,8 @@ _MAY_BE_ZERO = (
     "row_value_s",
     "attention_bytes_per_s",
     "host_flops_per_s",
+    "decode_bytes_per_s",
+    "decode_slowdown",
 )
 
 Run = Callable[[Sequence[str], float], str]

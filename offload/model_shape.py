@@ -96,6 +96,8 @@ class ModelShape:
     """That travel for a row whose expert the host computes, there and back."""
     logits: int = 0
     """Values of one row that sampling looks at."""
+    stored_share: float = 1.0
+    """Bytes of a lossless record against those of its image."""
 
     @property
     def head_weights(self) -> int:

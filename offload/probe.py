@@ -26,6 +26,7 @@ import torch
 from cluster.base.env import default_cache_dir
 from offload.machine_rates import rates_to_json
 from offload.precision import Precision
+from offload.probe_decoding import measure_decoding
 from offload.probe_rows import measure_rows
 from offload.quant_kernels import QuantKernels
 from offload.rates import GemmPoint, Rates
@@ -94,6 +95,7 @@ def measure(probe: Probe, disk: Path) -> Rates:
     weights = [torch.full(WEIGHT_SHAPE, 0.01, dtype=probe.dtype) for _ in range(NUM_WEIGHTS)]
     packed = [_on_device(probe.kernels.pack("w.weight", weight), probe) for weight in weights]
     points = tuple(_gemm(probe, probe.kernels, packed, tokens) for tokens in GEMM_TOKENS)
+    decoding = measure_decoding(torch.get_num_threads())
     rows = measure_rows(probe.kernels, probe.device, probe.dtype, probe.cold_s)
     return Rates(
         disk_bytes_per_s=_disk(disk),
@@ -107,6 +109,8 @@ def measure(probe: Probe, disk: Path) -> Rates:
         layer_overhead_s=_calls(probe) + rows.layer_s,
         row_value_s=rows.value_s,
         attention_bytes_per_s=rows.attention_bytes_per_s,
+        decode_bytes_per_s=decoding.decode_bytes_per_s,
+        decode_slowdown=decoding.decode_slowdown,
     )
 
 

@@ -48,6 +48,10 @@ class Rates:
     """The same for each further row, for each value that passes through (`layer_values`)."""
     attention_bytes_per_s: float = 0.0
     """Of keys and values, by what computes attention over them; 0: as fast as memory is read."""
+    decode_bytes_per_s: float = 0.0
+    """Of what compressed records decode to, by one core; 0: they cannot be decoded."""
+    decode_slowdown: float = 0.0
+    """Seconds that a second of decoding takes from what computes: 0 with a core to itself."""
 
     def gemm_s(self, weights: float, tokens: int, precision: Precision = Precision.NATIVE) -> float:
         """Seconds to multiply `weights` weights of a format with `tokens` rows.

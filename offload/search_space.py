@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from offload.compression import Compression
 from offload.homes import KvHome, Placement, staging_slots
 from offload.model_shape import ModelShape
 from offload.precision import Precision
@@ -59,6 +61,8 @@ class Choices:
     """What may be chosen; one entry where the user has decided."""
 
     precisions: tuple[Precision, ...] = (Precision.NATIVE,)
+    compressions: tuple[Compression, ...] = (Compression.NONE,)
+    """Of native records; codes get no smaller."""
     ring_slots: tuple[int, ...] = (2, 3, 4)
     expert_shares: tuple[float, ...] = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0625, 0.0)
     """Parts of the streamed routed experts that slots are tried for."""
@@ -94,19 +98,28 @@ def placements(
 
 def _weight_homes(model: ModelShape, choices: Choices) -> Iterator[Placement]:
     layers = len(model.layers)
+    fixed_or_not = (True, False)
+    for (precision, compression), slots, fixed in itertools.product(
+        _formats(choices), choices.ring_slots, fixed_or_not
+    ):
+        for resident in _resident_choices(model, choices.resident_layers):
+            base = Placement(
+                resident_layers=resident,
+                host_layers=0,
+                fixed_resident=fixed,
+                precision=precision,
+                compression=compression,
+                ring_slots=slots,
+            )
+            if slots <= layers - resident:
+                yield from _expert_homes(model, base, choices)
+
+
+def _formats(choices: Choices) -> Iterator[tuple[Precision, Compression]]:
     for precision in choices.precisions:
-        for slots in choices.ring_slots:
-            for fixed in (True, False):
-                for resident in _resident_choices(model, choices.resident_layers):
-                    base = Placement(
-                        resident_layers=resident,
-                        host_layers=0,
-                        fixed_resident=fixed,
-                        precision=precision,
-                        ring_slots=slots,
-                    )
-                    if slots <= layers - resident:
-                        yield from _expert_homes(model, base, choices)
+        native = precision is Precision.NATIVE
+        for compression in choices.compressions if native else (Compression.NONE,):
+            yield precision, compression
 
 
 def _kv_homes(base: Placement, demand: Demand, choices: Choices) -> Iterator[Placement]:

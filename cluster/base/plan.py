@@ -161,6 +161,8 @@ class SpeedPoint:
     tpot_s: float
     resident_layers: int
     precision: str
+    compression: str = "none"
+    """How records lie on disk: `none` or `lossless`."""
     micro_batch_tokens: int
     """Most tokens that a layer computes at a time; 0: all of a step's."""
     kv_home: str
@@ -181,10 +183,12 @@ class SpeedPlan:
     """Mean tokens of a request that the prediction is for."""
     disk_bytes: int
     """Read from disk in every step."""
+    stored_share: float = 1.0
+    """What compression leaves of them; 1: there is none."""
     host_bytes: int
     """Copied from host memory in every step."""
     rates: dict[str, float]
-    """Measured bytes per second: disk, link, memory."""
+    """Measured bytes per second: disk, link, memory, and decoding where records are compressed."""
     frontier: tuple[SpeedPoint, ...]
     """What nothing else beats in both tokens/s and time per token, fastest token first."""
 

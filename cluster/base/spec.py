@@ -170,6 +170,15 @@ class OffloadSpec(Section):
         description="Format of the layers' linear weights. native: the model's dtype, answers "
         "unchanged. int8, int4: half and a quarter of the bytes, other answers. auto: the fastest.",
     )
+    compression: Annotated[
+        Literal["auto", "none", "lossless"], Choice(("auto", "none", "lossless"))
+    ] = Field(
+        default="auto",
+        description="How packed bfloat16 weights lie on disk. lossless: in about two thirds of "
+        "the bytes, brought back bit for bit after each read, so answers are unchanged; takes "
+        "about half a core while the disk reads. none: as they are. auto: the faster, by what disk "
+        "and cores were measured to do.",
+    )
     ring_slots: Annotated[int | Auto, Whole(1, 16, auto=True)] = Field(
         default="auto",
         description="Weight units that are loading, waiting or computing at one time; 1 loads "

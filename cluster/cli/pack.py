@@ -42,6 +42,7 @@ class Job:
     model_path: str
     dtype: str
     precision: str
+    compression: str
     disk_path: str
     tp_size: int
 
@@ -57,24 +58,34 @@ class Job:
     default="native",
     help="With --model: format of the layers' linear weights.",
 )
+@click.option(
+    "--compression",
+    type=click.Choice(["none", "lossless"]),
+    default="none",
+    help="With --model: how records lie on disk; `penstock plan` tells what a replica wants.",
+)
 @click.option("--tp", default=1, show_default=True, help="With --model: ranks.")
-def pack(
+def pack(  # noqa: PLR0913 - the options of the command
     file: Path | None,
     model: Path | None,
     out: Path | None,
     dtype: str,
     precision: str,
+    compression: str,
     tp: int,
 ) -> None:
     """Write the packed weights of the streamed models of FILE, or of one checkpoint."""
     if (file is None) == (model is None):
         raise click.UsageError("Give either FILE or --model DIR.")
-    if model is None and (out is not None or (dtype, precision, tp) != ("auto", "native", 1)):
-        raise click.UsageError("--out, --dtype, --precision and --tp belong to --model.")
+    given = (out, dtype, precision, compression, tp)
+    if model is None and given != (None, "auto", "native", "none", 1):
+        raise click.UsageError(
+            "--out, --dtype, --precision, --compression and --tp belong to --model."
+        )
     if file is not None:
         jobs = list(_jobs_of(file))
     elif model is not None and out is not None:
-        jobs = [_job_of(model, out, dtype, precision, tp)]
+        jobs = [_job_of(model, out, dtype, precision, compression, tp)]
     else:
         raise click.UsageError("--model needs --out DIR.")
     for job in jobs:
@@ -103,18 +114,22 @@ def _jobs_of(file: Path) -> Iterator[Job]:
             model_path=model.path,
             dtype=model.dtype,
             precision=model.offload.precision,
+            compression=model.offload.compression,
             disk_path=model.offload.disk_path,
             tp_size=model.tp_size,
         )
 
 
-def _job_of(model: Path, out: Path, dtype: str, precision: str, tp_size: int) -> Job:
+def _job_of(
+    model: Path, out: Path, dtype: str, precision: str, compression: str, tp_size: int
+) -> Job:
     checkpoint = read_checkpoint(model.resolve())
     return Job(
         name=model.name,
         model_path=str(checkpoint.directory),
         dtype=arch_from_hf(checkpoint.config).dtype if dtype == "auto" else dtype,
         precision=precision,
+        compression=compression,
         disk_path=str(out.resolve()),
         tp_size=tp_size,
     )
@@ -131,12 +146,13 @@ def _run(job: Job) -> None:
                 job.model_path,
                 dtype=job.dtype,
                 precision=job.precision,
+                compression=job.compression,
                 disk_path=job.disk_path,
                 rank=rank,
                 size=job.tp_size,
                 on_progress=partial(_show, progress, task),
             )
-        size = sum(record.num_bytes for record in store.records)
+        size = store.total_bytes
         console.print(f"{store.path}: {size_text(size)}", markup=False, soft_wrap=True)
 
 

@@ -96,7 +96,7 @@ def frontier_tables(plan: ClusterPlan) -> tuple[Table, ...]:
                     f"{point.tokens_per_s:.3g}",
                     seconds_text(point.tpot_s),
                     str(point.resident_layers),
-                    point.precision,
+                    format_text(point.precision, point.compression),
                     micro_batch_text(point.micro_batch_tokens),
                     point.kv_home,
                     point.bound,
@@ -112,6 +112,14 @@ def frontier_tables(plan: ClusterPlan) -> tuple[Table, ...]:
 def micro_batch_text(tokens: int) -> str:
     """What a layer computes at a time."""
     return f"{tokens} tokens" if tokens else "the step"
+
+
+def format_text(precision: str, compression: str, stored_share: float = 1.0) -> str:
+    """Number format, and how it lies on disk."""
+    if compression == "none":
+        return precision
+    share = f" to {stored_share:.0%}" if stored_share < 1 else ""
+    return f"{precision}, {compression}{share}"
 
 
 def seconds_text(seconds: float) -> str:
@@ -130,7 +138,7 @@ def _homes(model: ModelPlan, offload: OffloadPlan, speed: SpeedPlan) -> tuple[st
         _host_text(model, offload),
         size_text(speed.host_bytes),
         size_text(speed.disk_bytes),
-        offload.precision,
+        format_text(offload.precision, offload.compression, speed.stored_share),
     )
 
 

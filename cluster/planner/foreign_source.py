@@ -21,6 +21,7 @@ InspectSource = Callable[[Path], ForeignModel]
 
 _STREAMING_KEYS = (
     "precision",
+    "compression",
     "pack",
     "ring_slots",
     "micro_batch",
@@ -83,6 +84,7 @@ def refuse_settings(spec: ModelSpec, param: str) -> None:
     asked, usual = spec.offload or OffloadSpec(), OffloadSpec()
     for key in (
         "precision",
+        "compression",
         "pack",
         "ring_slots",
         "micro_batch",

@@ -27,6 +27,7 @@ def reasons_of(draft: Draft, compute: Compute, cache: Cache) -> dict[str, str]:
         "experts.lost_groups": _failover_reason(draft),
         "device": draft.device.reason,
         "dtype": draft.dtype.reason,
+        "offload.compression": _compression_reason(draft),
         "memory.weights_bytes": _decoding_reason(draft),
         "num_threads": compute.threads.reason,
         "cpus_per_rank": compute.cpus.reason,
@@ -41,6 +42,14 @@ def _engine_reason(draft: Draft) -> str:
     if draft.zero3 is not None:
         return zero3_reason(draft)
     return draft.layout.reason if draft.streaming is None else draft.streaming.reason()
+
+
+def _compression_reason(draft: Draft) -> str:
+    """Why records of a streamed model are compressed or not, where the file left it open."""
+    asked = draft.source.spec.offload
+    if draft.streaming is None or (asked is not None and asked.compression != "auto"):
+        return ""
+    return draft.streaming.compression_reason()
 
 
 def _failover_reason(draft: Draft) -> str:

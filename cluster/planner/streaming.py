@@ -18,6 +18,7 @@ from cluster.planner.drafts import Draft, redraft
 from cluster.planner.kv_sizing import MIN_AUTO_CONTEXT
 from cluster.planner.memory import blocks_for
 from cluster.planner.streaming_choice import Streaming
+from cluster.planner.streaming_compression import open_compression
 from cluster.planner.streaming_refusal import too_small
 from cluster.planner.streaming_room import (
     Room,
@@ -75,7 +76,10 @@ class Streamer:
             disk=Path(disk),
         )
         rates = replace(self.rates(request), device_is_host=not draft.on_gpu)
-        choices = open_choices(draft, asked, model)
+        shares = shares_resident(draft, asked, room)
+        compression = open_compression(draft, asked, rates, shares=shares)
+        model = replace(model, stored_share=compression.stored_share)
+        choices = open_choices(draft, asked, model, compression.kinds)
         demand = _demand(draft, budgets, model)
         trial = Trial(
             draft=draft,
@@ -90,7 +94,6 @@ class Streamer:
         chosen = search_steps(trial)
         if chosen is None:
             raise too_small(trial)
-        shares = shares_resident(draft, asked, room)
         if shares and isinstance(asked.device_memory, str):
             chosen = share_resident(trial, room.replicas, chosen)
         streaming = Streaming(
@@ -105,6 +108,7 @@ class Streamer:
             block_size=draft.kv.block_size,
             is_packed=asked.pack,
             shares=shares,
+            not_compressed=compression.why_not,
         )
         sized = redraft(
             draft,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cluster.base.amount_text import size_text
 from cluster.base.plan import OffloadPlan, SpeedPlan, SpeedPoint
+from offload.compression import Compression
 from offload.cost_model import PassLoad, host_costs, host_experts_share, pass_time
 from offload.homes import KvHome, Placement
 from offload.model_shape import ModelShape
@@ -41,6 +42,8 @@ class Streaming:
     is_packed: bool = True
     shares: bool = False
     """Whether replicas of a node have resident units in common."""
+    not_compressed: str = ""
+    """Why records were left as they are without asking the search; empty where it decided."""
 
     @property
     def shared_bytes(self) -> int:
@@ -84,6 +87,7 @@ class Streaming:
             host_experts=host_costs(self.rates) if placement.host_experts else None,
             read_timeout_s=min(READ_TIMEOUT_S, READ_SHARE * step_timeout_s),
             precision=placement.precision.value,
+            compression=placement.compression.value,
         )
 
     def speed_plan(self) -> SpeedPlan:
@@ -97,15 +101,33 @@ class Streaming:
             ttft_s=self.found.ttft_s,
             prompt_tokens=self.demand.prompt_tokens,
             context_tokens=self.demand.context_tokens,
-            disk_bytes=disk_bytes,
+            disk_bytes=round(disk_bytes * self.placement.stored_share(self.model)),
+            stored_share=self.placement.stored_share(self.model),
             host_bytes=host_bytes + self._streamed_kv_bytes,
-            rates={
-                "disk": self.rates.disk_bytes_per_s,
-                "link": self.rates.link_bytes_per_s,
-                "memory": self.rates.memory_bytes_per_s,
-            },
+            rates=self._speeds(),
             frontier=tuple(_point(candidate) for candidate in _thinned(self.found.frontier)),
         )
+
+    def compression_reason(self) -> str:
+        """Why records lie on disk as they do, where the user left that open."""
+        if self.not_compressed:
+            return self.not_compressed
+        if self.placement.compression is Compression.NONE:
+            return "no faster: something else than the disk decides, or decoding is too slow"
+        return (
+            f"{self.model.stored_share:.0%} of the bytes by a sample of the weights, decoded at "
+            f"{self.rates.decode_bytes_per_s / 1e9:.3g} GB/s"
+        )
+
+    def _speeds(self) -> dict[str, float]:
+        speeds = {
+            "disk": self.rates.disk_bytes_per_s,
+            "link": self.rates.link_bytes_per_s,
+            "memory": self.rates.memory_bytes_per_s,
+        }
+        if self.placement.compression is not Compression.NONE:
+            speeds["decoding"] = self.rates.decode_bytes_per_s
+        return speeds
 
     @property
     def resident_tokens_per_s(self) -> float:
@@ -139,6 +161,8 @@ class Streaming:
         best = self.found.best
         if placement.kv_home is not KvHome.DEVICE:
             where += f", keys and values in host memory{self._windows()}"
+        if placement.compression is not Compression.NONE:
+            where += f", records compressed to {self.model.stored_share:.0%} without loss"
         if placement.micro_batch_tokens:
             where += f", computed in micro-batches of {placement.micro_batch_tokens} tokens"
         speed = (
@@ -184,6 +208,7 @@ def _point(candidate: Candidate) -> SpeedPoint:
         tpot_s=candidate.tpot_s,
         resident_layers=candidate.placement.resident_layers,
         precision=candidate.placement.precision.value,
+        compression=candidate.placement.compression.value,
         micro_batch_tokens=candidate.placement.micro_batch_tokens,
         kv_home=candidate.placement.kv_home.value,
         bound=candidate.bound.value,

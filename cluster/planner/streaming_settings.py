@@ -6,6 +6,7 @@ from cluster.base.errors import ConfigError
 from cluster.base.spec import OffloadSpec
 from cluster.planner.drafts import Draft
 from cluster.planner.streaming_room import host_budget
+from offload.compression import Compression
 from offload.homes import KvHome
 from offload.model_shape import ModelShape
 from offload.precision import Precision
@@ -20,9 +21,13 @@ def refuse_unpacked(draft: Draft, asked: OffloadSpec) -> None:
     """
     if asked.pack:
         return
-    for key, usual in (("precision", "native"), ("share_resident", "auto")):
+    for key, harmless in (
+        ("precision", ("native",)),
+        ("compression", ("auto", "none")),
+        ("share_resident", ("auto", "never")),
+    ):
         value = getattr(asked, key)
-        if value not in (usual, "never"):
+        if value not in harmless:
             raise ConfigError(
                 f"{key} is {value} and pack is false: only packed weights can be so.",
                 f"Leave {key} out, or pack.",
@@ -30,7 +35,9 @@ def refuse_unpacked(draft: Draft, asked: OffloadSpec) -> None:
             )
 
 
-def open_choices(draft: Draft, asked: OffloadSpec, model: ModelShape) -> Choices:
+def open_choices(
+    draft: Draft, asked: OffloadSpec, model: ModelShape, compressions: tuple[Compression, ...]
+) -> Choices:
     """What the user left open.
 
     Raises:
@@ -50,10 +57,14 @@ def open_choices(draft: Draft, asked: OffloadSpec, model: ModelShape) -> Choices
             "Lower `resident` or `ring_slots`, or delete the `offload` section.",
             param=draft.source.param(f"offload.{key}"),
         )
-    every = tuple(Precision)
-    precisions = every if asked.precision == "auto" else (Precision(asked.precision),)
+    if asked.precision != "auto":
+        precisions: tuple[Precision, ...] = (Precision(asked.precision),)
+    else:  # only native records can be compressed
+        asks = asked.compression == "lossless"
+        precisions = (Precision.NATIVE,) if asks else tuple(Precision)
     return Choices(
         precisions=precisions,
+        compressions=compressions,
         ring_slots=slots,
         resident_layers=resident,
         kv_homes=_kv_homes(draft, asked),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from offload_shapes import GB, machine, uniform_model
 
+from offload.compression import Compression
 from offload.cost_model import (
+    PassCost,
     PassLoad,
     Resource,
     balance_tokens,
@@ -187,3 +190,34 @@ def test_experts_hit_by_uniform_routing() -> None:
     """E = 128, k = 8: 8, 52, 112, 126 experts for 1, 8, 32, 64 tokens."""
     hit = [round(distinct_experts(128, 8, tokens)) for tokens in (1, 8, 32, 64)]
     assert hit == [8, 52, 112, 126]
+
+
+def compressed_pass(*, decode: float, slowdown: float = 0.0, **changes: Any) -> PassCost:
+    """One row over 40 GB of layers, none resident, two thirds of them on disk."""
+    rates = replace(machine(), decode_bytes_per_s=decode, decode_slowdown=slowdown)
+    rates = replace(rates, device_is_host=True)
+    model = replace(uniform_model(), stored_share=2 / 3)
+    fields = {"resident_layers": 0, "host_layers": 0, "compression": Compression.LOSSLESS}
+    placement = Placement(**(fields | changes))
+    return pass_time(model, placement, rates, PassLoad(rows=1, context_tokens=0))
+
+
+def test_compressed_records_cost_the_disk_what_is_stored_and_a_core_what_they_decode_to() -> None:
+    plain = compressed_pass(decode=8 * GB, compression=Compression.NONE)
+    fast = compressed_pass(decode=8 * GB)
+    assert fast.bound is Resource.DISK
+    assert fast.total_s == pytest.approx(plain.total_s * 2 / 3)
+    slow = compressed_pass(decode=2 * GB)
+    assert slow.bound is Resource.DECODE
+    assert slow.total_s == pytest.approx(plain.total_s * 3 / 2)
+    assert compressed_pass(decode=0.0).total_s > 1e9
+
+
+def test_decoding_takes_from_the_cores_that_compute_where_none_is_free() -> None:
+    alone, shared = (dict(compressed_pass(decode=8 * GB, slowdown=s).seconds) for s in (0.0, 0.5))
+    taken_s = shared[Resource.COMPUTE] - alone[Resource.COMPUTE]
+    assert taken_s == pytest.approx(0.5 * alone[Resource.DECODE])
+    in_turn = dict(compressed_pass(decode=8 * GB, ring_slots=2).seconds)
+    assert in_turn[Resource.COMPUTE] == pytest.approx(
+        alone[Resource.COMPUTE] + alone[Resource.DECODE]
+    )
