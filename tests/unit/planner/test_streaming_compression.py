@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fake_checkpoints import LLAMA_3_8B, write_checkpoint
-from planned_models import LAPTOP, node, rates_for_tests
+from planned_models import GPU_BOX, LAPTOP, node, rates_for_tests
 
 from cluster.base.errors import ConfigError
 from cluster.base.plan import ClusterPlan, ModelPlan
@@ -129,3 +129,11 @@ def test_the_plan_shows_it(tmp_path: Path) -> None:
     frontier = tables["Batch against speed: m"]
     assert all("native, lossless" in row for row in frontier.rows)
     assert "decoding 8 GB/s" in tables["Predicted speed of streamed models"].rows[0][-1]
+
+
+def test_a_gpu_gets_records_as_they_are(tmp_path: Path) -> None:
+    (model,) = planned(tmp_path, GPU_BOX, offload={}).models
+    assert model.offload.compression == "none"
+    assert "not decoded on GPUs" in model.reasons["offload.compression"]
+    with pytest.raises(ConfigError, match="not decoded on GPUs"):
+        planned(tmp_path, GPU_BOX, offload={"compression": "lossless"})
