@@ -26,7 +26,7 @@ from offload.rates import GemmPoint, Rates
 DEADLINE_S = 60.0
 """Measuring takes about 8 s; starting Python and torch on a cold disk can double that, and a busy
 machine multiplies it."""
-_VERSION = 4
+_VERSION = 5
 """Changes when the probe measures something else."""
 _GEMMS = ("gemm", "int8_gemm", "int4_gemm")
 _MAY_BE_ZERO = (
