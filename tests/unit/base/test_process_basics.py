@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from cluster.base.env import VARIABLES, default_cache_dir, read_environment
+from cluster.base.env import VARIABLES, default_cache_dir, read_environment, set_ray_defaults
 from cluster.base.errors import ConfigError
 from cluster.base.ids import is_client_id, new_epoch, new_request_id
 from cluster.base.log import LogStyle, configure_logging, neutral
@@ -25,6 +26,13 @@ def test_state_directory_order():
     assert read_environment(everything).state_dir == Path("/b/penstock")
     del everything["XDG_STATE_HOME"]
     assert read_environment(everything).state_dir == Path("/c/.local/state/penstock")
+
+
+def test_ray_is_kept_calm_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"HOME": "/h", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1"})
+    set_ray_defaults()
+    assert os.environ["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] == "0.1"
+    assert os.environ["RAY_SERVE_METRICS_EXPORT_INTERVAL_MS"] == "1000"
 
 
 def test_environment_values():
