@@ -14,11 +14,14 @@ import socket
 import struct
 import time
 from dataclasses import dataclass
+from typing import TypeAlias
 
 _HEADER = struct.Struct("<IB")
 _MAX_FRAME_BYTES = 1 << 30
 _READ_AHEAD_BYTES = 1 << 16
 _LARGEST_READ_BYTES = 1 << 20
+
+Payload: TypeAlias = bytes | bytearray
 
 
 class FrameKind(enum.IntEnum):
@@ -39,6 +42,9 @@ class FrameKind(enum.IntEnum):
     """To a rank that has halted or was never in a group: who is in the next one, and where."""
     GATHERED = 10
     """A rank is in it."""
+
+
+_KINDS = {kind.value: kind for kind in FrameKind}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,27 +85,43 @@ class FrameSocket:
             TimeoutError: the peer did not take the bytes in time.
         """
         data = _HEADER.pack(len(payload), kind) + payload
-        sent = self._send_some(data)
+        try:
+            sent = self._sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
         if sent == len(data):
             return
         deadline_s = time.monotonic() + timeout_s
         view = memoryview(data)[sent:]
         while view:
             self._wait(select.POLLOUT, deadline_s)
-            view = view[self._send_some(view) :]
+            with contextlib.suppress(BlockingIOError):
+                view = view[self._sock.send(view, socket.MSG_DONTWAIT) :]
 
-    def receive(self, timeout_s: float | None) -> tuple[FrameKind, bytearray]:
+    def receive(self, timeout_s: float | None) -> tuple[FrameKind, Payload]:
         """Receive one frame; None waits until the peer speaks or goes.
 
         Raises:
             ConnectionError: the peer is gone, or sent something that is no frame.
             TimeoutError: nothing complete arrived in time.
         """
+        if timeout_s is None and self._at_once and not self._unread:
+            # A rank's next plan, which mostly is there, whole and alone: each call that is saved
+            # here saves microseconds, because a step's weights have swept the caches.
+            data = self._sock.recv(self._at_once)
+            if len(data) >= _HEADER.size:
+                length, number = _HEADER.unpack_from(data)
+                if len(data) == _HEADER.size + length and (known := _KINDS.get(number)):
+                    return known, data[_HEADER.size :]
+            elif not data:
+                raise ConnectionResetError("the peer closed the link")
+            self._unread += data
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        length, kind = _HEADER.unpack(self._read(_HEADER.size, deadline_s))
-        if length > _MAX_FRAME_BYTES or kind not in FrameKind._value2member_map_:
-            raise ConnectionError(f"not a frame: kind {kind}, {length} bytes")
-        return FrameKind(kind), self._read(length, deadline_s)
+        length, number = _HEADER.unpack(self._read(_HEADER.size, deadline_s))
+        kind = _KINDS.get(number)
+        if length > _MAX_FRAME_BYTES or kind is None:
+            raise ConnectionError(f"not a frame: kind {number}, {length} bytes")
+        return kind, self._read(length, deadline_s)
 
     def is_readable(self) -> bool:
         """Whether bytes, or the peer's end, are there; never waits."""
@@ -124,12 +146,6 @@ class FrameSocket:
         with contextlib.suppress(OSError):  # the peer may have been faster
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
-
-    def _send_some(self, data: bytes | memoryview) -> int:
-        try:
-            return self._sock.send(data, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return 0
 
     def _read(self, size: int, deadline_s: float | None) -> bytearray:
         unread = self._unread

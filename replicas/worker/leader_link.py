@@ -18,7 +18,7 @@ from cluster.base.errors import (
     error_from_dict,
 )
 from replicas.worker import wire
-from replicas.worker.frames import FrameKind, FrameSocket
+from replicas.worker.frames import FrameKind, FrameSocket, Payload
 
 _ACCOUNT_S = 1.0
 _NAP_S = 100e-6
@@ -79,7 +79,7 @@ class LeaderLink:
         """Send one frame to one rank; raises as `FrameSocket.send`."""
         self._peers[rank].send(kind, payload, timeout_s)
 
-    def receive(self, timeout_s: float) -> tuple[int, FrameKind | None, bytearray] | None:
+    def receive(self, timeout_s: float) -> tuple[int, FrameKind | None, Payload] | None:
         """The next frame of any rank, with no kind when that rank is gone; None at the deadline."""
         ready = self._poll.poll(max(0.0, timeout_s) * 1e3)
         if not ready:
@@ -90,7 +90,7 @@ class LeaderLink:
             kind, payload = self._peers[rank].receive(timeout_s=1.0)
         except OSError:
             self._forget(fd)
-            return rank, None, bytearray()
+            return rank, None, b""
         return rank, kind, payload
 
     def send_plan(self, payload: bytes, timeout_s: float) -> None:
@@ -140,11 +140,11 @@ class LeaderLink:
                 return
             time.sleep(_NAP_S)
 
-    def receive_result(self, timeout_s: float) -> bytearray:
+    def receive_result(self, timeout_s: float) -> Payload:
         """The next result of rank 0; raises as `receive_from_any`."""
         return self.receive_from_any(timeout_s)[1]
 
-    def receive_from_any(self, timeout_s: float) -> tuple[int, bytearray]:
+    def receive_from_any(self, timeout_s: float) -> tuple[int, Payload]:
         """The next result and the rank that gave it, while watching every rank.
 
         Raises:
@@ -168,7 +168,7 @@ class LeaderLink:
                 if payload is not None:
                     return self._rank_of[fd], payload
 
-    def fault(self, payload: bytearray) -> PenstockError:
+    def fault(self, payload: Payload) -> PenstockError:
         """The error that a rank reported, with the rank in its cause; notes whom it suspects."""
         fault = wire.decode_fault(payload)
         self.suspects |= set(fault.lost)
@@ -197,7 +197,7 @@ class LeaderLink:
         except OSError:
             return True  # a socket that fails is for the reader to explain
 
-    def _read_from(self, rank: int) -> bytearray | None:
+    def _read_from(self, rank: int) -> Payload | None:
         try:
             kind, payload = self._peers[rank].receive(timeout_s=10.0)
         except OSError as error:

@@ -32,6 +32,7 @@ from replicas.models.mixture_weights import expert_unit
 from replicas.worker import wire
 from replicas.worker.expert_mover import ExpertMover, ReadExpert, expert_name
 from replicas.worker.expert_state import ExpertState
+from replicas.worker.frames import Payload
 from replicas.worker.gathering import Gathered, Gathering
 from replicas.worker.lockstep_groups import JoinedGroups, LockstepGroups
 from replicas.worker.model_runner import ModelRunner
@@ -184,7 +185,7 @@ class LockstepRank:
         )
 
     def begin(
-        self, payload: bytearray, say_nearly_done: Callable[[], None], waited_s: float
+        self, payload: Payload, say_nearly_done: Callable[[], None], waited_s: float
     ) -> None:
         """Run an encoded lock-step, to its end.
 

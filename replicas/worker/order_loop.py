@@ -19,7 +19,7 @@ from cluster.base.errors import (
     WorkerDiedError,
 )
 from replicas.worker import wire
-from replicas.worker.frames import FrameKind
+from replicas.worker.frames import FrameKind, Payload
 from replicas.worker.gathering import Gathered
 from replicas.worker.gathering_attempt import GatheringAttempt
 from replicas.worker.lockstep_rank import LockstepRank
@@ -76,7 +76,7 @@ class OrderLoop:
         finally:
             self._link.close()
 
-    def _next_order(self) -> tuple[FrameKind, bytearray] | None:
+    def _next_order(self) -> tuple[FrameKind, Payload] | None:
         # The device and the leader cannot be waited for together: each is asked in turn.
         while self._rank.num_in_flight and not self._link.has_order():
             if self._rank.answer_is_ready:
@@ -92,7 +92,7 @@ class OrderLoop:
                         f"The leader made no new group within {_HALTED_TIMEOUT_S:.0f} s."
                     ) from None
 
-    def _obey(self, kind: FrameKind, payload: bytearray) -> None:
+    def _obey(self, kind: FrameKind, payload: Payload) -> None:
         if kind is FrameKind.PLAN and not self._halted:
             self._step(payload)
             return
@@ -104,7 +104,7 @@ class OrderLoop:
         elif kind is FrameKind.GATHER:
             self._gather(payload)
 
-    def _step(self, payload: bytearray) -> None:
+    def _step(self, payload: Payload) -> None:
         try:
             self._rank.begin(payload, self._link.send_nearly_done, self._link.waited_s)
             self._answer(all_but=1 if self._rank.may_run_ahead else 0)
@@ -134,7 +134,7 @@ class OrderLoop:
         if isinstance(self._rank, LockstepRank):
             self._rank.leave()
 
-    def _gather(self, payload: bytearray) -> None:
+    def _gather(self, payload: Payload) -> None:
         if not isinstance(self._rank, LockstepRank):
             raise InternalError("Only ranks of an expert-parallel replica gather anew.")
         self._halt()

@@ -9,6 +9,7 @@ from cluster.dist.communicator import Communicator, SingleRank
 from cluster.dist.rendezvous import Rendezvous
 from cluster.dist.torch_communicator import TorchCommunicator
 from replicas.worker import wire
+from replicas.worker.frames import Payload
 from replicas.worker.model_runner import ModelRunner
 from replicas.worker.pending_step import LaunchedStep
 from replicas.worker.plan import WorkerPlan
@@ -74,7 +75,7 @@ class TensorParallelRank:
         return self._in_flight[0].is_done
 
     def begin(
-        self, payload: bytearray, say_nearly_done: Callable[[], None], waited_s: float
+        self, payload: Payload, say_nearly_done: Callable[[], None], waited_s: float
     ) -> None:
         """Launch an encoded plan; see `ModelRunner.launch`."""
         says = self._signs and self._tail_s >= _SIGN_WORTH_S

@@ -14,6 +14,7 @@ import msgspec
 from cluster.base.errors import InternalError
 from replicas.engine.lockstep import RankStep
 from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
+from replicas.worker.frames import Payload
 from replicas.worker.gathering import Gathered, Gathering
 
 
@@ -54,7 +55,7 @@ def encode(value: Message) -> bytes:
     return _encoder.encode(value)
 
 
-def decode_plan(payload: bytes | bytearray | memoryview) -> SchedulerOutput:
+def decode_plan(payload: Payload) -> SchedulerOutput:
     """Inverse of `encode` for a plan.
 
     Raises:
@@ -63,38 +64,38 @@ def decode_plan(payload: bytes | bytearray | memoryview) -> SchedulerOutput:
     return _decoded(_plan_decoder, payload, "A step plan")
 
 
-def decode_rank_step(payload: bytes | bytearray | memoryview) -> RankStep:
+def decode_rank_step(payload: Payload) -> RankStep:
     """Inverse of `encode` for a rank's part of a lock-step; raises InternalError on bad bytes."""
     return _decoded(_rank_step_decoder, payload, "A lock-step")
 
 
-def decode_result(payload: bytes | bytearray | memoryview) -> StepOutput:
+def decode_result(payload: Payload) -> StepOutput:
     """Inverse of `encode` for a result; raises InternalError on bad bytes."""
     return _decoded(_result_decoder, payload, "A step result")
 
 
-def decode_hello(payload: bytes | bytearray | memoryview) -> Hello:
+def decode_hello(payload: Payload) -> Hello:
     """Inverse of `encode` for a hello; raises InternalError on bad bytes."""
     return _decoded(_hello_decoder, payload, "A worker's hello")
 
 
-def decode_fault(payload: bytes | bytearray | memoryview) -> Fault:
+def decode_fault(payload: Payload) -> Fault:
     """Inverse of `encode` for a fault; raises InternalError on bad bytes."""
     return _decoded(_fault_decoder, payload, "A worker's fault report")
 
 
-def decode_gathering(payload: bytes | bytearray | memoryview) -> Gathering:
+def decode_gathering(payload: Payload) -> Gathering:
     """Inverse of `encode` for a gathering; raises InternalError on bad bytes."""
     return _decoded(_gathering_decoder, payload, "A call to gather")
 
 
-def decode_gathered(payload: bytes | bytearray | memoryview) -> Gathered:
+def decode_gathered(payload: Payload) -> Gathered:
     """Inverse of `encode` for the answer to a gathering; raises InternalError on bad bytes."""
     return _decoded(_gathered_decoder, payload, "An answer of a gathering")
 
 
 def _decoded(
-    decoder: msgspec.msgpack.Decoder[_Message], payload: bytes | bytearray | memoryview, what: str
+    decoder: msgspec.msgpack.Decoder[_Message], payload: Payload, what: str
 ) -> _Message:
     try:
         return decoder.decode(payload)

@@ -9,7 +9,7 @@ import time
 
 from cluster.base.errors import WorkerDiedError
 from replicas.worker import wire
-from replicas.worker.frames import FrameKind, FrameSocket, LinkAddress
+from replicas.worker.frames import FrameKind, FrameSocket, LinkAddress, Payload
 from replicas.worker.gathering import Gathered
 
 
@@ -44,7 +44,7 @@ class WorkerLink:
             raise WorkerDiedError(f"Rank {rank} cannot reach its leader: {error}.") from error
         return cls(frames, rank)
 
-    def receive_plan(self) -> bytearray | None:
+    def receive_plan(self) -> Payload | None:
         """The next plan's bytes; None when the leader said stop or is gone."""
         order = self.receive_order(None)
         return order[1] if order is not None and order[0] is FrameKind.PLAN else None
@@ -53,7 +53,7 @@ class WorkerLink:
         """Whether the leader has said something, or is gone; never waits."""
         return self._sock.is_readable()
 
-    def receive_order(self, timeout_s: float | None) -> tuple[FrameKind, bytearray] | None:
+    def receive_order(self, timeout_s: float | None) -> tuple[FrameKind, Payload] | None:
         """The next frame but STOP; None when the leader said that or is gone.
 
         Raises:

@@ -1,6 +1,8 @@
 """The step channel over real sockets: order, big frames, death, faults, impostors, deadlines."""
 
 import dataclasses
+import socket
+import struct
 import threading
 import time
 
@@ -20,6 +22,7 @@ from replicas.engine.scheduler_output import (
     StepOutput,
 )
 from replicas.worker import wire
+from replicas.worker.frames import FrameKind, FrameSocket
 from replicas.worker.leader_link import LeaderLink
 from replicas.worker.link_executor import LinkExecutor
 from replicas.worker.link_listener import LinkListener
@@ -154,6 +157,26 @@ def test_plans_that_arrive_together_are_read_one_by_one():
     for plan in plans:
         leader.send_plan(wire.encode(plan), timeout_s=5.0)
     assert [wire.decode_plan(worker.receive_plan()) for _ in plans] == plans
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_a_plan_that_comes_in_two_parts_is_read_whole(cut):
+    ours, theirs = socket.socketpair()
+    reader = FrameSocket(theirs, reads_ahead=True)
+    data = struct.pack("<IB", 6, FrameKind.PLAN) + b"a plan" + struct.pack("<IB", 0, FrameKind.STOP)
+    ours.sendall(data[:cut])
+    rest = threading.Timer(0.02, ours.sendall, (data[cut:],))
+    rest.start()
+    assert reader.receive(None) == (FrameKind.PLAN, b"a plan")
+    assert reader.receive(None) == (FrameKind.STOP, b"")
+    rest.join()
+    ours.sendall(struct.pack("<IB", 0, 99))
+    with pytest.raises(ConnectionError, match="not a frame: kind 99"):
+        reader.receive(None)
+    ours.close()
+    with pytest.raises(ConnectionError):
+        reader.receive(None)
+    reader.close()
 
 
 def test_a_sign_ends_a_poll_once_and_leaves_the_answer_alone():
