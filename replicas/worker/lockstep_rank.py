@@ -184,9 +184,7 @@ class LockstepRank:
             move_failure=self._mover.failure,
         )
 
-    def begin(
-        self, payload: Payload, say_nearly_done: Callable[[], None], waited_s: float
-    ) -> None:
+    def begin(self, payload: Payload, say_nearly_done: Callable[[], None], waited_s: float) -> None:
         """Run an encoded lock-step, to its end.
 
         `say_nearly_done` goes unused: a step is done when the slowest group is, and no rank knows

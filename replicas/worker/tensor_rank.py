@@ -74,9 +74,7 @@ class TensorParallelRank:
         """Whether `answer` would not wait; there is a step in flight."""
         return self._in_flight[0].is_done
 
-    def begin(
-        self, payload: Payload, say_nearly_done: Callable[[], None], waited_s: float
-    ) -> None:
+    def begin(self, payload: Payload, say_nearly_done: Callable[[], None], waited_s: float) -> None:
         """Launch an encoded plan; see `ModelRunner.launch`."""
         says = self._signs and self._tail_s >= _SIGN_WORTH_S
         plan = wire.decode_plan(payload)

@@ -94,9 +94,7 @@ def decode_gathered(payload: Payload) -> Gathered:
     return _decoded(_gathered_decoder, payload, "An answer of a gathering")
 
 
-def _decoded(
-    decoder: msgspec.msgpack.Decoder[_Message], payload: Payload, what: str
-) -> _Message:
+def _decoded(decoder: msgspec.msgpack.Decoder[_Message], payload: Payload, what: str) -> _Message:
     try:
         return decoder.decode(payload)
     except msgspec.MsgspecError as error:

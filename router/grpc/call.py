@@ -103,6 +103,17 @@ class ServerCall:
             await self._connection.wait_writable()
             rest = self._connection.send_data(self._stream_id, rest)
 
+    async def write_last(self, message: Any) -> None:
+        """Send the last message of the answer and, in one piece with it, that all is well.
+
+        They leave before this returns: for what its handler has left to do, to count the call or
+        to give its place back, no client waits. Nothing is read from any client meanwhile.
+        """
+        await self.write(message)
+        self._ending = grpc.StatusCode.OK, ""
+        self._finish()
+        await asyncio.sleep(0)  # the connection sends at the end of this turn, before the next
+
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()
     ) -> NoReturn:

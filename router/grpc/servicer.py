@@ -12,16 +12,14 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
-
-import grpc
-import grpc.aio
+from typing import TypeAlias, TypeVar
 
 from cluster.base.errors import InternalError, InvalidRequestError, PenstockError
 from cluster.base.ids import is_client_id, new_request_id
 from router.api import Generation, Handler
 from router.error_map import status_of
 from router.grpc import codec
+from router.grpc.call import ServerCall
 from router.grpc.status_details import REQUEST_ID_KEY, trailing_metadata
 from router.proto import penstock_pb2 as pb
 from router.proto import penstock_pb2_grpc as pb_grpc
@@ -29,7 +27,7 @@ from router.tier_fields import tier_fields
 
 log = logging.getLogger(__name__)
 
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Context: TypeAlias = ServerCall
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
 ServicerT = TypeVar("ServicerT")
@@ -176,7 +174,11 @@ async def _stream(generation: Generation, context: Context) -> None:
             if not named:
                 named = True
                 await _name_call(context, generation.request_id, _tier(generation))
-            await context.write(codec.piece_to_proto(generation.request_id, piece))
+            message = codec.piece_to_proto(generation.request_id, piece)
+            if piece.usage is None:
+                await context.write(message)
+            else:
+                await context.write_last(message)
 
 
 def _tier(generation: Generation) -> tuple[tuple[str, str], ...]:

@@ -24,6 +24,7 @@ from router.grpc.connection import GrpcConnection
 from router.grpc.method_table import MethodTable
 from router.grpc.peer_conduct import ConnectionLimits, PeerConduct
 from router.proto import penstock_pb2 as pb
+from router.running_requests import RunningRequest
 
 GENERATE = b"/penstock.v1.Penstock/Generate"
 
@@ -61,10 +62,13 @@ class BareClient:
         self.h2.send_headers(stream, list(headers.items()))
         return stream
 
-    def ask(self, **sampling):
+    def ask(self, request_id="", **sampling):
         stream = self.begin()
         message = pb.GenerateRequest(
-            model=MODEL, text="ab", sampling=pb.SamplingOptions(**sampling)
+            model=MODEL,
+            text="ab",
+            request_id=request_id,
+            sampling=pb.SamplingOptions(**sampling),
         )
         self.h2.send_data(stream, framing.prefixed(message.SerializeToString()), end_stream=True)
         self.flush()
@@ -164,6 +168,35 @@ async def test_a_first_piece_leaves_at_once_and_later_ones_together(checkpoint, 
     firsts = writes[:8]
     assert all(count <= 2 for count in firsts), "headers and one piece each"
     assert len(writes) <= 8 + 2 * 2, "later steps leave in one piece, or two"
+
+
+async def test_the_status_leaves_with_the_last_piece_before_the_cleaning_up(
+    checkpoint, monkeypatch
+):
+    happened = []
+    flush, end = GrpcConnection._flush, RunningRequest.end
+
+    def flushed(connection):
+        if connection._unsent._parts:
+            happened.append("sent")
+        flush(connection)
+
+    def ended(running):
+        happened.append("ended")
+        end(running)
+
+    monkeypatch.setattr(GrpcConnection, "_flush", flushed)
+    monkeypatch.setattr(RunningRequest, "end", ended)
+    engine = FakeEngine(step_s=0.02)
+    async with running_gateway(checkpoint, engines=[engine]) as gw, bare_client(gw) as client:
+        stream = client.ask(max_tokens=2)
+        assert await client.status(stream) == 0
+        await until(lambda: "ended" in happened)
+        assert happened[:3] == ["sent", "sent", "ended"]
+        engine.step_s = 0.0
+        for _ in range(20):  # whoever has its status may ask again under the same id
+            stream = client.ask(request_id="again", max_tokens=2)
+            assert await client.status(stream) == 0
 
 
 async def test_calls_that_begin_wrong_are_refused_and_the_connection_lives(checkpoint):
