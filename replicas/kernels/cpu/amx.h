@@ -29,10 +29,11 @@ inline bool ask_for_tiles() {
 // there after it.
 inline void settle_memory() { asm volatile("" ::: "memory"); }
 
-// From here to the end of the block this thread computes with tiles; `rows` of x in each.
+// From here to the end of the block this thread computes with tiles; those in `low`, a bit each, have
+// `rows` rows: of x and of sums.
 class Tiles {
  public:
-  explicit Tiles(long rows) {
+  explicit Tiles(long rows, unsigned low = 0x3f) {
     alignas(64) struct {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -40,7 +41,7 @@ class Tiles {
     } config;
     for (int tile = 0; tile < 8; ++tile) {
       config.row_bytes[tile] = 64;
-      config.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : kTileSide);
+      config.rows[tile] = static_cast<uint8_t>(low >> tile & 1 ? rows : kTileSide);
     }
     asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);

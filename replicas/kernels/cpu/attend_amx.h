@@ -25,6 +25,8 @@ inline bool suits_tiles(const Shape& shape) {
 constexpr long kTileRows2 = 2 * kTileSide;  // rows of one task
 constexpr long kValueStep = 8;              // tokens between two calls of `meanwhile`
 
+constexpr unsigned kLowTiles = 1 << 0 | 1 << 1 | 1 << 4;  // sums and probabilities of the rows there are
+
 // What a kv head keeps from piece to piece, and what all heads of a thread use in turn.
 struct TileScratch {
   long dim;
@@ -56,18 +58,18 @@ inline void score_tile(const Bf16* keys, long stride, long token, bool both, con
   const long depth_tiles = s.dim / kTileDepth;
   const char* second = s.queries + depth_tiles * kTileBytes;
   settle_memory();
-  _tile_zero(0);
-  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
   for (long t = 0; t < depth_tiles; ++t) {
-    _tile_loadd(4, keys + t * kTileDepth, 2 * stride);
+    _tile_loadd(5, keys + t * kTileDepth, 2 * stride);
     _tile_loadd(6, s.queries + t * kTileBytes, 64);
-    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(2, 5, 6);
     if (!both) continue;
     _tile_loadd(7, second + t * kTileBytes, 64);
-    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, s.turned, 64);
-  if (both) _tile_stored(1, s.turned + 256, 64);
+  _tile_stored(2, s.turned, 64);
+  if (both) _tile_stored(3, s.turned + 256, 64);
   for (long half = 0; half <= both; ++half) {
     __m512i lines[16];
     for (long i = 0; i < 16; ++i) lines[i] = _mm512_loadu_si512(s.turned + half * 256 + i * 16);

@@ -106,7 +106,8 @@ class TileHeads {
         group_(shape.heads / shape.kv_heads),
         rows_(queries.count * group_),
         both_(rows_ > kTileSide),
-        height_(both_ ? kTileRows2 : kTileSide) {
+        tile_rows_(both_ ? kTileRows2 : kTileSide),
+        height_(both_ ? kTileRows2 : rows_) {
     Workspace counted(nullptr);
     take(counted);
     Workspace memory(thread_scratch(counted.taken()));
@@ -150,9 +151,9 @@ class TileHeads {
     shared_.dim = dim;
     shared_.values = memory.take<char>(kPiece * dim * sizeof(Bf16));
     shared_.turned = memory.take<float>(kTileSide * kTileRows2);
-    shared_.scores = memory.take<float>(height_ * kPiece);
+    shared_.scores = memory.take<float>(tile_rows_ * kPiece);
     shared_.probs = memory.take<Bf16>(height_ * kPiece);
-    shared_.queries = memory.take<char>(heads * height_ * dim * sizeof(Bf16));
+    shared_.queries = memory.take<char>(heads * tile_rows_ * dim * sizeof(Bf16));
     shared_.sums = memory.take<float>(heads * height_ * dim);
     shared_.highest = memory.take<float>(heads * height_);
     shared_.total = memory.take<float>(heads * height_);
@@ -161,7 +162,7 @@ class TileHeads {
   TileScratch scratch(long head) const {
     const long above = (head - g_) * height_;
     TileScratch own = shared_;
-    own.queries += above * shape_.dim * sizeof(Bf16);
+    own.queries += (head - g_) * tile_rows_ * shape_.dim * sizeof(Bf16);
     own.sums += above * shape_.dim;
     own.highest += above;
     own.total += above;
@@ -210,7 +211,7 @@ class TileHeads {
   const Bf16* cache_;
   const long g_, end_, group_, rows_;  // `rows_`: of a head
   const bool both_;                    // whether they take two tiles
-  const long height_;
+  const long tile_rows_, height_;      // of whole tiles, and what is kept of each head
   TileScratch shared_;  // whose first head's pieces are the begin of all heads'
   long slots_[kPiece / 16] = {};
 };
@@ -234,7 +235,8 @@ inline void attend_together(const Shape& shape, const TileQueries& queries, cons
 // As `attend`, for kv heads [g, end); at most kTileRows2 rows a head. `next`: what this thread reads then.
 inline void attend_tiles(const Shape& shape, const TileQueries& queries, const Bf16* cache,
                          const int32_t* table, long g, long end, const HeadsContext& next) {
-  const Tiles tiles(kTileSide);
+  const long rows = queries.count * (shape.heads / shape.kv_heads);
+  const Tiles tiles(std::min(rows, kTileSide), kLowTiles);
   if (queries.count == 1) return attend_together(shape, queries, cache, table, g, end, next);
   const Context all = context_of(shape, table, queries.position, queries.count);
   for (long head = g; head < end; ++head)
