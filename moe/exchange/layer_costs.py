@@ -7,8 +7,8 @@ paid side by side. So a layer's time is a line over its virtual time, through wh
     few rows     mostly calls, wake-ups and messages; says where the line begins
     many rows    bytes and work on rows, and the more the better: says how steep it is
 
-What fits into the budget is timed: few rows first, then as many as there is time for, then both
-again.
+What fits into the budget is timed: few rows first, then as many as there is time for, twice if
+possible since the first use is slower, then both again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ FEW_ROWS = 4
 MANY_ROWS = (192, 128, 96, 64, 48, 32, 24, 16)
 _ENDS = (FEW_ROWS, MANY_ROWS[0])
 _MOST_ROUNDS = 5
+_ENOUGH_ROWS = 64
+_WARM_UP_SHARE = 0.3
+"""Of what is left: a layer of each scheme may take that much and not count."""
 _LEAST_SCALE = 0.1
 _CAUTION = 1.2
 """A layer that nobody has timed may take so much longer than it should."""
@@ -61,12 +64,28 @@ class _Found:
             self._took_s.setdefault((scheme, rows), []).append(self._stopwatch.layer(scheme, rows))
 
     def typical_s(self, scheme: Scheme, rows: int) -> float:
-        """Of the timings of a layer."""
-        return statistics.median(self._took_s[scheme, rows])
+        """Of the timings of a layer; the first use of its buffers and windows is slower."""
+        first_s, *later_s = self._took_s[scheme, rows]
+        return statistics.median(later_s or [first_s])
+
+    def rounds(self, scheme: Scheme, rows: int) -> int:
+        """How often a layer was timed."""
+        return len(self._took_s.get((scheme, rows), ()))
+
+    def largest(self, schemes: Sequence[Scheme]) -> int:
+        """As many rows as can be timed twice, or once where that would be few; 0: none."""
+        twice = [
+            rows for rows in MANY_ROWS if rows >= _ENOUGH_ROWS and self.fits(schemes, rows, rows)
+        ]
+        once = [rows for rows in MANY_ROWS if self.fits(schemes, rows)]
+        return (*twice, *once, 0)[0]
+
+    def needed_s(self, schemes: Sequence[Scheme], *sizes: int) -> float:
+        """What one more timing of each takes."""
+        return sum(self._expected_s(scheme, rows) for scheme in schemes for rows in sizes)
 
     def fits(self, schemes: Sequence[Scheme], *sizes: int) -> bool:
-        needed_s = sum(self._expected_s(scheme, rows) for scheme in schemes for rows in sizes)
-        return needed_s <= self._stopwatch.left_s
+        return self.needed_s(schemes, *sizes) <= self._stopwatch.left_s
 
     def _expected_s(self, scheme: Scheme, rows: int) -> float:
         """Of one more timing, ranks meeting and resting included."""
@@ -85,21 +104,23 @@ class _Found:
 def layer_costs(stopwatch: Stopwatch, schemes: Sequence[Scheme], virtual: Virtual) -> LayerCosts:
     """Time layers while the budget lasts; all ranks call it together and find the same."""
     found = _Found(stopwatch, schemes, virtual)
+    if found.needed_s(schemes, FEW_ROWS) <= _WARM_UP_SHARE * stopwatch.left_s:
+        for scheme in schemes:
+            stopwatch.layer(scheme, FEW_ROWS)  # the first use is slower, and is not counted
     few = []
     for scheme in sorted(schemes, key=lambda scheme: found.virtual(scheme, FEW_ROWS)):
         if found.fits([scheme], FEW_ROWS):
             found.time([scheme], FEW_ROWS)
             few.append(scheme)
-    many = next((rows for rows in MANY_ROWS if few and found.fits(few, rows)), 0)
-    if many:
-        found.time(few, many)
-    rounds = 1
-    sizes = (FEW_ROWS, many) if many else (FEW_ROWS,)
-    while few and rounds < _MOST_ROUNDS and found.fits(few, *sizes):
-        for rows in sizes:
+    many = found.largest(few) if few else 0
+    sizes = [rows for rows in (many, FEW_ROWS) if few and rows]
+    while sizes:
+        rows = min(sizes, key=lambda rows: found.rounds(few[0], rows))
+        if found.rounds(few[0], rows) < _MOST_ROUNDS and found.fits(few, rows):
             found.time(few, rows)
-        rounds += 1
-    return LayerCosts(_lines(found, schemes, few, many), _summary(schemes, few, sizes, rounds))
+        else:
+            sizes.remove(rows)
+    return LayerCosts(_lines(found, schemes, few, many), _summary(found, schemes, few, many))
 
 
 def _lines(
@@ -122,12 +143,12 @@ def _lines(
     return tuple((str(scheme), *lines.get(scheme, (base_s, scale))) for scheme in schemes)
 
 
-def _summary(
-    schemes: Sequence[Scheme], few: Sequence[Scheme], sizes: Sequence[int], rounds: int
-) -> str:
+def _summary(found: _Found, schemes: Sequence[Scheme], few: Sequence[Scheme], many: int) -> str:
     if not few:
         return "links alone, layers would have taken too long"
-    rows = " and ".join(map(str, sizes))
-    text = f"layers of {', '.join(few)} with {rows} rows, {rounds} times each"
+    sizes = [
+        f"{found.rounds(few[0], rows)} times with {rows} rows" for rows in (FEW_ROWS, many) if rows
+    ]
+    text = f"layers of {', '.join(few)} {', '.join(sizes)}"
     missing = [scheme for scheme in schemes if scheme not in few]
     return text + (f"; none of {', '.join(missing)}, too slow" if missing else "")

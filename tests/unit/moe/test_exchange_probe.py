@@ -116,8 +116,25 @@ def test_a_fast_link_leaves_time_for_many_rows_and_for_repetitions():
     _, layers = probe(stopwatch)
     assert stopwatch.timed[Scheme.FLAT, 192] > 1
     assert stopwatch.timed[Way.RAIL, LARGE_BYTES] > 1
-    assert "with 4 and 192 rows" in layers.summary
+    assert "with 192 rows" in layers.summary
+    assert stopwatch.timed[Scheme.FLAT, FEW_ROWS] > 2
 
 
 def test_the_probe_is_deterministic():
     assert probe(cluster("slow")) == probe(cluster("slow"))
+
+
+def test_the_first_use_of_a_size_does_not_count_where_there_is_a_second():
+    class Cold(VirtualStopwatch):
+        def layer(self, scheme: Scheme, rows: int) -> float:
+            is_first = not self.timed[scheme, rows]
+            return super().layer(scheme, rows) * (3.0 if is_first else 1.0)
+
+    warm = cluster("fast", budget_s=10.0)
+    cold = Cold(GRID, warm.costs, WIRE, OWN, SLOT_ROWS, 10.0)
+    lines = [numbers(stopwatch) for stopwatch in (cold, warm)]
+    assert lines[0] == pytest.approx(lines[1])
+
+
+def numbers(stopwatch: VirtualStopwatch) -> list[float]:
+    return [value for _, *values in probe(stopwatch)[1].lines for value in values]
