@@ -30,8 +30,7 @@ class StepArguments:
     ) -> None:
         self.metadata = metadata
         self.cos_sin = cos_sin
-        starts_R1 = metadata.query_start_R1.to(torch.int64)
-        lens_R = metadata.seq_lens_R.to(torch.int64)
+        starts_R1, lens_R = map(_as_int64, (metadata.query_start_R1, metadata.seq_lens_R))
         self._held = starts_R1, lens_R
         cos, sin = cos_sin or (None, None)
         self.shape = StepShape(
@@ -171,6 +170,11 @@ class CpuAttentionBlock:
             and kv_2NBGP.is_contiguous()
             and hidden_TD.dtype == kv_2NBGP.dtype == dtype
         )
+
+
+def _as_int64(tensor: torch.Tensor) -> torch.Tensor:
+    """Torch's own check that there is nothing to do is a call of its own."""
+    return tensor if tensor.dtype is torch.int64 else tensor.to(torch.int64)
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

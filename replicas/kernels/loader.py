@@ -21,7 +21,7 @@ from replicas.kernels.memory import HugePages, ScratchMemory
 
 PACKED = ".packed"
 """Suffix of the tensor with a packed weight's bytes, in its unit."""
-_ABI = 5
+_ABI = 6
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _SIGNATURES = {

@@ -19,7 +19,7 @@ from replicas.models.decoder import DecoderModel
 from replicas.models.llama import LlamaModel
 
 _P, _L, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-_ARGUMENTS = [_P, _P, _L, _L, _L, _L, _P, _P, _P, _I]
+_ARGUMENTS = [_P, _P, _L, _L, _L, _L, _P, _P, _I]
 
 
 class GreedyHead:
@@ -29,7 +29,7 @@ class GreedyHead:
         self._library = library
         self._vocab_size = vocab_size
         self._calls = {
-            dtype: library.function(f"pk_largest_{suffix}", _ARGUMENTS)
+            dtype: library.function(f"pk_largest_{suffix}", _ARGUMENTS, ctypes.c_bool)
             for dtype, suffix in SUFFIX.items()
         }
 
@@ -62,17 +62,16 @@ class GreedyHead:
         )
         if not fits or packed is None:
             return None
-        values_R, places_R = np.empty(num_rows, np.float32), np.empty(num_rows, np.int64)
-        self._calls[packed.dtype](
+        places_R = np.empty(num_rows, np.int64)
+        are_finite = self._calls[packed.dtype](
             hidden_RD.data_ptr(),
             packed.data_ptr(),
             num_rows,
             shape[0],
             width,
             self._vocab_size,
-            values_R.ctypes.data,
             places_R.ctypes.data,
             self._library.scratch.at_least(scratch_bytes(num_rows, width)),
             torch.get_num_threads(),
         )
-        return places_R.tolist() if np.isfinite(values_R).all() else None
+        return places_R.tolist() if are_finite else None

@@ -136,8 +136,11 @@ def _decode_input(
     positions = np.array(plan.num_computed_tokens, np.int64)
     seq_lens, row_numbers = positions + 1, np.arange(num_requests + 1, dtype=np.int64)
     requests = row_numbers[:-1]
-    _check(plan, rows, slots, seq_lens, 0)
-    _check_sampling(plan, rows, slots, seq_lens)
+    if (seq_lens != rows.num_tokens_S[slots]).any() or (
+        positions // block_size >= rows.num_blocks_S[slots]
+    ).any():
+        _check(plan, rows, slots, seq_lens, 0)
+        _check_sampling(plan, rows, slots, seq_lens)
     tables_RN = rows.block_tables_SN[slots, : max(plan.num_computed_tokens) // block_size + 1]
     blocks, offsets = np.divmod(positions, block_size)
     attention = AttentionMetadata(

@@ -39,8 +39,8 @@ inline void take_all(const float* sums, long column, long columns, Largest& larg
 }
 
 template <typename S>
-void find_largest(const S* x, const Matrix<S>& w, long count, long rows, float* values,
-                  int64_t* places, S* workspace, int threads) {
+bool find_largest(const S* x, const Matrix<S>& w, long count, long rows, int64_t* places,
+                  S* workspace, int threads) {
   const bool alias = can_alias<S>(rows, w.k);
   const Rows<S> input{alias ? const_cast<S*>(x) : workspace, rows, w.k};
   std::vector<Largest> found(threads * rows);
@@ -61,13 +61,15 @@ void find_largest(const S* x, const Matrix<S>& w, long count, long rows, float* 
     multiply_each(input, w, write, part);
     std::copy(own.begin(), own.end(), found.begin() + part.index * rows);
   }
+  bool are_finite = true;
   for (long row = 0; row < rows; ++row) {
     Largest all;
     for (long thread = 0; thread < threads; ++thread)
       all.take(found[thread * rows + row].value, found[thread * rows + row].place);
-    values[row] = all.value;
+    are_finite = are_finite && std::isfinite(all.value);
     places[row] = all.place;
   }
+  return are_finite;
 }
 
 }  // namespace
@@ -76,12 +78,12 @@ void find_largest(const S* x, const Matrix<S>& w, long count, long rows, float* 
 using penstock::Bf16;
 using penstock::Matrix;
 
-// Of the first `count` columns of a packed (n, k) weight.
+// Of the first `count` columns of a packed (n, k) weight. Whether all of them are finite.
 #define PK_LARGEST(suffix, S)                                                                      \
-  void pk_largest_##suffix(const S* x, const S* packed, long rows, long n, long k, long count,     \
-                           float* values, int64_t* places, S* workspace, int threads) {            \
-    penstock::find_largest(x, Matrix<S>{packed, nullptr, n, k}, count, rows, values, places,       \
-                           workspace, threads);                                                    \
+  bool pk_largest_##suffix(const S* x, const S* packed, long rows, long n, long k, long count,     \
+                           int64_t* places, S* workspace, int threads) {                           \
+    return penstock::find_largest(x, Matrix<S>{packed, nullptr, n, k}, count, rows, places,        \
+                                  workspace, threads);                                             \
   }
 
 extern "C" {
