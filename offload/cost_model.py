@@ -9,7 +9,9 @@ S: bytes streamed in a pass after quantisation. r: what compression leaves of th
 decodes them, and where none is free it takes from those that compute. C: the device's own work, one
 thing after another: multiplications with weights as they are stored, attention over the KV cache it
 holds, and what each row takes beside its products (norms, heads, activations, sampling). A, E:
-attention and experts that the host computes.
+attention and experts that the host computes. Where the host is the device, a share l of its
+computation is lost while the disk is read, and C is more by l r S_disk / BW_disk; nothing of it
+shows where reads last.
 tokens/s = batch / t; with S / BW the largest term this is ZeRO-Inference's rule: throughput is
 batch x link / model.
 """
@@ -102,12 +104,14 @@ def pass_time(model: ModelShape, placement: Placement, rates: Rates, load: PassL
     overlaps = not rates.device_is_host
     left, experts_s = host_experts_share(model, placement, rates, load)
     decode_s = _decode_s(placement, rates, from_disk)
+    disk_s = from_disk * placement.stored_share(model) / rates.disk_bytes_per_s
     seconds = {
-        Resource.DISK: from_disk * placement.stored_share(model) / rates.disk_bytes_per_s,
+        Resource.DISK: disk_s,
         Resource.DECODE: decode_s,
         Resource.LINK: (from_disk + from_host - left) / rates.link_bytes_per_s,
         Resource.COMPUTE: _compute_s(model, placement, rates, load)
-        + decode_s * (1.0 if placement.ring_slots < SLOTS_TO_DECODE else rates.decode_slowdown),
+        + decode_s * (1.0 if placement.ring_slots < SLOTS_TO_DECODE else rates.decode_slowdown)
+        + rates.compute_lost_to_reads * disk_s,
         Resource.KV_LINK: 0.0,
         Resource.HOST_ATTENTION: 0.0,
         Resource.HOST_EXPERTS: experts_s,

@@ -24,9 +24,9 @@ from cluster.base.errors import ConfigError
 from offload.rates import GemmPoint, Rates
 
 DEADLINE_S = 60.0
-"""Measuring takes about 8 s; starting Python and torch on a cold disk can double that, and a busy
+"""Measuring takes about 10 s; starting Python and torch on a cold disk can double that, and a busy
 machine multiplies it."""
-_VERSION = 5
+_VERSION = 7
 """Changes when the probe measures something else."""
 _GEMMS = ("gemm", "int8_gemm", "int4_gemm")
 _MAY_BE_ZERO = (
@@ -36,6 +36,7 @@ _MAY_BE_ZERO = (
     "host_flops_per_s",
     "decode_bytes_per_s",
     "decode_slowdown",
+    "compute_lost_to_reads",
 )
 
 Run = Callable[[Sequence[str], float], str]

@@ -37,6 +37,8 @@ class Rates:
     """The same with quantised weights, which the device brings back on the way."""
     host_memory_bytes_per_s: float = 0.0
     """Reading host memory by host cores; 0: not measured."""
+    compute_lost_to_reads: float = 0.0
+    """Share of the computation that is lost while the disk is read, where the host computes."""
     host_flops_per_s: float = 0.0
     """Products of weights with few rows by host cores beside a device; 0: not measured."""
     device_is_host: bool = False

@@ -23,7 +23,7 @@ def streaming_tables(plan: ClusterPlan) -> tuple[Table, ...]:
                 "MODEL",
                 "ON DEVICE",
                 "RING",
-                "IN HOST MEMORY",
+                "ON HOST",
                 "HOST EACH STEP",
                 "DISK EACH STEP",
                 "FORMAT",
@@ -147,8 +147,8 @@ def _host_text(model: ModelPlan, offload: OffloadPlan) -> str:
     if not model.memory.host_bytes:
         return "none"
     layers = sum(name.count(".") == 1 for name in offload.host_units)
-    homes = f"{layers} layers and staging" if layers else "staging"
-    return f"{homes}: {size_text(model.memory.host_bytes)}"
+    homes = f"{layers} layers: " if layers else ""
+    return f"{homes}{size_text(model.memory.host_bytes)}"
 
 
 def _computing(model: ModelPlan, offload: OffloadPlan) -> tuple[str, ...]:

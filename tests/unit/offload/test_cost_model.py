@@ -221,3 +221,20 @@ def test_decoding_takes_from_the_cores_that_compute_where_none_is_free() -> None
     assert in_turn[Resource.COMPUTE] == pytest.approx(
         alone[Resource.COMPUTE] + alone[Resource.DECODE]
     )
+
+
+def test_reads_slow_a_host_that_computes_for_as_long_as_they_last() -> None:
+    """A quarter of the computation is lost while the disk is read: compute-bound passes take that
+    much longer, and those bound by the disk take no longer than it."""
+    model = uniform_model(8, 500_000_000)
+    placement = Placement(resident_layers=0, host_layers=0)
+    load = PassLoad(rows=1, context_tokens=0)
+    for flops in (1e9, 1e13):
+        free = machine(flops=flops)
+        lossy = replace(free, compute_lost_to_reads=0.25, device_is_host=True)
+        alone = pass_time(model, placement, free, load)
+        beside = pass_time(model, placement, lossy, load)
+        read_s = dict(alone.seconds)[Resource.DISK]
+        compute_s = dict(alone.seconds)[Resource.COMPUTE]
+        assert beside.total_s == pytest.approx(max(read_s, compute_s + 0.25 * read_s))
+        assert (beside.total_s > alone.total_s) == (flops == 1e9)

@@ -14,7 +14,7 @@ from offload_shapes import machine
 
 from cluster.base.env import default_cache_dir
 from cluster.base.errors import ConfigError
-from offload import probe
+from offload import probe, probe_disk, probe_products
 from offload.machine_rates import (
     DEADLINE_S,
     RatesRequest,
@@ -22,6 +22,7 @@ from offload.machine_rates import (
     rates_from_json,
     rates_to_json,
 )
+from offload.probe_clock import Probe
 from replicas.kernels.select import select_kernels
 
 REQUEST = RatesRequest(device="cpu", num_threads=2, dtype="bfloat16", disk=Path("/tmp"))
@@ -99,14 +100,16 @@ def test_output_that_is_no_rates_is_an_error(tmp_path: Path) -> None:
 def test_the_probe_measures_everything_it_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {"FILE_BYTES": 4 << 20, "COPY_BYTES": 1 << 20}
-    for name, value in {**small, "READ_BYTES": 1 << 20, "WEIGHT_SHAPE": (256, 128)}.items():
-        monkeypatch.setattr(probe, name, value)
+    monkeypatch.setattr(probe_disk, "FILE_BYTES", 4 << 20)
+    monkeypatch.setattr(probe_products, "WEIGHT_SHAPE", (256, 128))
+    for name in ("COPY_BYTES", "READ_BYTES"):
+        monkeypatch.setattr(probe, name, 1 << 20)
     kernels = select_kernels("auto", torch.bfloat16, "cpu", default_cache_dir() / "kernels")
     device = torch.device("cpu")
-    asked = probe.Probe(device=device, dtype=torch.bfloat16, kernels=kernels)
+    asked = Probe(device=device, dtype=torch.bfloat16, kernels=kernels)
     rates = probe.measure(asked, tmp_path)
     assert rates_from_json(json.loads(json.dumps(rates_to_json(rates)))) == rates
     for points in (rates.gemm, rates.int8_gemm, rates.int4_gemm):
-        assert [point.tokens for point in points] == list(probe.GEMM_TOKENS)
+        assert [point.tokens for point in points] == list(probe_products.GEMM_TOKENS)
+    assert 0 <= rates.compute_lost_to_reads < 1
     assert not list(tmp_path.iterdir())

@@ -87,7 +87,7 @@ def test_what_host_memory_does_not_hold_comes_from_disk_through_staging(tmp_path
     assert f"4 on the device, {on_host} in host memory" in model.reasons["engine"]
     tables = {table.title: table for table in explain(plan)}
     (row,) = tables["Where the weights of streamed models are"].rows
-    assert row[3].startswith(f"{on_host} layers and staging: 5.")
+    assert row[3].startswith(f"{on_host} layers: 5.")
 
 
 def test_a_wider_link_is_a_faster_plan(tmp_path: Path) -> None:
