@@ -31,7 +31,7 @@ REPORTING := $(shell grep -lw write_report bench/*.py)
 BENCHES := $(or $(NAME),$(filter-out report offload moe,$(basename $(notdir $(REPORTING)))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo test lint types format proto bench lock clean
+.PHONY: help setup ops demo test lint types format proto manifests bench lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,11 @@ format: $(STAMP)  ## rewrite the sources in house style
 
 proto: $(STAMP)  ## regenerate the protobuf and gRPC modules
 	$(RUN) -m router.proto.generate
+
+manifests: $(STAMP)  ## render the manifests of k8s/overlays from their cluster files
+	$(BIN)/penstock render k8s/overlays/cpu/cluster.yaml -o k8s/overlays/cpu/rendered
+	$(BIN)/penstock render k8s/overlays/gpu/cluster.yaml -o k8s/overlays/gpu/rendered \
+	    --pod-gpus 2 --pod-cpus 8 --pod-memory 32GiB
 
 bench: $(STAMP)  ## run the CPU benchmarks; results go to bench/results
 	@set -e; for name in $(BENCHES); do echo "== bench.$$name"; $(RUN) -m bench.$$name; done

@@ -204,7 +204,8 @@ class GatewayHandler:
 
     def ready(self) -> bool:
         """Whether every model has at least one replica that can take requests."""
-        return all(info.ready_replicas > 0 for info in self.list_models())
+        models = self.list_models()
+        return bool(models) and all(info.ready_replicas > 0 for info in models)
 
 
 async def _to_its_end(running: RunningRequest, work: Callable[[], Awaitable[ResultT]]) -> ResultT:

@@ -52,6 +52,9 @@ COMMANDS: Mapping[str, LazyCommand] = {
         target="cluster.cli.generate:generate", help="Complete a prompt, streamed."
     ),
     "chat": LazyCommand(target="cluster.cli.chat:chat", help="Talk to a chat model."),
+    "render": LazyCommand(
+        target="cluster.cli.render:render", help="Write manifests for Kubernetes (KubeRay)."
+    ),
     "down": LazyCommand(target="cluster.cli.down:down", help="End a cluster of this machine."),
 }
 

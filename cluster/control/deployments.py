@@ -43,23 +43,37 @@ def engine_target(plan: ClusterPlan, model: ModelPlan, host: str) -> RunTarget:
 
     An empty `host` stands for each node's own address, for clusters of several nodes.
     """
-    deployment: Any = serve.deployment(
-        LeaderReplica,
-        name="leader",
-        num_replicas=model.replicas,
-        user_config={"drain_s": plan.drain_s},
-        ray_actor_options={"num_cpus": model.leader_cpus},
-        placement_group_bundles=bundles(model),
-        placement_group_strategy=strategy(model),
-        **_upkeep(plan.drain_s),
-    )
+    deployment = _of_version(leader_deployment(model, plan.drain_s), replica_version(model))
     return RunTarget(
-        target=_of_version(deployment, replica_version(model)).bind(
-            to_json(model), plan.name, host, _WORKERS[model.engine]
-        ),
+        target=bind_leader(deployment, model, plan.name, host),
         name=names.engine_app(plan.name, model.name),
         route_prefix=None,
     )
+
+
+def leader_deployment(model: ModelPlan, drain_s: float, **options: Any) -> Any:
+    """The deployment of a model's leaders, not bound to arguments yet."""
+    return serve.deployment(
+        LeaderReplica,
+        name="leader",
+        num_replicas=model.replicas,
+        user_config=leader_settings(drain_s),
+        ray_actor_options={"num_cpus": model.leader_cpus},
+        placement_group_bundles=bundles(model),
+        placement_group_strategy=strategy(model),
+        **upkeep(drain_s),
+        **options,
+    )
+
+
+def bind_leader(deployment: Any, model: ModelPlan, cluster: str, host: str) -> Any:
+    """The application of a leader deployment."""
+    return deployment.bind(to_json(model), cluster, host, _WORKERS[model.engine])
+
+
+def leader_settings(drain_s: float) -> dict[str, float]:
+    """What leaders are told again whenever it changes."""
+    return {"drain_s": drain_s}
 
 
 def replica_version(model: ModelPlan) -> str:
@@ -76,25 +90,33 @@ def gateway_target(plan: ClusterPlan, runtime: RayRuntime) -> RunTarget:
     They share their ports, which only processes of one node can; and it is where the user is told
     to connect to.
     """
-    deployment: Any = serve.deployment(
-        GatewayReplica,
-        name="gateway",
-        num_replicas=plan.gateway.replicas,
-        user_config=to_json(plan),
-        ray_actor_options={
-            "num_cpus": plan.gateway.cpus,
-            "resources": {runtime.node_resource: _ON_NODE},
-        },
-        **_upkeep(plan.drain_s),
-    )
+    where = {"resources": {runtime.node_resource: _ON_NODE}}
+    deployment = _of_version(gateway_deployment(plan, where), "gateway")
     return RunTarget(
-        target=_of_version(deployment, "gateway").bind(to_json(plan), runtime.dashboard_url),
+        target=deployment.bind(to_json(plan), runtime.dashboard_url),
         name=names.gateway_app(plan.name),
         route_prefix=None,
     )
 
 
-def _upkeep(drain_s: float) -> dict[str, Any]:
+def gateway_deployment(plan: ClusterPlan, where: dict[str, Any]) -> Any:
+    """The deployment of gateways, not bound to arguments yet.
+
+    Args:
+        where: actor options that say which nodes they may run on.
+    """
+    return serve.deployment(
+        GatewayReplica,
+        name="gateway",
+        num_replicas=plan.gateway.replicas,
+        user_config=to_json(plan),
+        ray_actor_options={"num_cpus": plan.gateway.cpus, **where},
+        **upkeep(plan.drain_s),
+    )
+
+
+def upkeep(drain_s: float) -> dict[str, Any]:
+    """How Serve looks after a deployment, and how long it waits for one that leaves."""
     return {
         "health_check_period_s": _HEALTH_PERIOD_S,
         "health_check_timeout_s": _HEALTH_TIMEOUT_S,

@@ -1,0 +1,82 @@
+"""Plan -> Serve's own configuration (`ServeDeploySchema`), for whoever deploys by files. Pure.
+
+The applications are those that `penstock up` deploys; `serve_app.py` builds them from this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from cluster.base import names
+from cluster.base.plan import ClusterPlan, GatewayPlan, ModelPlan, to_json
+from cluster.control.deployments import leader_settings, upkeep
+
+GROUP_LABEL = "penstock.io/group"
+"""Ray node label that says which processes a node is for."""
+GATEWAY_GROUP = "gateway"
+_ENTRY = "cluster.control.serve_app"
+
+
+def serve_config(plan: ClusterPlan, groups: dict[str, str]) -> dict[str, Any]:
+    """The configuration.
+
+    Args:
+        groups: the value of `GROUP_LABEL` for each model.
+    """
+    engines = [_engine(plan, model, groups[model.name]) for model in plan.models]
+    return {"proxy_location": "Disabled", "applications": [*engines, _gateway(plan)]}
+
+
+def _engine(plan: ClusterPlan, model: ModelPlan, group: str) -> dict[str, Any]:
+    built_from = dataclasses.replace(model, replicas=1, overflow=None, reasons={}, nodes=())
+    return {
+        "name": names.engine_app(plan.name, model.name),
+        "route_prefix": None,
+        "import_path": f"{_ENTRY}:engine",
+        "args": {"cluster": plan.name, "model": _plain(built_from), "group": group},
+        "deployments": [
+            {
+                "name": "leader",
+                "num_replicas": model.replicas,
+                "user_config": leader_settings(plan.drain_s),
+                **upkeep(plan.drain_s),
+            }
+        ],
+    }
+
+
+def _gateway(plan: ClusterPlan) -> dict[str, Any]:
+    front = dataclasses.replace(
+        plan, models=(), warnings=(), drain_s=0.0, gateway=_fixed(plan.gateway)
+    )
+    models = tuple(dataclasses.replace(model, reasons={}, nodes=()) for model in plan.models)
+    return {
+        "name": names.gateway_app(plan.name),
+        "route_prefix": None,
+        "import_path": f"{_ENTRY}:gateway",
+        "args": {"front": _plain(front), "group": GATEWAY_GROUP},
+        "deployments": [
+            {
+                "name": "gateway",
+                "num_replicas": plan.gateway.replicas,
+                "user_config": _plain(dataclasses.replace(plan, models=models, warnings=())),
+                **upkeep(plan.drain_s),
+            }
+        ],
+    }
+
+
+def _fixed(gateway: GatewayPlan) -> GatewayPlan:
+    """What a gateway keeps for life; the rest comes with `user_config` before it is ready."""
+    limits = dataclasses.replace(
+        gateway.limits, max_active_requests=1, max_prompt_tokens_waiting=1, default_timeout_s=1.0
+    )
+    return dataclasses.replace(gateway, replicas=1, limits=limits)
+
+
+def _plain(plan: Any) -> dict[str, Any]:
+    """A plan as plain data: YAML knows neither enumerations nor tuples."""
+    plain: dict[str, Any] = json.loads(json.dumps(to_json(plan)))
+    return plain
