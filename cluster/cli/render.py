@@ -81,7 +81,7 @@ def _options(image: str, pod: dict[str, str]) -> RenderOptions:
 
 def _bytes(flag: str, text: str) -> int:
     try:
-        return _MEMORY.parse(text)
+        return int(_MEMORY.parse(text))
     except ValueError as error:
         raise ConfigError(f"{flag}: {error}.", param=flag) from None
 

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from cluster.base import names
-from cluster.base.plan import ClusterPlan, GatewayPlan, ModelPlan, to_json
+from cluster.base.plan import ClusterPlan, GatewayPlan, ModelPlan
 from cluster.control.deployments import leader_settings, upkeep
 
 GROUP_LABEL = "penstock.io/group"
@@ -77,6 +77,20 @@ def _fixed(gateway: GatewayPlan) -> GatewayPlan:
 
 
 def _plain(plan: Any) -> dict[str, Any]:
-    """A plan as plain data: YAML knows neither enumerations nor tuples."""
-    plain: dict[str, Any] = json.loads(json.dumps(to_json(plan)))
+    """A plan as plain data for `from_json`; what is as the plan's classes have it is left out."""
+    plain: dict[str, Any] = json.loads(json.dumps(_spoken(plan)))
     return plain
+
+
+def _spoken(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return [_spoken(item) for item in value] if isinstance(value, tuple) else value
+    held = {field.name: (getattr(value, field.name), field) for field in dataclasses.fields(value)}
+    return {name: _spoken(item) for name, (item, field) in held.items() if item != _default(field)}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """What a field is when nothing is said; `MISSING`, which nothing equals, where it has to be."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default

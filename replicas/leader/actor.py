@@ -140,11 +140,7 @@ class LeaderReplica:
         )
 
     def reconfigure(self, settings: dict[str, float]) -> None:
-        """What may change while it runs; Serve calls it once more after the constructor.
-
-        Args:
-            settings: `drain_s`, the longest time that requests have to finish when it leaves.
-        """
+        """Follow `drain_s`, the time to finish when it leaves; called after the constructor too."""
         self._drain_s = settings["drain_s"]
 
     def check_health(self) -> None:

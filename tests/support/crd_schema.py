@@ -14,7 +14,7 @@ import yaml
 
 def load_schema(file: Path, version: str = "v1") -> dict[str, Any]:
     """The closed schema of one served version."""
-    definition = yaml.load(file.read_text(), Loader=yaml.CSafeLoader)
+    definition = yaml.CSafeLoader(file.read_text()).get_single_data()
     (found,) = [each for each in definition["spec"]["versions"] if each["name"] == version]
     schema = found["schema"]["openAPIV3Schema"]
     # The API server checks metadata by rules of its own; the definition leaves it open.

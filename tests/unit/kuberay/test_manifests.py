@@ -5,6 +5,7 @@ against Serve's own schema, and against rules of the operator that no schema hol
 """
 
 import copy
+import dataclasses
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.base.load import load_cluster_file
+from cluster.base.plan import ClusterPlan, from_json
 from cluster.control.kuberay.options import GIB, RenderOptions
 from cluster.control.kuberay.pod_plan import plan_for_pods
 from cluster.control.kuberay.render import render
@@ -83,6 +85,15 @@ def test_serve_takes_the_configuration(service):
         "engine",
         "gateway",
     ]
+
+
+def test_what_is_left_out_comes_back(overlay, service):
+    file = load_cluster_file(OVERLAYS / overlay / "cluster.yaml")
+    plan = plan_for_pods(file, OPTIONS[overlay], Hub(offline=True))
+    *_, gateway = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    back = from_json(ClusterPlan, gateway["deployments"][0]["user_config"])
+    models = tuple(dataclasses.replace(model, reasons={}, nodes=()) for model in plan.models)
+    assert back == dataclasses.replace(plan, models=models, warnings=())
 
 
 def test_core_objects_fit_kubernetes_own_schemas(manifests):
@@ -164,7 +175,7 @@ def test_what_ray_reserves_fits_each_pod(service):
     params = group["rayStartParams"]
     (container,) = group["template"]["spec"]["containers"]
     limits = container["resources"]["limits"]
-    asked = engine["tp_size"] * engine["cpus_per_rank"] + engine["leader_cpus"]
+    asked = engine["tp_size"] * engine["cpus_per_rank"] + engine.get("leader_cpus", 0.1)
     assert asked <= int(params["num-cpus"]) == int(limits["cpu"])
     mebibytes = int(limits["memory"].removesuffix("Mi"))
     assert int(params.get("memory", 0)) < mebibytes << 20
