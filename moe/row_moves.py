@@ -20,6 +20,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Picked:
+    """Some rows among others, left where they lie."""
+
+    rows_NX: torch.Tensor
+    row_A: torch.Tensor
+    """int64, contiguous; which, in this order."""
+
+    def taken(self) -> torch.Tensor:
+        """A copy of them."""
+        return self.rows_NX.index_select(0, self.row_A)
+
+
+Piece = torch.Tensor | Picked
+"""Packed rows: all of a contiguous tensor, or some."""
+
+
+def whole(pieces: Sequence[Piece]) -> torch.Tensor:
+    """Rows in one tensor; copied unless they are in one already."""
+    tensors = [piece.taken() if isinstance(piece, Picked) else piece for piece in pieces]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+@dataclass(frozen=True, slots=True)
 class SplitRows:
     """Rows that came, taken apart."""
 
@@ -43,11 +66,11 @@ class RowMoves(Protocol):
         """
         ...
 
-    def experts(self, format: WireFormat, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    def experts(self, format: WireFormat, pieces: Sequence[Piece]) -> torch.Tensor:
         """Physical experts of packed rows in pieces, int64 (A, K)."""
         ...
 
-    def split(self, format: WireFormat, pieces: Sequence[torch.Tensor]) -> SplitRows:
+    def split(self, format: WireFormat, pieces: Sequence[Piece]) -> SplitRows:
         """All that is in packed rows in pieces, copied."""
         ...
 
@@ -59,14 +82,15 @@ class TorchRowMoves:
         """See `RowMoves.plan`."""
         return RowPlan.build(member_S[expert_TK], num_members)
 
-    def experts(self, format: WireFormat, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    def experts(self, format: WireFormat, pieces: Sequence[Piece]) -> torch.Tensor:
         """See `RowMoves.experts`."""
-        return format.experts(format.routing(pieces))
+        return format.experts(format.routing([whole(pieces)]))
 
-    def split(self, format: WireFormat, pieces: Sequence[torch.Tensor]) -> SplitRows:
+    def split(self, format: WireFormat, pieces: Sequence[Piece]) -> SplitRows:
         """See `RowMoves.split`."""
-        routing = format.routing(pieces)
-        return SplitRows(format.hidden(pieces), format.experts(routing), format.weights(routing))
+        rows = [whole(pieces)]
+        routing = format.routing(rows)
+        return SplitRows(format.hidden(rows), format.experts(routing), format.weights(routing))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,5 @@
 """The groups of one expert-parallel rank: everybody, its node, its rail; the memory that ranks of
-the node share; and the watch over all of them.
+the node share; connections along the rail; and the watch over all of them.
 
 All are made together on one store, under the epoch of the rendezvous, so that nothing of an older
 epoch can reach them. They fail together as well: one watch ends them all.
@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from cluster.base.errors import CollectiveTimeoutError, InternalError, PenstockError
 from cluster.dist.gloo_peers import GlooPeers
+from cluster.dist.peer_streams import PeerStreams, StreamsMeeting, join_peer_streams
 from cluster.dist.peer_watch import PeerWatch
 from cluster.dist.rank_topology import RankTopology
 from cluster.dist.rendezvous import Rendezvous, local_address_towards
@@ -33,6 +34,7 @@ class ExpertPeers:
         node: the ranks of this node.
         rail: the ranks of this rail (see rank_topology.py).
         shared: memory that the ranks of this node read from each other; None: there is none.
+        streams: connections to the ranks of this rail; None: there is one level, which needs none.
         watch: looks after all waits of this rank for its peers.
     """
 
@@ -42,12 +44,14 @@ class ExpertPeers:
         topology: RankTopology,
         groups: tuple[GlooPeers, GlooPeers, GlooPeers],
         shared: SharedBoxes | None,
+        streams: PeerStreams | None,
         watch: PeerWatch,
         store: Store,
     ) -> None:
         self.topology = topology
         self.world, self.node, self.rail = groups
         self.shared = shared
+        self.streams = streams
         self.watch = watch
         self._store: Store | None = store
 
@@ -75,6 +79,8 @@ class ExpertPeers:
             group.close()
         if self.shared is not None:
             self.shared.close()
+        if self.streams is not None:
+            self.streams.close()
         self._store = None
 
 
@@ -122,6 +128,7 @@ def join_expert_peers(
         mates = topology.node_ranks(rank)
         node_keys = PrefixStore(f"shared/{mates[0]}", keys)
         shared = join_shared_boxes(node_keys, mates, rank, watch, rendezvous.connect_timeout_s)
+        streams = _streams(watch, keys, rank, topology, (host, rendezvous.connect_timeout_s))
     except (RuntimeError, OSError) as error:
         if watch is not None:
             watch.close()
@@ -132,7 +139,14 @@ def join_expert_peers(
         raise CollectiveTimeoutError(
             f"{me}: not all ranks joined within {rendezvous.connect_timeout_s:g} s ({text})."
         ) from error
-    return ExpertPeers(topology=topology, groups=groups, shared=shared, watch=watch, store=store)
+    return ExpertPeers(
+        topology=topology,
+        groups=groups,
+        shared=shared,
+        streams=streams,
+        watch=watch,
+        store=store,
+    )
 
 
 def _meet(watch: PeerWatch, keys: Store, rank: int, num_ranks: int) -> None:
@@ -170,3 +184,23 @@ def _groups(
             )
     world, node, rail = (made[ranks] for ranks in members.values())
     return world, node, rail
+
+
+def _streams(
+    watch: PeerWatch,
+    keys: Store,
+    rank: int,
+    topology: RankTopology,
+    setting: tuple[str, float],
+) -> PeerStreams | None:
+    if not topology.has_two_levels:
+        return None
+    host, connect_s = setting
+    ranks = topology.rail_ranks(rank)
+    meeting = StreamsMeeting(
+        keys=PrefixStore(f"streams/{ranks[0]}", keys),
+        host=host,
+        secret=keys.get("key").decode(),
+        timeout_s=connect_s,
+    )
+    return join_peer_streams(meeting, ranks, rank, watch)

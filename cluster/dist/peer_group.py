@@ -11,7 +11,7 @@ use any more, here and at every peer; a new group has a new epoch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -102,4 +102,32 @@ class NodeMemory(Protocol):
 
     def hear(self, peer: int, what: str) -> tuple[torch.Tensor, Note]:
         """Wait for a member's next note: the whole box that it is about, and the note."""
+        ...
+
+
+class Streams(Protocol):
+    """A connection to every other rank of a group, for messages that nobody has to ask for."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's index among the members."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        ...
+
+    def send(self, peer: int, note: Note, data: torch.Tensor) -> None:
+        """Send to one other member; messages arrive in the order sent.
+
+        Returns at once. Nobody may write to `data` any more: it may leave later.
+        """
+        ...
+
+    def receive(self, peer: int, place: Callable[[Note], torch.Tensor], what: str) -> None:
+        """Wait for a member's next message: its note to `place`, which says where its bytes go.
+
+        They must be exactly as many as there is place for.
+        """
         ...

@@ -9,6 +9,7 @@ for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,7 @@ import torch
 from moe.exchange.hops import Hop, Trip, swap_more
 from moe.exchange.wire import Combine
 from moe.plan import RowPlan
+from moe.row_moves import Piece
 from moe.row_sums import RowSums, TorchRowSums, add_lower_bits, has_more, lower_bits
 
 
@@ -168,9 +170,9 @@ class Leg:
     hop: Hop
     answers: Answers
 
-    def open(self, rows_TX: torch.Tensor, plan: RowPlan) -> Trip:
+    def open(self, pieces: Sequence[Piece], plan: RowPlan) -> Trip:
         """See `Hop.open`."""
-        return self.hop.open(rows_TX, plan, self.answers.num_bytes)
+        return self.hop.open(pieces, plan, self.answers.num_bytes)
 
 
 def answers_for(dim: int, combine: Combine, sums: RowSums | None = None) -> Answers:

@@ -30,6 +30,7 @@ from moe.exchange.probe import Probe, Probed, slots_of
 from moe.exchange.schemes import DEFAULT_PROBE_S, DEFAULT_SLOT_ROWS, Scheme
 from moe.exchange.shared_hop import SharedHop
 from moe.exchange.simulate import simulate
+from moe.exchange.stream_hop import StreamHop
 from moe.exchange.wire import Combine, WireFormat
 from moe.expert_slots import ExpertSlots
 from moe.row_moves import RowWork
@@ -71,6 +72,11 @@ class Exchanges:
         self._route = Route(topology, self._rank)
         groups = (peers.rail, peers.node) if topology.has_two_levels else (peers.world,)
         self._slots = [self._without_counts(group) for group in groups]
+        self._rail = (
+            StreamHop(peers.rail, peers.streams, row_bytes=format.row_bytes)
+            if peers.streams is not None
+            else None
+        )
 
     @property
     def scheme(self) -> Scheme:
@@ -171,13 +177,10 @@ class Exchanges:
         hops: Sequence[Hop]
         if scheme is Scheme.PREPOSTED:
             hops = self._slots
-        elif scheme is Scheme.HIERARCHICAL and self.topology.has_two_levels:
+        elif scheme is Scheme.HIERARCHICAL and self._rail is not None:
             inner = self._slots[-1]
             in_memory = isinstance(inner, SharedHop)
-            hops = [
-                CountedHop(self.peers.rail),
-                inner if in_memory else CountedHop(self.peers.node),
-            ]
+            hops = [self._rail, inner if in_memory else CountedHop(self.peers.node)]
         else:
             hops = [self._world]
         combines = [self.format.combine, Combine.FP32]

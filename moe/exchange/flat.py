@@ -17,7 +17,7 @@ from moe.exchange.hops import Trip
 from moe.exchange.wire import WireFormat
 from moe.expert_slots import ExpertSlots
 from moe.plan import NOWHERE, RowPlan
-from moe.row_moves import RowMoves
+from moe.row_moves import Piece, RowMoves
 
 
 class SlotHomes:
@@ -38,7 +38,7 @@ class SlotHomes:
         self.rank_S = torch.tensor([*slots.rank_of_slot, NOWHERE])
         """One entry more, reached by index -1, for what is nowhere."""
 
-    def unpack(self, pieces: Sequence[torch.Tensor], ticket: object) -> Arrivals:
+    def unpack(self, pieces: Sequence[Piece], ticket: object) -> Arrivals:
         """What a rank computes with, from the rows that reached it; a copy of them."""
         rows = self.moves.split(self.format, pieces)
         return Arrivals(
@@ -72,7 +72,7 @@ class OneHopExchange:
         """Start to send each row once to every rank it visits."""
         where = self._where
         plan = where.moves.plan(expert_TK, where.rank_S, self._leg.hop.group.size)
-        trip = self._leg.open(where.format.pack(hidden_TD, expert_TK, weight_TK), plan)
+        trip = self._leg.open([where.format.pack(hidden_TD, expert_TK, weight_TK)], plan)
         return OneHopPending(plan, trip, where, f"{self._layer} dispatch")
 
     def combine(self, partial_AD: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:

@@ -17,7 +17,7 @@ from cluster.dist.rank_topology import RankTopology
 from moe.exchange.answers import Leg
 from moe.exchange.base import Arrivals
 from moe.exchange.flat import SlotHomes
-from moe.exchange.hops import Trip, whole
+from moe.exchange.hops import Trip
 from moe.plan import NOWHERE, RowPlan
 
 
@@ -59,7 +59,7 @@ class Route:
 
 
 class TwoHopExchange:
-    """An exchange over rail and node; `hierarchical` with counted hops, `preposted` with slots.
+    """An exchange over rail and node; `hierarchical` with streams, `preposted` with slots.
 
     Args:
         name: of the scheme.
@@ -92,7 +92,7 @@ class TwoHopExchange:
         """Start to send each row once to every node it visits."""
         where = self._where
         plan = where.moves.plan(expert_TK, self._rail_member_S, self._route.num_rail_members)
-        trip = self._rail.open(where.format.pack(hidden_TD, expert_TK, weight_TK), plan)
+        trip = self._rail.open([where.format.pack(hidden_TD, expert_TK, weight_TK)], plan)
         return TwoHopPending(self, plan, trip)
 
     def forward(self, plan: RowPlan, trip: Trip) -> Arrivals:
@@ -104,7 +104,7 @@ class TwoHopExchange:
             self._node_member_S,
             self._route.num_node_members,
         )
-        inner_trip = self._node.open(whole(pieces), inner_plan)
+        inner_trip = self._node.open(pieces, inner_plan)
         arrived = inner_trip.arrive(f"{self._layer} dispatch inside the node")
         ticket = _Ticket(plan, trip, inner_plan, inner_trip)
         return where.unpack(arrived, ticket)

@@ -3,8 +3,8 @@
 A hop is opened with rows and a plan of who gets which, gives the rows that arrived, and later takes
 one answer per arrived row back to where that row came from, in the order it was sent. What differs
 between hops is how the receiver learns how many rows come, and how they travel: `CountedHop`
-exchanges counts first, `SlotHop` (preposted.py) has posted slots, `SharedHop` (shared_hop.py) reads
-its peers' memory.
+exchanges counts first, `SlotHop` (preposted.py) has posted slots, `StreamHop` (stream_hop.py) has
+connections of its own, `SharedHop` (shared_hop.py) reads its peers' memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from cluster.dist.peer_group import PeerGroup, Transfer
 from moe.plan import RowPlan
+from moe.row_moves import Piece, whole
 
 _COUNT_BYTES = 8
 _MORE_TAG = 4
@@ -39,7 +40,7 @@ class Trip(Protocol):
         """Rows from each member; known once they have arrived."""
         ...
 
-    def arrive(self, what: str) -> list[torch.Tensor]:
+    def arrive(self, what: str) -> list[Piece]:
         """The rows from all members, in member order and in pieces: uint8 (A, row_bytes) in all.
 
         They may lie in another rank's memory, and are gone after `give_back`.
@@ -66,8 +67,8 @@ class Hop(Protocol):
         """The members."""
         ...
 
-    def open(self, rows_TX: torch.Tensor, plan: RowPlan, answer_bytes: int) -> Trip:
-        """Begin to send copies of rows (uint8, contiguous) to the plan's destinations, the members.
+    def open(self, pieces: Sequence[Piece], plan: RowPlan, answer_bytes: int) -> Trip:
+        """Begin to send copies of rows to the plan's destinations, the members.
 
         Every member opens its trips in the same order, with zero rows if it has none.
         """
@@ -80,9 +81,9 @@ class CountedHop:
     def __init__(self, group: PeerGroup) -> None:
         self.group = group
 
-    def open(self, rows_TX: torch.Tensor, plan: RowPlan, answer_bytes: int) -> Trip:
+    def open(self, pieces: Sequence[Piece], plan: RowPlan, answer_bytes: int) -> Trip:
         """Start the exchange of counts."""
-        return _CountedTrip(self.group, rows_TX, plan, answer_bytes)
+        return _CountedTrip(self.group, whole(pieces), plan, answer_bytes)
 
 
 class _CountedTrip:
@@ -102,7 +103,7 @@ class _CountedTrip:
         )
         self._rows = plan.gather(rows_TX)  # while the counts travel
 
-    def arrive(self, what: str) -> list[torch.Tensor]:
+    def arrive(self, what: str) -> list[Piece]:
         """Wait for the counts, then for the rows."""
         self._counting.wait(f"{what} (counts)")
         self.received = self._their_counts.tolist()
@@ -131,11 +132,6 @@ class _CountedTrip:
             [width * count for count in sent],
         ).wait(what)
         return arrived
-
-
-def whole(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows in one piece; copied only if there are several."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 def swap_more(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from cluster.dist.peer_group import NodeMemory, PeerGroup
+from cluster.dist.peer_group import NodeMemory, PeerGroup, Streams
 
 
 class Peers(Protocol):
@@ -28,4 +28,9 @@ class Peers(Protocol):
     @property
     def shared(self) -> NodeMemory | None:
         """Memory that the ranks of this node read from each other, if they can."""
+        ...
+
+    @property
+    def streams(self) -> Streams | None:
+        """Connections to the ranks of this rail; None with one level."""
         ...

@@ -17,6 +17,7 @@ that one costs a handshake, and nothing is ever dropped.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import torch
 
@@ -24,6 +25,7 @@ from cluster.base.errors import InternalError
 from cluster.dist.peer_group import PeerGroup, Transfer
 from moe.exchange.hops import Trip
 from moe.plan import RowPlan
+from moe.row_moves import Piece, whole
 
 _HEADER = struct.Struct("=2q")
 """Rows in all, number of the trip."""
@@ -59,10 +61,10 @@ class SlotHop:
         for peer in self.peers:
             self.posted[peer] = self.group.receive(self.slots[peer], peer, _SLOT_TAG)
 
-    def open(self, rows_TX: torch.Tensor, plan: RowPlan, answer_bytes: int) -> Trip:
+    def open(self, pieces: Sequence[Piece], plan: RowPlan, answer_bytes: int) -> Trip:
         """Send at once; nobody needs to be asked."""
         self.num_trips += 1
-        return _SlotTrip(self, rows_TX, plan, answer_bytes)
+        return _SlotTrip(self, whole(pieces), plan, answer_bytes)
 
 
 class _SlotTrip:
@@ -94,12 +96,12 @@ class _SlotTrip:
             if plan.counts[peer]
         ]
 
-    def arrive(self, what: str) -> list[torch.Tensor]:
+    def arrive(self, what: str) -> list[Piece]:
         """Take the rows out of all slots, in member order."""
         hop = self._hop
         taken = {peer: self._take(peer, what) for peer in hop.peers}
         rest = {peer: self._post_overflow(peer, count) for peer, (count, _) in taken.items()}
-        pieces = []
+        pieces: list[Piece] = []
         for peer in range(hop.group.size):
             if peer == hop.group.rank:
                 self.received.append(self._own_rows.shape[0])

@@ -187,7 +187,7 @@ class Probe:
         hop = self._probed.inside
         empty = torch.empty((0, hop.row_bytes), dtype=torch.uint8)
         nobody = RowPlan.build(torch.empty((0, 1), dtype=torch.int64), hop.group.size)
-        trip = hop.open(empty, nobody, hop.row_bytes)
+        trip = hop.open([empty], nobody, hop.row_bytes)
         trip.arrive(_WHAT)
         trip.room()
         trip.give_back(_WHAT)

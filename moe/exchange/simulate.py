@@ -4,10 +4,11 @@ Pure and torch-free. Every rank has a clock, every node a way out and a way in t
 message after the other. A message of gloo is three on the wire: the receiver's word that it is
 ready, the sender's, and the data. A collective costs two one-way delays, since its data waits for
 the receiver's word; where the receive was posted before it costs one, and the word travels later.
+A stream has no words.
 
-    flat          counts, rows | answers                        over all ranks
-    hierarchical  counts, rows, counts, rows | answers, answers over rails, then nodes
-    preposted     rows, rows | answers, answers                 the same, without words or counts
+    flat          counts, rows | answers            over all ranks
+    hierarchical  rows, rows | answers, answers     over rails, in streams, then nodes
+    preposted     rows, rows | answers, answers     the same, in slots posted before
 """
 
 from __future__ import annotations
@@ -91,6 +92,12 @@ class _Network:
         self._in = [0.0] * topology.num_nodes
         self._local = [0.0] * topology.num_ranks
 
+    def stream(self, pairs: _Pairs, num_bytes: float) -> None:
+        """All send so many bytes and wait, and nobody says a word before or after."""
+        self.now = [clock + self.costs.posted_call_s for clock in self.now]
+        ready = [self.now[source] for source, *_ in pairs.there]
+        self._end(pairs, self._carry(pairs.there, ready, num_bytes))
+
     def hop(self, pairs: _Pairs, num_bytes: float, *, asked_before: bool) -> None:
         """All send so many bytes and wait; without `asked_before` data waits for the receiver."""
         spent_s = self.costs.posted_call_s if asked_before else self.costs.call_s
@@ -105,6 +112,9 @@ class _Network:
         arrived = self._carry(pairs.there, ready, num_bytes)
         if asked_before:
             self._carry(pairs.back, [self.now[target] for target, *_ in pairs.back], 0.0)
+        self._end(pairs, arrived)
+
+    def _end(self, pairs: _Pairs, arrived: Sequence[float]) -> None:
         now = self.now
         for (_, target, _, _), when in zip(pairs.there, arrived, strict=True):
             now[target] = max(now[target], when)
@@ -152,6 +162,7 @@ def simulate(
     network = _Network(topology, costs)
     two_levels = topology.has_two_levels
     preposted = scheme is Scheme.PREPOSTED
+    streamed = scheme is Scheme.HIERARCHICAL and two_levels
     if scheme is Scheme.FLAT or not two_levels:
         share = traffic.rank_share(topology)
         legs = [(Way.WORLD, traffic.rows * share, topology.num_ranks)]
@@ -164,9 +175,17 @@ def simulate(
         ]
     for way, rows, num_targets in legs:
         network.work(num_targets * rows * traffic.row_bytes)
-        _there(network, _pairs(way, topology), rows, traffic, slot_rows if preposted else None)
+        pairs = _pairs(way, topology)
+        if streamed:
+            network.stream(pairs, _HEADER_BYTES + rows * traffic.row_bytes)
+        else:
+            _there(network, pairs, rows, traffic, slot_rows if preposted else None)
     for way, rows, num_targets in reversed(legs):
-        network.hop(_pairs(way, topology), rows * traffic.answer_bytes, asked_before=preposted)
+        pairs, num_bytes = _pairs(way, topology), rows * traffic.answer_bytes
+        if streamed:
+            network.stream(pairs, num_bytes)
+        else:
+            network.hop(pairs, num_bytes, asked_before=preposted)
         network.work(num_targets * rows * traffic.answer_bytes)
     return max(network.now)
 

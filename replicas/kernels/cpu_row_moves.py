@@ -10,7 +10,7 @@ import torch
 from cluster.base.errors import InternalError
 from moe.exchange.wire import Dispatch, WireFormat
 from moe.plan import RowPlan
-from moe.row_moves import SplitRows, TorchRowMoves
+from moe.row_moves import Picked, Piece, SplitRows, TorchRowMoves
 from replicas.kernels.loader import CpuLibrary
 
 _P, _L = ctypes.c_void_p, ctypes.c_long
@@ -21,7 +21,7 @@ class CpuRowMoves:
 
     def __init__(self, library: CpuLibrary) -> None:
         self._plan = library.function("pk_plan_rows", [_P, _L, _L, _P, _L, _L, _P, _P], _L)
-        self._split = library.function("pk_split_rows", [_P, _P, _L, _L, _L, _P, _P, _P])
+        self._split = library.function("pk_split_rows", [_P, _P, _P, _L, _L, _L, _P, _P, _P])
         self._torch = TorchRowMoves()
 
     def plan(self, expert_TK: torch.Tensor, member_S: torch.Tensor, num_members: int) -> RowPlan:
@@ -52,7 +52,7 @@ class CpuRowMoves:
             )
         return RowPlan(num_rows=num_rows, row_R=row_R[:num_copies], counts=tuple(counts))
 
-    def experts(self, format: WireFormat, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    def experts(self, format: WireFormat, pieces: Sequence[Piece]) -> torch.Tensor:
         """See `RowMoves.experts`.
 
         Raises:
@@ -63,7 +63,7 @@ class CpuRowMoves:
         self._take_apart(format, pieces, None, None, expert_AK)
         return expert_AK
 
-    def split(self, format: WireFormat, pieces: Sequence[torch.Tensor]) -> SplitRows:
+    def split(self, format: WireFormat, pieces: Sequence[Piece]) -> SplitRows:
         """See `RowMoves.split`.
 
         Raises:
@@ -82,14 +82,17 @@ class CpuRowMoves:
     def _take_apart(
         self,
         format: WireFormat,
-        pieces: Sequence[torch.Tensor],
+        pieces: Sequence[Piece],
         hidden_AD: torch.Tensor | None,
         weight_AK: torch.Tensor | None,
         expert_AK: torch.Tensor,
     ) -> None:
+        rows = [piece.rows_NX if isinstance(piece, Picked) else piece for piece in pieces]
+        picks = [piece.row_A.data_ptr() if isinstance(piece, Picked) else None for piece in pieces]
         self._split(
-            (_P * len(pieces))(*[piece.data_ptr() for piece in pieces]),
-            (ctypes.c_int64 * len(pieces))(*[piece.shape[0] for piece in pieces]),
+            (_P * len(pieces))(*[piece.data_ptr() for piece in rows]),
+            (_P * len(pieces))(*picks),
+            (ctypes.c_int64 * len(pieces))(*map(_num_rows, pieces)),
             len(pieces),
             format.hidden_bytes,
             format.top_k,
@@ -99,12 +102,19 @@ class CpuRowMoves:
         )
 
 
-def _count(format: WireFormat, pieces: Sequence[torch.Tensor]) -> int:
+def _count(format: WireFormat, pieces: Sequence[Piece]) -> int:
     for piece in pieces:
-        _check(piece, torch.uint8, dim=2)
-        if piece.shape[1] != format.row_bytes:
-            raise InternalError(f"Rows of {piece.shape[1]} bytes are none of {format.row_bytes}.")
-    return sum(piece.shape[0] for piece in pieces)
+        rows = piece.rows_NX if isinstance(piece, Picked) else piece
+        if isinstance(piece, Picked):
+            _check(piece.row_A, torch.int64, dim=1)
+        _check(rows, torch.uint8, dim=2)
+        if rows.shape[1] != format.row_bytes:
+            raise InternalError(f"Rows of {rows.shape[1]} bytes are none of {format.row_bytes}.")
+    return sum(map(_num_rows, pieces))
+
+
+def _num_rows(piece: Piece) -> int:
+    return piece.row_A.numel() if isinstance(piece, Picked) else piece.shape[0]
 
 
 def _check(tensor: torch.Tensor, dtype: torch.dtype, *, dim: int) -> None:

@@ -78,9 +78,10 @@ def test_schemes_between_nodes_that_share_a_slow_link():
     num_bytes = {scheme: min(w[1] for w in wires) for scheme, wires in answer["wires"].items()}
     # Six delays against two; a busy machine adds to both.
     assert best_s["flat"] > 6 * DELAY_S
-    assert 2 * DELAY_S < best_s["preposted"] < 0.75 * best_s["flat"]
+    for scheme in ("preposted", "hierarchical"):
+        assert 2 * DELAY_S < best_s[scheme] < 0.75 * best_s["flat"]
     # Half as many pairs of ranks talk across, and a row crosses once, not once per rank.
     assert messages["hierarchical"] < 0.7 * messages["flat"]
     assert num_bytes["hierarchical"] < 0.7 * num_bytes["flat"]
-    assert answer["chosen"] == ["preposted"]
+    assert answer["chosen"] == ["hierarchical"]
     assert 0.5 * DELAY_S < answer["costs"]["node_delay_s"] < 5 * DELAY_S

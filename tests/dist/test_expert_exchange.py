@@ -57,7 +57,8 @@ def test_a_lost_rank_is_named_within_five_seconds(scheme, fault):
         assert answer is not None, results[rank].log
         assert answer["code"] == "worker_died"
         assert "rank 2 (node b)" in answer["cause"].lower()
-        assert "layer 3 dispatch" in answer["cause"]
+        # Its rows have left, so its rail may be further: whoever finds out first says where it was.
+        assert "layer 3 dispatch" in answer["cause"] or "layer 3 combine" in answer["cause"]
         assert answer["after_s"] < (2.0 if fault == "exit" else 5.0)
         assert answer["stays"]
 

@@ -7,6 +7,7 @@ shorter message fills the beginning of a receive. A message that never comes is 
 
 from __future__ import annotations
 
+import itertools
 import queue
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from cluster.dist.rank_topology import RankTopology
 PATIENCE_S = 20.0
 _NUM_TAGS = 6
 _GATHER_TAG = 5
+STREAM_HEADER_BYTES = 32
 
 
 class Hub:
@@ -33,11 +35,9 @@ class Hub:
     def __init__(self, topology: RankTopology, *, shared: bool = True) -> None:
         self.topology = topology
         self.shared = shared
-        self.notes: dict[tuple[int, int], queue.Queue[Any]] = {
-            (source, target): queue.Queue()
-            for source in range(topology.num_ranks)
-            for target in range(topology.num_ranks)
-        }
+        pairs = list(itertools.product(range(topology.num_ranks), repeat=2))
+        self.notes: dict[tuple[int, int], queue.Queue[Any]] = {p: queue.Queue() for p in pairs}
+        self.streams: dict[tuple[int, int], queue.Queue[Any]] = {p: queue.Queue() for p in pairs}
         self._queues: dict[Any, queue.Queue[torch.Tensor]] = defaultdict(queue.Queue)
         for kind in ("world", "node", "rail"):
             for source in range(topology.num_ranks):
@@ -49,11 +49,15 @@ class Hub:
         self.num_by_tag: Counter[int] = Counter()
 
     def put(self, kind: str, source: int, target: int, tag: int, data: torch.Tensor) -> None:
-        if self.topology.node_index(source) != self.topology.node_index(target) and data.numel():
-            self.node_bytes += data.numel()
-            self.node_messages += 1
+        if data.numel():
+            self.count(source, target, data.numel())
         self.num_by_tag[tag] += 1
         self._queues[kind, source, target, tag].put(data.clone())
+
+    def count(self, source: int, target: int, num_bytes: int) -> None:
+        if self.topology.node_index(source) != self.topology.node_index(target):
+            self.node_bytes += num_bytes
+            self.node_messages += 1
 
     def get(self, kind: str, source: int, target: int, tag: int) -> torch.Tensor:
         return self._queues[kind, source, target, tag].get(timeout=PATIENCE_S)
@@ -136,6 +140,25 @@ class ThreadBoxes:
         return self._hub.notes[self._ranks[peer], self._own].get(timeout=PATIENCE_S)
 
 
+class ThreadStreams:
+    """Connections along a rail; what is sent is left where it lies until it is received."""
+
+    def __init__(self, hub: Hub, rank: int, ranks: tuple[int, ...]) -> None:
+        self._hub, self._own, self._ranks = hub, rank, ranks
+        self.rank, self.size = ranks.index(rank), len(ranks)
+
+    def send(self, peer: int, note: Note, data: torch.Tensor) -> None:
+        self._hub.count(self._own, self._ranks[peer], data.numel() + STREAM_HEADER_BYTES)
+        self._hub.streams[self._own, self._ranks[peer]].put((note, data))
+
+    def receive(self, peer: int, place: Callable[[Note], torch.Tensor], what: str) -> None:
+        streams = self._hub.streams[self._ranks[peer], self._own]
+        note, data = streams.get(timeout=PATIENCE_S)
+        into = place(note)
+        assert into.shape == data.shape
+        into.copy_(data)
+
+
 class ThreadPeers:
     """What `ExpertPeers` is, for one thread."""
 
@@ -144,6 +167,8 @@ class ThreadPeers:
         self.world = ThreadGroup(hub, "world", rank, tuple(range(topology.num_ranks)))
         self.node = ThreadGroup(hub, "node", rank, topology.node_ranks(rank))
         self.rail = ThreadGroup(hub, "rail", rank, topology.rail_ranks(rank))
+        has_rails = topology.has_two_levels
+        self.streams = ThreadStreams(hub, rank, topology.rail_ranks(rank)) if has_rails else None
         mates = topology.node_ranks(rank)
         has_memory = hub.shared and len(mates) > 1
         self.shared = ThreadBoxes(hub, rank, mates) if has_memory else None

@@ -29,13 +29,14 @@ long pk_plan_rows(const int64_t* experts, long rows, long top_k, const int64_t* 
 }
 
 // | hidden | weights: top_k fp32 | experts: top_k int32 | a row; hidden and weights may be null.
-void pk_split_rows(const unsigned char* const* pieces, const int64_t* counts, long num_pieces,
-                   long hidden_bytes, long top_k, unsigned char* hidden, float* weights,
-                   int64_t* experts) {
+// picks[piece]: the numbers of its rows that are meant; null: the first `counts[piece]`, in order.
+void pk_split_rows(const unsigned char* const* pieces, const int64_t* const* picks,
+                   const int64_t* counts, long num_pieces, long hidden_bytes, long top_k,
+                   unsigned char* hidden, float* weights, int64_t* experts) {
   const long width = hidden_bytes + 8 * top_k;
   for (long piece = 0; piece < num_pieces; ++piece)
-    for (const unsigned char* row = pieces[piece]; row != pieces[piece] + counts[piece] * width;
-         row += width) {
+    for (long i = 0; i < counts[piece]; ++i) {
+      const unsigned char* row = pieces[piece] + (picks[piece] ? picks[piece][i] : i) * width;
       if (hidden) {
         std::memcpy(hidden, row, hidden_bytes);
         hidden += hidden_bytes;
