@@ -14,27 +14,32 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bench.memory_cgroup import MemoryCgroup
 from bench.offload_child import ChildTask
+from bench.offload_formats import format_rows
 from bench.offload_rows import (
     PEERS,
     RESIDENT_LAYERS,
     WIDE_RESIDENT_LAYERS,
     Setting,
-    format_rows,
     peer_rows,
 )
 from bench.offload_run import Runner, install_accelerate
 from bench.random_checkpoint import SHAPES, RandomCheckpoint, random_checkpoint
 from bench.report import Row, kept_rows, save_report, write_report
 from cluster.base.env import default_cache_dir
+from offload.compression import Compression
+from offload.cost_model import PassLoad, pass_time
+from offload.homes import Placement
 from offload.machine_rates import RatesRequest, machine_rates
 from offload.model_shape import model_shape
 from offload.pack_model import pack_model
 from offload.precision import Precision
 from offload.rates import GemmPoint
+from offload.stored_share import sampled_share
 from replicas.models.hf_config import arch_from_hf
 
 DEEP = {**SHAPES["dense-1b"], "vocab_size": 8192, "num_hidden_layers": 28}
@@ -44,6 +49,8 @@ NEW_TOKENS = 5
 BATCH = 8
 BATCHES = (1, BATCH, 64)
 CASES = (*PEERS, *Precision)
+Stores = dict[tuple[Precision, Compression], Path]
+"""Folders with one store each."""
 
 
 def main() -> None:
@@ -71,13 +78,14 @@ def _measured(arguments: argparse.Namespace, notes: list[str]) -> Iterator[tuple
     checkpoint = random_checkpoint("dense-deep", models, config=DEEP)
     stores = pack_all(checkpoint, models / "stores" / checkpoint.path.name)
     limit = arguments.limit_mb * 10**6
-    setting = setting_of(arguments.threads, stores[Precision.NATIVE], limit)
+    setting = setting_of(arguments.threads, checkpoint.path, stores, limit)
     notes += _notes(arguments, setting)
     with MemoryCgroup("penstock-bench-offload", limit) as cgroup:
         runner = Runner(
             task=task_of(checkpoint, arguments.threads),
             cgroup=cgroup,
             stores=stores,
+            compression=setting.compression,
             accelerate=install_accelerate(default_cache_dir()),
             limit_bytes=limit,
         )
@@ -90,14 +98,28 @@ def _measured(arguments: argparse.Namespace, notes: list[str]) -> Iterator[tuple
             print("\n".join(runner.notes), flush=True)
 
 
-def setting_of(threads: int, store: Path, limit_bytes: int) -> Setting:
-    """Shape of the model and speeds of the machine."""
-    request = RatesRequest(device="cpu", num_threads=threads, dtype="bfloat16", disk=store)
+def setting_of(threads: int, checkpoint: Path, stores: Stores, limit_bytes: int) -> Setting:
+    """Shape of the model, speeds of the machine, and what `compression: auto` is then."""
+    disk = stores[Precision.NATIVE, Compression.NONE]
+    request = RatesRequest(device="cpu", num_threads=threads, dtype="bfloat16", disk=disk)
+    rates = replace(machine_rates(request, default_cache_dir()), device_is_host=True)
+    files = [path.name for path in sorted(checkpoint.glob("*.safetensors"))]
+    shape = replace(
+        model_shape(arch_from_hf(DEEP), 1, "bfloat16"),
+        stored_share=sampled_share(checkpoint, files),
+    )
+    load = PassLoad(rows=BATCH, context_tokens=PROMPT_TOKENS + NEW_TOKENS // 2)
+
+    def pass_s(compression: Compression) -> float:
+        placement = Placement(resident_layers=0, host_layers=0, compression=compression)
+        return pass_time(shape, placement, rates, load).total_s
+
     return Setting(
-        shape=model_shape(arch_from_hf(DEEP), 1, "bfloat16"),
-        rates=machine_rates(request, default_cache_dir()),
+        shape=shape,
+        rates=rates,
         limit_bytes=limit_bytes,
-        context_tokens=PROMPT_TOKENS + NEW_TOKENS // 2,
+        context_tokens=load.context_tokens,
+        compression=min(Compression, key=pass_s),
     )
 
 
@@ -116,15 +138,17 @@ def task_of(checkpoint: RandomCheckpoint, threads: int) -> ChildTask:
     )
 
 
-def pack_all(checkpoint: RandomCheckpoint, folder: Path) -> dict[Precision, Path]:
+def pack_all(checkpoint: RandomCheckpoint, folder: Path) -> Stores:
     """A folder with the store of each format, packed where it is not there yet."""
-    stores = {precision: folder / precision.value for precision in Precision}
-    for precision, store in stores.items():
-        print(f"{precision.value} store ...", flush=True)
+    stores = {(precision, Compression.NONE): folder / precision.value for precision in Precision}
+    stores[Precision.NATIVE, Compression.LOSSLESS] = folder / Compression.LOSSLESS.value
+    for (precision, compression), store in stores.items():
+        print(f"{store.name} store ...", flush=True)
         current = pack_model(
             str(checkpoint.path),
             dtype="bfloat16",
             precision=precision.value,
+            compression=compression.value,
             disk_path=str(store),
         )
         # What an earlier version of the format left is of no use to anybody.
@@ -148,6 +172,9 @@ def _notes(arguments: argparse.Namespace, setting: Setting) -> list[str]:
         f"machine rates: memory {rates.memory_bytes_per_s / 1e9:.1f} GB/s; weights multiplied with "
         f"one row, native {_per_s(rates.gemm)}, int8 {_per_s(rates.int8_gemm)}, int4 "
         f"{_per_s(rates.int4_gemm)} G/s; predictions take the disk as fast as it was in the run",
+        f"ours streams native records with compression {setting.compression.value} (what auto is "
+        f"here: {setting.shape.stored_share:.1%} of the bytes by a sample, decoded at "
+        f"{rates.decode_bytes_per_s / 1e9:.1f} GB/s of weights by one core)",
         f"load average {os.getloadavg()[0]:.1f} at the start of the last part",
     ]
 

@@ -37,6 +37,8 @@ class ChildTask:
     threads: int
     vocab_size: int
     precision: str = "native"
+    compression: str = "none"
+    """Of the records in `folder`."""
     resident_layers: int = 0
     """Ours keeps so many in memory."""
 

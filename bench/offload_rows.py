@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,7 @@ from dataclasses import dataclass
 from bench.offload_child import BatchResult, ChildResult
 from bench.offload_run import Runner
 from bench.report import Row, Samples, compared, measured, not_measured
-from offload.cost_model import PassLoad, pass_time
-from offload.homes import Placement
+from offload.compression import Compression
 from offload.model_shape import ModelShape
 from offload.precision import Precision
 from offload.rates import Rates
@@ -23,8 +21,6 @@ WIDE_RESIDENT_LAYERS = 17
 """The same under `WIDE_LIMIT_BYTES`."""
 WIDE_LIMIT_BYTES = 2600 * 10**6
 """The least that DeepSpeed runs in."""
-AIM_OF_BATCHES = 60.0
-"""How many times the rate of one row the largest batch should give."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +53,12 @@ class Setting:
     rates: Rates
     limit_bytes: int
     context_tokens: int
+    compression: Compression
+    """Of native records, as the planner would have them."""
+
+    def compression_of(self, precision: Precision) -> Compression:
+        """Codes get no smaller."""
+        return self.compression if precision is Precision.NATIVE else Compression.NONE
 
 
 def peer_rows(runner: Runner, engine: str, rounds: int, setting: Setting) -> list[Row]:
@@ -77,11 +79,11 @@ def peer_rows(runner: Runner, engine: str, rounds: int, setting: Setting) -> lis
             )
             wide += [] if result is None else [result]
     label = f"{engine}: batch {ours[0].batches[0].rows}, model twice the memory"
-    row = measured(label, "rate", "tok/s", _rates([run.batches[0] for run in ours]))
+    row = measured(label, "rate", "tok/s", rates_of([run.batches[0] for run in ours]))
     if not theirs:
         return [not_measured(row, peer.name, runner.notes[-1], target=peer.target)]
     start = measured(label, "engine start", "s", Samples(values=_loads(ours)))
-    rates = _rates([run.batches[0] for run in theirs])
+    rates = rates_of([run.batches[0] for run in theirs])
     same = 1.0 if engine == "mapped" else None
     first = measured(label, "first token of a cold engine", "s", _first_tokens(ours))
     rows = [
@@ -101,8 +103,8 @@ def _wide_rows(
 ) -> list[Row]:
     """Both under the limit that the peer needs: ours keeps more layers in memory."""
     label = f"{engine}: batch {wide[0].batches[0].rows}, 2600 MB for both"
-    row = measured(label, "rate", "tok/s", _rates([run.batches[0] for run in wide]))
-    rates = _rates([run.batches[0] for run in theirs])
+    row = measured(label, "rate", "tok/s", rates_of([run.batches[0] for run in wide]))
+    rates = rates_of([run.batches[0] for run in theirs])
     return [
         compared(row, peer.name, rates, target=peer.target),
         *_costs(label, peer.name, wide, theirs),
@@ -148,75 +150,14 @@ def _own_rows(
     ]
 
 
-def format_rows(
-    runner: Runner, precision: Precision, batches: tuple[int, ...], rounds: int, setting: Setting
-) -> list[Row]:
-    """One format of ours: each batch against the disk and the cost model, batches against one row.
-
-    Raises:
-        RuntimeError: no child came through.
-    """
-    results = (runner.run("ours", batches, precision) for _ in range(rounds))
-    done = [run for run in results if run is not None]
-    if not done:
-        raise RuntimeError(f"no result for {precision}: {runner.notes[-1]}")
-    disk = Samples(values=tuple(run.facts["disk_bytes_per_s"] / 1e9 for run in done))
-    step_bytes = setting.shape.layer_bytes(precision)
-    rows: list[Row] = []
-    alone = _rates([run.batches[0] for run in done])
-    for index, count in enumerate(batches):
-        label = f"{precision.value}: batch {count}"
-        each = [run.batches[index] for run in done]
-        row = measured(label, "rate", "tok/s", _rates(each))
-        if count > 1:
-            is_last = precision is Precision.NATIVE and index == len(batches) - 1
-            row = compared(row, "batch 1", alone, target=AIM_OF_BATCHES if is_last else None)
-        used = Samples(values=tuple(step_bytes / _step_s(batch) / 1e9 for batch in each))
-        read = measured(label, "read while serving", "GB/s", used)
-        target = 0.95 if precision is Precision.NATIVE else None
-        rows += [
-            row,
-            compared(read, "its reader alone", disk, target=target),
-            predicted_row(label, setting, precision, count, disk.median * 1e9, _rates(each)),
-        ]
-    return rows
-
-
-def predicted_row(
-    label: str,
-    setting: Setting,
-    precision: Precision,
-    rows: int,
-    disk_bytes_per_s: float,
-    rates: Samples,
-) -> Row:
-    """The cost model's figure with the disk as fast as it was in the run, against the run's."""
-    speeds = dataclasses.replace(setting.rates, disk_bytes_per_s=disk_bytes_per_s)
-    placement = Placement(resident_layers=0, host_layers=0, precision=precision)
-    load = PassLoad(rows=rows, context_tokens=setting.context_tokens)
-    predicted = rows / pass_time(setting.shape, placement, speeds, load).total_s
-    near = min(predicted / rates.median, rates.median / predicted)
-    return Row(
-        case=label,
-        metric="predicted rate",
-        unit="tok/s",
-        ours=predicted,
-        samples=1,
-        spread=0.0,
-        against="measured",
-        theirs=rates.median,
-        ratio=near,
-        target=0.9,
-    )
-
-
-def _step_s(batch: BatchResult) -> float:
+def step_s(batch: BatchResult) -> float:
+    """The median step while all rows decode."""
     return statistics.median(batch.step_s)
 
 
-def _rates(batches: Sequence[BatchResult]) -> Samples:
+def rates_of(batches: Sequence[BatchResult]) -> Samples:
     """Tokens per second while all rows decode."""
-    return Samples(values=tuple(batch.rows / _step_s(batch) for batch in batches))
+    return Samples(values=tuple(batch.rows / step_s(batch) for batch in batches))
 
 
 def _loads(runs: Sequence[ChildResult]) -> tuple[float, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench.memory_cgroup import MemoryCgroup
 from bench.offload_child import BatchResult, ChildResult, ChildTask
+from offload.compression import Compression
 from offload.precision import Precision
 
 TIMEOUT_S = 150.0
@@ -36,7 +37,9 @@ class Runner:
 
     task: ChildTask
     cgroup: MemoryCgroup
-    stores: Mapping[Precision, Path]
+    stores: Mapping[tuple[Precision, Compression], Path]
+    compression: Compression
+    """Of native records that ours streams, as its planner would have them."""
     accelerate: Path | None
     limit_bytes: int
     notes: list[str] = field(default_factory=list)
@@ -61,7 +64,8 @@ class Runner:
         if engine == "accelerate_disk" and self.accelerate is None:
             self._note("Accelerate could not be installed")
             return None
-        folder = self.stores[precision]
+        compression = self.compression_of(engine, precision)
+        folder = self.stores[precision, compression]
         task = dataclasses.replace(
             self.task,
             engine=engine,
@@ -69,6 +73,7 @@ class Runner:
             cgroup_procs=str(self.cgroup.procs),
             batches=tuple(batches) or self.task.batches,
             precision=precision.value,
+            compression=compression.value,
             resident_layers=resident_layers,
         )
         for path in (*folder.glob("*.weights"), *Path(task.checkpoint).iterdir()):
@@ -84,9 +89,15 @@ class Runner:
             self._note(f"{engine} failed: {outcome}")
             return None
         self._note(
-            f"{engine}, {precision.value}: peak {peak / 1e6:.0f} MB, memory limit met {hits} times"
+            f"{engine}, {precision.value}, compression {compression.value}: peak "
+            f"{peak / 1e6:.0f} MB, memory limit met {hits} times"
         )
         return outcome
+
+    def compression_of(self, engine: str, precision: Precision) -> Compression:
+        """Only ours decodes what it reads; codes get no smaller."""
+        native = engine == "ours" and precision is Precision.NATIVE
+        return self.compression if native else Compression.NONE
 
     def _child(self, task: ChildTask) -> ChildResult | str:
         path = [str(Path.cwd())]

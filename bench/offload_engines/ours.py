@@ -62,6 +62,7 @@ def offload_plan(task: ChildTask) -> OffloadPlan:
         workspace_bytes=0,
         resident_units=("embed", *kept, "norm", "head"),
         precision=task.precision,
+        compression=task.compression,
     )
 
 
