@@ -111,7 +111,9 @@ def setting_of(threads: int, checkpoint: Path, stores: Stores, limit_bytes: int)
     load = PassLoad(rows=BATCH, context_tokens=PROMPT_TOKENS + NEW_TOKENS // 2)
 
     def pass_s(compression: Compression) -> float:
-        placement = Placement(resident_layers=0, host_layers=0, compression=compression)
+        placement = Placement(
+            resident_layers=0, host_layers=0, compression=compression, ring_slots=4
+        )
         return pass_time(shape, placement, rates, load).total_s
 
     return Setting(

@@ -70,6 +70,7 @@ def predicted_row(
         host_layers=0,
         precision=precision,
         compression=setting.compression_of(precision),
+        ring_slots=4 if setting.compression_of(precision) is Compression.LOSSLESS else 3,
     )
     load = PassLoad(rows=rows, context_tokens=setting.context_tokens)
     predicted = rows / pass_time(setting.shape, placement, speeds, load).total_s

@@ -15,6 +15,7 @@ from bench.offload_engines.roofline import disk_bytes_per_s
 from cluster.base.plan import OffloadPlan
 from cluster.dist.communicator import SingleRank
 from offload.assembly import kernel_adapter, streamed_weights
+from offload.compression import Compression
 from offload.layout import Store, read_store
 from offload.provider import StreamedWeights
 from replicas.layers.weights import WeightProvider
@@ -53,7 +54,10 @@ def opened(task: ChildTask) -> Iterator[Engine]:
 
 
 def offload_plan(task: ChildTask) -> OffloadPlan:
-    """Three slots, resident what is not a layer and the layers that the task says."""
+    """Three slots, one more to decode in where no layer is resident in its place; what is not a
+    layer is resident, and the layers that the task says."""
+    has_more = task.compression == Compression.LOSSLESS and not task.resident_layers
+    slots = 4 if has_more else 3
     kept = (f"layer.{index}" for index in range(task.resident_layers))
     return OffloadPlan(
         disk_path=task.folder,
@@ -61,6 +65,8 @@ def offload_plan(task: ChildTask) -> OffloadPlan:
         host_bytes=0,
         workspace_bytes=0,
         resident_units=("embed", *kept, "norm", "head"),
+        ring_slots=slots,
+        prefetch_depth=slots,
         precision=task.precision,
         compression=task.compression,
     )

@@ -197,7 +197,12 @@ def compressed_pass(*, decode: float, slowdown: float = 0.0, **changes: Any) -> 
     rates = replace(machine(), decode_bytes_per_s=decode, decode_slowdown=slowdown)
     rates = replace(rates, device_is_host=True)
     model = replace(uniform_model(), stored_share=2 / 3)
-    fields = {"resident_layers": 0, "host_layers": 0, "compression": Compression.LOSSLESS}
+    fields = {
+        "resident_layers": 0,
+        "host_layers": 0,
+        "compression": Compression.LOSSLESS,
+        "ring_slots": 4,
+    }
     placement = Placement(**(fields | changes))
     return pass_time(model, placement, rates, PassLoad(rows=1, context_tokens=0))
 
@@ -217,6 +222,10 @@ def test_decoding_takes_from_the_cores_that_compute_where_none_is_free() -> None
     alone, shared = (dict(compressed_pass(decode=8 * GB, slowdown=s).seconds) for s in (0.0, 0.5))
     taken_s = shared[Resource.COMPUTE] - alone[Resource.COMPUTE]
     assert taken_s == pytest.approx(0.5 * alone[Resource.DECODE])
+    assert (
+        compressed_pass(decode=8 * GB).total_s
+        < compressed_pass(decode=8 * GB, ring_slots=3).total_s
+    )
     in_turn = dict(compressed_pass(decode=8 * GB, ring_slots=2).seconds)
     assert in_turn[Resource.COMPUTE] == pytest.approx(
         alone[Resource.COMPUTE] + alone[Resource.DECODE]

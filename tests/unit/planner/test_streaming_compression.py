@@ -54,7 +54,7 @@ def only(plan: ClusterPlan) -> ModelPlan:
 
 
 def test_a_model_bound_by_the_disk_is_compressed_and_so_much_faster(tmp_path: Path) -> None:
-    alone = {"resident": 0, "objective": "latency"}
+    alone = {"resident": 0, "ring_slots": 4, "objective": "latency"}
     auto = only(planned(tmp_path, offload=alone))
     none = only(planned(tmp_path, offload={**alone, "compression": "none"}))
     assert auto.offload.compression == "lossless"
