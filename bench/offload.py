@@ -167,8 +167,9 @@ def _notes(arguments: argparse.Namespace, setting: Setting) -> list[str]:
         f"bf16, {arguments.threads} compute threads, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, memory "
         f"limit {arguments.limit_mb} MB where a row says nothing else, "
         f"{weights / setting.limit_bytes:.2f} times that of weights; rates: all rows decoding",
-        f"against peers ours keeps {RESIDENT_LAYERS} of 28 layers in memory, elsewhere none; under "
-        f"2600 MB {WIDE_RESIDENT_LAYERS}",
+        f"against peers ours keeps {setting.resident(RESIDENT_LAYERS)} of 28 layers in memory, "
+        "elsewhere none; under "
+        f"2600 MB {setting.resident(WIDE_RESIDENT_LAYERS)}",
         "its reader alone: the same reader over the whole store, the same requests in flight, "
         "before and after each batch in the same process",
         f"machine rates: memory {rates.memory_bytes_per_s / 1e9:.1f} GB/s; weights multiplied with "

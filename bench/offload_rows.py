@@ -15,8 +15,8 @@ from offload.precision import Precision
 from offload.rates import Rates
 
 RESIDENT_LAYERS = 6
-"""What the limit leaves room for beside ring, engine and Python; against peers, which use the same
-memory their own way."""
+"""What the limit leaves room for beside three slots, engine and Python; against peers, which use the
+same memory their own way. A fourth slot, to decode in, takes the place of one."""
 WIDE_RESIDENT_LAYERS = 17
 """The same under `WIDE_LIMIT_BYTES`."""
 WIDE_LIMIT_BYTES = 2600 * 10**6
@@ -56,6 +56,10 @@ class Setting:
     compression: Compression
     """Of native records, as the planner would have them."""
 
+    def resident(self, layers: int) -> int:
+        """Layers that stay where `layers` do with three slots."""
+        return layers - (self.compression is Compression.LOSSLESS)
+
     def compression_of(self, precision: Precision) -> Compression:
         """Codes get no smaller."""
         return self.compression if precision is Precision.NATIVE else Compression.NONE
@@ -69,13 +73,17 @@ def peer_rows(runner: Runner, engine: str, rounds: int, setting: Setting) -> lis
     theirs: list[ChildResult] = []
     wide: list[ChildResult] = []
     for _ in range(rounds):
-        if (result := runner.run("ours", resident_layers=RESIDENT_LAYERS)) is not None:
+        if (
+            result := runner.run("ours", resident_layers=setting.resident(RESIDENT_LAYERS))
+        ) is not None:
             ours.append(result)
         if (result := runner.run(engine, limit_bytes=limit_bytes)) is not None:
             theirs.append(result)
         if peer.is_wide:
             result = runner.run(
-                "ours", limit_bytes=limit_bytes, resident_layers=WIDE_RESIDENT_LAYERS
+                "ours",
+                limit_bytes=limit_bytes,
+                resident_layers=setting.resident(WIDE_RESIDENT_LAYERS),
             )
             wide += [] if result is None else [result]
     label = f"{engine}: batch {ours[0].batches[0].rows}, model twice the memory"

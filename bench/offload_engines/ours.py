@@ -54,10 +54,9 @@ def opened(task: ChildTask) -> Iterator[Engine]:
 
 
 def offload_plan(task: ChildTask) -> OffloadPlan:
-    """Three slots, one more to decode in where no layer is resident in its place; what is not a
-    layer is resident, and the layers that the task says."""
-    has_more = task.compression == Compression.LOSSLESS and not task.resident_layers
-    slots = 4 if has_more else 3
+    """Three slots, one more to decode in; what is not a layer is resident, and the layers that the
+    task says."""
+    slots = 3 if task.compression == Compression.NONE else 4
     kept = (f"layer.{index}" for index in range(task.resident_layers))
     return OffloadPlan(
         disk_path=task.folder,
