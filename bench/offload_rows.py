@@ -15,8 +15,8 @@ from offload.precision import Precision
 from offload.rates import Rates
 
 RESIDENT_LAYERS = 6
-"""What the limit leaves room for beside three slots, engine and Python; against peers, which use the
-same memory their own way. A fourth slot, to decode in, takes the place of one."""
+"""What the limit leaves room for beside three slots, engine and Python; against peers, which use
+the same memory their own way. A fourth slot, to decode in, takes the place of one."""
 WIDE_RESIDENT_LAYERS = 17
 """The same under `WIDE_LIMIT_BYTES`."""
 WIDE_LIMIT_BYTES = 2600 * 10**6

@@ -1,9 +1,13 @@
-// Image -> record, block by block. Packing waits for the disk, so this is plain C++.
+// Image -> record, block by block, each by a thread.
 
 #include <algorithm>
 #include <vector>
 
 #include "block.h"
+
+#ifdef __AVX512VBMI2__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -86,16 +90,14 @@ class BlockEncoder {
                                   BitWriter(levels_[2].data())};
     num_escapes_ = 0;
     for (long start = 0; start < count; start += kChunk) {
-      uint8_t ranks[kChunk];
-      for (long i = 0; i < kChunk; ++i)
-        ranks[i] = rank_of[exponent_of(weights[start + weight_at(i)])];
-      long here = kChunk;
-      for (BitWriter& writer : writers) here = put_level(ranks, here, &writer);
-      if (here == 0) continue;
+      Chunk chunk;
       for (long i = 0; i < kChunk; ++i) {
-        const uint8_t exponent = exponent_of(weights[start + weight_at(i)]);
-        if (rank_of[exponent] == kNamed) escapes_[num_escapes_++] = exponent;
+        chunk.exponents[i] = exponent_of(weights[start + weight_at(i)]);
+        chunk.ranks[i] = rank_of[chunk.exponents[i]];
       }
+      for (BitWriter& writer : writers) put_level(&chunk, &writer);
+      std::copy_n(chunk.exponents, chunk.count, &escapes_[num_escapes_]);
+      num_escapes_ += chunk.count;
     }
     writers[0].finish();
     entry->bytes_2 = uint16_t(writers[1].finish());
@@ -103,20 +105,42 @@ class BlockEncoder {
     entry->num_escapes = uint16_t(num_escapes_);
   }
 
-  // One level of a chunk; the ranks of what goes on, as the next level counts them, stay.
-  static long put_level(uint8_t* ranks, long count, BitWriter* writer) {
+  // Weights of a chunk that no level has named yet.
+  struct Chunk {
+    long count = kChunk;
+    uint8_t ranks[kChunk];  // among the exponents that are left to name
+    uint8_t exponents[kChunk];
+  };
+
+  // One level of a chunk; what goes on stays, with the ranks that the next level counts.
+  static void put_level(Chunk* chunk, BitWriter* writer) {
+    const long count = chunk->count;
     uint64_t low = 0, high = 0;
+#ifdef __AVX512VBMI2__
+    const uint64_t all = count == kChunk ? ~0ull : (1ull << count) - 1;
+    const __m512i ranks = _mm512_loadu_si512(chunk->ranks);
+    const uint64_t deeper = all & _mm512_cmpge_epu8_mask(ranks, _mm512_set1_epi8(kPerLevel));
+    low = deeper | (all & _mm512_cmpeq_epi8_mask(ranks, _mm512_set1_epi8(1)));
+    high = deeper | (all & _mm512_cmpeq_epi8_mask(ranks, _mm512_set1_epi8(2)));
+    const __m512i left = _mm512_sub_epi8(ranks, _mm512_set1_epi8(kPerLevel));
+    const __m512i exponents = _mm512_loadu_si512(chunk->exponents);
+    _mm512_storeu_si512(chunk->ranks, _mm512_maskz_compress_epi8(deeper, left));
+    _mm512_storeu_si512(chunk->exponents, _mm512_maskz_compress_epi8(deeper, exponents));
+    chunk->count = __builtin_popcountll(deeper);
+#else
     long deeper = 0;
     for (long i = 0; i < count; ++i) {
-      const uint8_t rank = ranks[i], code = std::min<uint8_t>(rank, kPerLevel);
+      const uint8_t rank = chunk->ranks[i], code = std::min<uint8_t>(rank, kPerLevel);
       low |= uint64_t(code & 1) << i;
       high |= uint64_t(code >> 1) << i;
-      ranks[deeper] = uint8_t(rank - kPerLevel);
+      chunk->ranks[deeper] = uint8_t(rank - kPerLevel);
+      chunk->exponents[deeper] = chunk->exponents[i];
       deeper += rank >= kPerLevel;
     }
+    chunk->count = deeper;
+#endif
     writer->put(low, count);
     writer->put(high, count);
-    return deeper;
   }
 
   static Entry raw(const uint16_t* weights, long count, std::vector<uint8_t>* payload) {
