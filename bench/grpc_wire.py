@@ -17,6 +17,9 @@ from typing import cast
 Arrival = tuple[float, bytes]
 """When a message came (`time.perf_counter`) and its bytes."""
 
+Answer = tuple[list[Arrival], float]
+"""Every message, and when the end came."""
+
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 _END_STREAM, _ACK, _END_HEADERS, _PADDED = 0x1, 0x1, 0x4, 0x8
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -33,7 +36,7 @@ class StreamingClient(asyncio.Protocol):
     def __init__(self, authority: str) -> None:
         self._authority = authority
         self._transport: asyncio.Transport | None = None
-        self._calls: dict[int, asyncio.Future[list[Arrival]]] = {}
+        self._calls: dict[int, asyncio.Future[Answer]] = {}
         self._arrivals: dict[int, list[Arrival]] = {}
         self._partial: dict[int, bytes] = {}
         self._next_id = 1
@@ -49,14 +52,14 @@ class StreamingClient(asyncio.Protocol):
         _, client = await loop.create_connection(lambda: cls(target), host, int(port))
         return client
 
-    async def call(self, path: str, request: bytes) -> list[Arrival]:
-        """Make a call and give every message of its answer; a request is far below 64 KiB.
+    async def call(self, path: str, request: bytes) -> Answer:
+        """Make a call and give its whole answer; a request is far below 64 KiB.
 
         Raises:
             ConnectionError: the server broke off.
         """
         stream, self._next_id = self._next_id, self._next_id + 2
-        ended: asyncio.Future[list[Arrival]] = asyncio.get_running_loop().create_future()
+        ended: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._calls[stream] = ended
         self._arrivals[stream], self._partial[stream] = [], b""
         self._unsent.append((stream, path, struct.pack(">BI", 0, len(request)) + request))
@@ -123,7 +126,7 @@ class StreamingClient(asyncio.Protocol):
         self._partial[stream] = data[at:]
         if ended:
             del self._partial[stream]
-            self._calls.pop(stream).set_result(self._arrivals.pop(stream))
+            self._calls.pop(stream).set_result((self._arrivals.pop(stream), time.perf_counter()))
 
     def _fail(self, why: str) -> None:
         calls, self._calls = self._calls, {}

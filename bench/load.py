@@ -180,8 +180,7 @@ async def _over_http(load: Load, body: Request, due_s: float) -> RequestTrace:
 async def _over_grpc(
     client: StreamingClient, load: Load, request: Request, due_s: float
 ) -> RequestTrace:
-    arrivals = await client.call(_GENERATE, request)
-    ended_s = time.perf_counter()
+    arrivals, ended_s = await client.call(_GENERATE, request)
     first_s = 0.0
     num_tokens = 0
     for arrived_s, message in arrivals:
