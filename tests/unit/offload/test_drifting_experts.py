@@ -97,7 +97,11 @@ def test_bytes_stay_near_what_was_needed_however_good_guesses_are(
     assert link.stats.num_bytes <= 1.15 * EXPERT_BYTES * cache.num_misses
     # Early reads evict hardly anything that would have been found.
     assert link.stats.num_bytes <= 1.15 * plain.stats.num_bytes
-    assert (cache.num_early_useful > cache.num_early_wasted) == (right > 0.5)
+    early = cache.num_early_useful + cache.num_early_wasted
+    if right < 0.5:
+        assert early == 0
+    if right > 0.9:
+        assert 0 < cache.num_early_wasted < 0.3 * early
 
 
 def test_a_third_of_the_slots_finds_most_of_a_skewed_routing() -> None:
