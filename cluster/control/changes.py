@@ -101,7 +101,10 @@ def _top_changes(running: ClusterFile, edited: ClusterFile) -> Iterator[tuple[Ch
         after = _flat(getattr(edited.spec, section), section)
         for key in _differing(before, after):
             change = Change(
-                param=key, label=key, before=_written(running, key), after=_written(edited, key)
+                param=key,
+                label=key,
+                before=_text(running, key, before.get(key)),
+                after=_text(edited, key, after.get(key)),
             )
             yield (
                 change,
@@ -120,8 +123,8 @@ def _model_changes(
         change = Change(
             param=param,
             label=f"{name}: {key}",
-            before=_written(running, f"models[{old}].{key}"),
-            after=_written(edited, param),
+            before=_text(running, f"models[{old}].{key}", before.get(key)),
+            after=_text(edited, param, after.get(key)),
         )
         is_live = key in _LIVE_OF_MODELS
         yield change, "" if is_live else f"every replica of {name} was built with it; {_RENAME}"
@@ -165,7 +168,11 @@ def _flat(section: BaseModel, prefix: str) -> dict[str, Any]:
     return flat
 
 
-def _written(file: ClusterFile, param: str) -> str:
-    """The value as the file has it."""
-    value = file.written(param)
-    return "its default" if value is None else shown(value).strip('"')
+def _text(file: ClusterFile, param: str, value: Any) -> str:
+    """The value as the file has it; where it leaves the key out, what that means."""
+    written = file.written(param)
+    if written is not None:
+        return shown(written).strip('"')
+    if value is None:
+        return "nothing"
+    return str(value) if isinstance(value, (int, str)) else "its default"

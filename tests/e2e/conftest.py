@@ -96,14 +96,14 @@ def write_cluster(
 
 
 def start_cluster(
-    folder: Path, name: str, model: Path = MODEL, template: str = CLUSTER
+    folder: Path, name: str, model: Path = MODEL, template: str = CLUSTER, *flags: str
 ) -> RunningCluster:
     file = write_cluster(folder, name, model, template)
     env = {"PENSTOCK_STATE_DIR": str(folder / "state")}
     log = folder / "up.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [PENSTOCK, "up", str(file.path), "--timeout", "120"],
+            [PENSTOCK, "up", str(file.path), "--timeout", "120", *flags],
             env={**os.environ, **env},
             stdin=subprocess.DEVNULL,
             stdout=output,

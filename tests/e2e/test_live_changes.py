@@ -92,7 +92,7 @@ def test_replicas_come_and_go_under_load_and_every_answer_is_whole(one):
     file.write_text(text.replace("# the demo", "# the demo\n    replicas: 2"))
     with Load(cluster.grpc) as load:
         planned = penstock("apply", str(file), "--dry-run", env=cluster.env)
-        assert "~ demo-dense: replicas: its default -> 2" in planned.stdout, planned.stderr
+        assert "~ demo-dense: replicas: 1 -> 2" in planned.stdout, planned.stderr
         assert len(cluster.replicas()) == 1
         grown = penstock("apply", str(file), env=cluster.env, timeout=120)
         assert grown.returncode == 0, grown.stderr
@@ -170,3 +170,18 @@ def test_a_model_that_cannot_start_leaves_everything_as_it_was(one, tmp_path):
     assert "broken" in failed.stderr
     assert [model["name"] for model in cluster.status()["models"]] == [MODEL.name]
     assert [replica["model"] for replica in cluster.status()["replicas"]] == [MODEL.name]
+
+
+def test_a_watched_file_is_followed_and_a_bad_edit_changes_nothing(tmp_path):
+    cluster = start_cluster(tmp_path, "watched", MODEL, CLUSTER, "--watch")
+    file = tmp_path / "cluster.yaml"
+    try:
+        text = file.read_text()
+        (first,) = cluster.replicas()
+        file.write_text(text.replace("# the demo", "# the demo\n    parallel: {tp: 2}"))
+        cluster.wait_for(lambda: "models[0].parallel.tp" in cluster.log.read_text(), 20.0)
+        file.write_text(text.replace("# the demo", "# the demo\n    replicas: 2"))
+        cluster.wait_for(lambda: len(cluster.replicas()) == 2, 60.0)
+        assert first["epoch"] in {replica["epoch"] for replica in cluster.replicas()}
+    finally:
+        assert stop_cluster(cluster) == 0

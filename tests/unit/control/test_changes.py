@@ -48,11 +48,11 @@ def test_what_can_change_live(parse):
     text += "gateway: {replicas: 2, limits: {max_active_requests: 9, default_timeout: 5m}}\n"
     assert labels(compare(parse(BASE), parse(text))) == [
         ("cluster.drain", "20s", "5s"),
-        ("gateway.replicas", "its default", "2"),
-        ("gateway.limits.max_active_requests", "its default", "9"),
+        ("gateway.replicas", "1", "2"),
+        ("gateway.limits.max_active_requests", "auto", "9"),
         ("gateway.limits.default_timeout", "its default", "5m"),
-        ("a: overflow.to", "its default", "b"),
-        ("a: overflow.waiting", "its default", "its default"),
+        ("a: overflow.to", "nothing", "b"),
+        ("a: overflow.waiting", "nothing", "auto"),
         ("b: replicas", "2", "3"),
     ]
 
