@@ -26,6 +26,12 @@ def check_plan(plan: OffloadPlan, request: WeightsRequest, *, has_stages: bool) 
         raise ConfigError(
             f"verify {plan.verify!r} is not known.", f"Use {' or '.join(VERIFY)}.", param="verify"
         )
+    if plan.precision not in list(Precision):
+        raise ConfigError(
+            f"precision {plan.precision!r} is not known.",
+            f"Use {', '.join(Precision)}.",
+            param="precision",
+        )
     if not plan.is_packed and (plan.share_resident or _changes_records(plan)):
         raise ConfigError(
             "Weights straight from a checkpoint are neither shared nor quantised nor compressed.",
