@@ -232,7 +232,7 @@ class LeaderReplica:
 
     def _on_loss(self, loss: LossRecord | None) -> None:
         self._expert_metrics.flush_lost(len(loss.ranks) if loss is not None else 0)
-        self._reporter.update(loss=loss)
+        self._reporter.update(loss=loss, workers=self._ranks.group.records)
 
     def _die(self, error: PenstockError) -> None:
         """Leave so that Serve starts a new replica; the clients hear the cause first."""
