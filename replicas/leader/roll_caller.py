@@ -74,7 +74,7 @@ class RollCaller:
         nodes = self._roster.nodes_of(muster)
         decision = self._links.decide(nodes)
         what = "measured anew" if decision.probes else "kept"
-        log.info("costs of links are %s: %s", what, decision.reason)
+        log.warning("costs of links are %s: %s", what, decision.reason)
         meeting = await self._meeting(muster, table, decision)
         told = self._roster.gatherings(muster, meeting, forgets_rows=forgets_rows)
         answers = await asyncio.to_thread(

@@ -59,11 +59,15 @@ class RayNodes:
                 inside, env=self._env(0), stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
 
+    def end(self, node: int) -> None:
+        """All processes of a node die at once."""
+        self._nodes[node].kill()  # its namespace's first process, and with it all others, ends too
+        self._nodes[node].wait()
+
     def close(self) -> None:
         """End all nodes; safe to call twice."""
-        for node in reversed(self._nodes):
-            node.kill()  # its namespace's first process, and with it all others, ends too
-            node.wait()
+        for node in reversed(range(len(self._nodes))):
+            self.end(node)
         self._nodes = []
 
     def _start(self, node: int, cpus: int, arguments: list[str]) -> subprocess.Popen[bytes]:
