@@ -16,6 +16,7 @@ from cluster.base import names
 from cluster.base.errors import UnavailableError
 from cluster.base.ids import new_epoch
 from cluster.base.interpreter import settle_for_serving
+from cluster.base.log import log_under_ray
 from cluster.base.plan import ClusterPlan, from_json
 from replicas.leader.record import ReplicaRecord
 from router.directory import ReplicaDirectory
@@ -69,6 +70,7 @@ class GatewayReplica:
     async def __init__(  # type: ignore[misc]
         self, plan: dict[str, Any], dashboard_url: str
     ) -> None:
+        log_under_ray()
         cluster = from_json(ClusterPlan, plan)
         gateway, self._drain_s = cluster.gateway, cluster.drain_s
         self._models = serve_models(cluster.models)

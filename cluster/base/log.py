@@ -10,8 +10,11 @@ from __future__ import annotations
 import enum
 import json
 import logging
+import sys
 import time
 from typing import TextIO
+
+from cluster.base.env import read_environment
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _MAX_VALUE = 2000
@@ -35,6 +38,11 @@ def configure_logging(level: str, style: LogStyle, stream: TextIO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+
+
+def log_under_ray() -> None:
+    """In a process that Ray started: JSON lines on stderr, which Ray's dashboard shows."""
+    configure_logging(read_environment().log_level, LogStyle.JSON, sys.stderr)
 
 
 class PlainFormatter(logging.Formatter):

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from cluster.base import names
+from cluster.base.log import log_under_ray
 from cluster.base.plan import from_json, to_json
 from cluster.control.directory_state import DirectoryState
 from replicas.leader.record import ReplicaRecord
@@ -23,6 +24,7 @@ class DirectoryActor:
     """One per cluster, named `cluster.base.names.directory_actor(cluster)`."""
 
     def __init__(self) -> None:
+        log_under_ray()
         self._state = DirectoryState(time.monotonic)
         self._changed = asyncio.Condition()
         self._born_s = time.monotonic()

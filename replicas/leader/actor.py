@@ -21,6 +21,7 @@ from cluster.base import names
 from cluster.base.errors import CollectiveTimeoutError, InternalError, PenstockError
 from cluster.base.ids import new_epoch
 from cluster.base.interpreter import settle_for_serving
+from cluster.base.log import log_under_ray
 from cluster.base.plan import ModelPlan, from_json
 from replicas.api import GenerationDelta, ReplicaStats
 from replicas.engine.engine_loop import Recovery
@@ -58,6 +59,7 @@ class LeaderReplica:
         host: str,
         worker_class: type[WorkerActor] = WorkerActor,
     ) -> None:
+        log_under_ray()
         self._plan = from_json(ModelPlan, model)
         self._stats = ReplicaStats()
         self._dying = False

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from cluster.base.errors import InternalError
+from cluster.base.log import log_under_ray
 from cluster.base.plan import from_json
 from cluster.dist.rendezvous import pick_port
 from replicas.worker.plan import WorkerPlan
@@ -28,6 +29,7 @@ class WorkerActor:
     """One rank."""
 
     def __init__(self) -> None:
+        log_under_ray()
         self._rank_code = importlib.import_module("replicas.worker.worker")
         self._worker: Worker | None = None
         self._progress: tuple[str, float] = ("starting", 0.0)

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import grpc
 import openai
@@ -71,6 +72,22 @@ def request(prompt: str, **sampling) -> pb.GenerateRequest:
 
 def collect(pieces) -> list[int]:
     return [token for piece in pieces for token in piece.token_ids]
+
+
+def log_lines(pid: int) -> list[dict]:
+    """What a process under Ray has logged, other libraries' lines left out."""
+    paths = Path("/tmp/ray").glob(f"session_2*/logs/worker-*-{pid}.err")
+    newest = max(paths, key=lambda path: path.stat().st_mtime)
+    lines = newest.read_text().splitlines()
+    return [json.loads(line) for line in lines if line.startswith('{"time_s"')]
+
+
+def test_decisions_of_ranks_are_in_their_logs(cluster):
+    replica = cluster.status()["replicas"][0]
+    for worker in replica["workers"]:
+        said = [line["message"] for line in log_lines(int(worker["pid"]))]
+        assert any(text.startswith("kernels: ") for text in said)
+        assert any(text.startswith("attention backend ") for text in said)
 
 
 def test_greedy_tokens_over_grpc_equal_transformers_whatever_runs_beside(stub, oracle):
