@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,40 @@ def test_messages_arrive_whole_and_in_order_whatever_their_size(joined):
     # What could be sent at once again is: a thread that has caught up is not asked.
     joined[0].send(1, (9, 3, 0), filled(3, 5))
     assert torch.equal(received(joined[1], 0)[1], filled(3, 5))
+
+
+class SlowLink:
+    """Takes nothing at first, then all: in the caller's thread at once, in another when told to."""
+
+    def __init__(self) -> None:
+        self.taken, self.is_first, self.go_on = [], True, threading.Event()
+
+    def sendmsg(self, message, ancillary=(), flags=0):
+        if flags and self.is_first:
+            self.is_first = False
+            raise BlockingIOError
+        if not flags:
+            self.go_on.wait(5)
+        self.taken.append(b"".join(message))
+        return sum(map(len, message))
+
+    def shutdown(self, how):
+        self.go_on.set()
+
+    def close(self):
+        pass
+
+
+def test_nothing_overtakes_what_could_not_leave_at_once():
+    watch = watch_of(RANKS[0])
+    link: Any = SlowLink()
+    streams = PeerStreams(0, {1: link}, watch)
+    for number in range(3):
+        streams.send(1, (number, 1, 0), filled(1, number))
+    link.go_on.set()
+    watch.close()
+    streams.close()
+    assert [message[0] for message in link.taken] == [0, 1, 2]
 
 
 def test_a_message_that_does_not_fit_its_place_is_refused(joined):
