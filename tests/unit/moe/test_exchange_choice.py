@@ -69,7 +69,7 @@ def test_slots_that_are_too_small_cost_a_second_round():
 
 @pytest.mark.parametrize("shape", list(itertools.product((1, 2, 4), (1, 2, 4)))[1:])
 @pytest.mark.parametrize("rows", [0, 1, 64, 1024])
-def test_the_choice_is_the_fastest_and_says_why(shape, rows):
+def test_the_choice_is_as_fast_as_any_and_says_why(shape, rows):
     topology = RankTopology.regular(*shape)
     costs = LinkCosts(
         node_delay_s=1e-4,
@@ -81,11 +81,28 @@ def test_the_choice_is_the_fastest_and_says_why(shape, rows):
         call_s=1e-4,
     )
     choice = choose(rows, topology, costs, WIRE)
-    assert choice.expected_s[choice.scheme] == min(choice.expected_s.values())
+    assert choice.expected_s[choice.scheme] <= 1.1 * min(choice.expected_s.values())
     assert str(choice.scheme) in choice.reason
     assert f"{rows} rows" in choice.reason
     assert (Scheme.HIERARCHICAL in choice.expected_s) == topology.has_two_levels
     assert choice == choose(rows, topology, costs, WIRE)
+
+
+@pytest.mark.parametrize(
+    ("flat", "two_hops", "slots", "chosen"),
+    [
+        (1.0, 1.05, 1.09, "hierarchical"),  # the same: least bytes, then least messages
+        (1.0, 1.2, 1.09, "preposted"),
+        (1.0, 1.2, 1.2, "flat"),
+        (1.2, 1.2, 1.0, "preposted"),
+    ],
+)
+def test_of_schemes_that_cannot_be_told_apart_the_lightest_is_taken(flat, two_hops, slots, chosen):
+    names = ("flat", "hierarchical", "preposted")
+    layers = tuple(
+        (name, base, 0.0) for name, base in zip(names, (flat, two_hops, slots), strict=True)
+    )
+    assert choose(10, GRID, LinkCosts(layers=layers), WIRE).scheme == chosen
 
 
 def test_where_each_scheme_wins():
