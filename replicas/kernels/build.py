@@ -10,19 +10,17 @@ the kernel's own file lock, which dies with its holder, and even a stuck holder 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from cluster.base.file_lock import file_lock
 
 SOURCES = Path(__file__).parent / "cpu"
 COMPILERS = ("c++", "g++", "clang++")
@@ -30,7 +28,6 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-m
 COMPILE_TIMEOUT_S = 180.0
 LOCK_TIMEOUT_S = 200.0
 _ASK_TIMEOUT_S = 20.0
-_POLL_S = 0.05
 
 
 class KernelsUnavailableError(Exception):
@@ -101,7 +98,8 @@ def build_library(plan: BuildPlan, cache_dir: Path) -> Path:
         key = plan.key()
         if found := _cached(cache_dir, key):
             return found
-        with _lock(cache_dir / f"{key}.lock", plan.lock_timeout_s):
+        # Held or not: building twice is harmless, waiting is not.
+        with file_lock(cache_dir / f"{key}.lock", plan.lock_timeout_s):
             return _cached(cache_dir, key) or _compile(plan, cache_dir, key)
     except OSError as error:
         raise KernelsUnavailableError(f"{cache_dir} cannot be used ({error})") from error
@@ -190,19 +188,3 @@ def _processor() -> str:
 
 def _source_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
-
-
-@contextmanager
-def _lock(path: Path, timeout_s: float) -> Iterator[None]:
-    """Alone, or after `timeout_s` not alone: building twice is harmless, waiting is not."""
-    deadline_s = time.monotonic() + timeout_s
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline_s:
-                    break
-                time.sleep(_POLL_S)
-        yield

@@ -25,11 +25,11 @@ from router.grpc import call_framing as framing
 from router.grpc.call import ServerCall
 from router.grpc.call_framing import CallError, Header
 from router.grpc.call_head import call_head
+from router.grpc.client_watch import ClientWatch
 from router.grpc.data_frames import DataFrames
 from router.grpc.header_block import LiteralEncoder
 from router.grpc.method_table import MethodTable
 from router.grpc.peer_conduct import ConnectionLimits, PeerConduct
-from router.grpc.peer_watch import PeerWatch
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class GrpcConnection(asyncio.Protocol):
         self._flush_due = False
         self._is_paused = False
         self._writable: asyncio.Future[None] | None = None
-        self._watch = PeerWatch(limits, self._ping, self._give_up)
+        self._watch = ClientWatch(limits, self._ping, self._give_up)
         self._conduct = PeerConduct(limits, self._watch.heard_s)
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench.netrig.rig import NetRig, why_not
-from tests.dist.test_ray_nodes import GATEWAY, LINK, MODEL, NUM_TOKENS, PROMPT, Head, expected
+from tests.dist.test_ray_nodes import CLUSTER, GATEWAY, LINK, Head, expected
 from tests.support.ray_nodes import RayNodes
 
 pytestmark = [
@@ -19,18 +19,6 @@ pytestmark = [
     pytest.mark.skipif(bool(why_not()), reason=f"cannot emulate nodes: {why_not()}"),
 ]
 
-CLUSTER = f"""
-cluster: {{name: three-nodes}}
-models:
-  - name: demo-moe
-    path: {MODEL}
-    dtype: float32
-    parallel: {{dp: 2, tp: 1}}
-    kv_cache: {{memory: 8MiB}}
-    resources: {{threads_per_rank: 1}}
-    moe: {{failover: {{lost_groups: 1}}}}
-    limits: {{max_step_tokens: 128, step_timeout: 30s}}
-"""
 PATIENCE_S = 100.0
 
 
@@ -55,19 +43,6 @@ def replica_when(head: Head, holds: Callable[[Replica], bool], what: str) -> Rep
         time.sleep(0.5)
 
 
-def tokens(head: Head) -> list[int]:
-    answer = head.penstock(
-        "generate",
-        PROMPT,
-        f"--max-tokens={NUM_TOKENS}",
-        "--temperature=0",
-        "--ignore-eos",
-        "--token-ids",
-        f"--address={GATEWAY}",
-    )
-    return [int(token) for token in answer.split()]
-
-
 def rig_node(folder: Path, pid: int, candidates: tuple[int, ...]) -> int:
     """On which of some nodes a rank's process writes its log."""
     found = [n for n in candidates if list(folder.glob(f"node{n}/session_*/logs/worker-*-{pid}.*"))]
@@ -83,7 +58,7 @@ def logged(folder: Path, text: str) -> bool:
 
 def test_a_rank_whose_node_has_died_comes_back_on_another(rig, tmp_path):
     file = tmp_path / "cluster.yaml"
-    file.write_text(CLUSTER)
+    file.write_text(f"{CLUSTER}    moe: {{failover: {{lost_groups: 1}}}}\n")
     # With one CPU a node takes one rank: of three nodes one is left over.
     nodes = RayNodes(rig, tmp_path, cpus=1)
     try:
@@ -92,14 +67,14 @@ def test_a_rank_whose_node_has_died_comes_back_on_another(rig, tmp_path):
         before = replica_when(head, lambda replica: replica["state"] == "ready", "ready")
         stays, goes = before["workers"]
         assert stays["node"] != goes["node"]
-        assert tokens(head) == expected()
+        assert head.tokens() == expected()
 
         victim = rig_node(tmp_path, goes["pid"], (1, 2))
         nodes.end(victim)
         lost = replica_when(head, lambda replica: replica["loss"] is not None, "degraded")
         assert lost["loss"]["ranks"] == [1]
         assert lost["loss"]["nodes"] == [rig.address(victim)]
-        assert tokens(head) == expected()
+        assert head.tokens() == expected()
 
         whole = replica_when(
             head, lambda r: r["loss"] is None and len(r["workers"]) == 2, "whole again"
@@ -109,7 +84,7 @@ def test_a_rank_whose_node_has_died_comes_back_on_another(rig, tmp_path):
         assert (same["pid"], same["node"]) == (stays["pid"], stays["node"])
         assert (moved["rank"], moved["group"]) == (1, 1)
         assert moved["node"] not in (stays["node"], goes["node"])
-        assert tokens(head) == expected()
+        assert head.tokens() == expected()
         # The links of the new node are others.
         spare = rig.address(3 - victim)
         assert logged(tmp_path, f"measured anew: more ranks are on {spare}")

@@ -26,7 +26,7 @@ PROMPT, NUM_TOKENS = "def ", 12
 GATEWAY = "127.0.0.1:50051"
 LINK = Link(delay_s=0.001, bytes_per_s=60e6)
 CLUSTER = f"""
-cluster: {{name: two-nodes}}
+cluster: {{name: ray-nodes}}
 models:
   - name: demo-moe
     path: {MODEL}
@@ -72,6 +72,19 @@ class Head:
         assert process.wait(60) == 0, log.read_text()
         return log.read_text()
 
+    def tokens(self) -> list[int]:
+        """What the cluster answers to the prompt."""
+        answer = self.penstock(
+            "generate",
+            PROMPT,
+            f"--max-tokens={NUM_TOKENS}",
+            "--temperature=0",
+            "--ignore-eos",
+            "--token-ids",
+            f"--address={GATEWAY}",
+        )
+        return [int(token) for token in answer.split()]
+
     def up(self, file: Path) -> None:
         log = self._folder / "up.log"
         self.process = self._nodes.run_on_head(
@@ -96,17 +109,9 @@ def test_tokens_over_two_ray_nodes_are_those_of_one_process(rig, tmp_path):
         workers = status["replicas"][0]["workers"]
         assert len({worker["node"] for worker in workers}) == 2
         before = rig.control.wire()
-        answer = head.penstock(
-            "generate",
-            PROMPT,
-            f"--max-tokens={NUM_TOKENS}",
-            "--temperature=0",
-            "--ignore-eos",
-            "--token-ids",
-            f"--address={GATEWAY}",
-        )
+        answer = head.tokens()
         crossed = rig.control.wire() - before
-        assert [int(token) for token in answer.split()] == expected()
+        assert answer == expected()
         # Every step is sent across and answered, and each mixture layer exchanges rows.
         assert crossed.messages > 2 * NUM_TOKENS
         assert crossed.num_bytes > NUM_TOKENS * 256

@@ -12,6 +12,7 @@ import torch
 
 from cluster.base.env import default_cache_dir
 from cluster.base.errors import ConfigError
+from cluster.base.file_lock import file_lock
 from replicas.kernels import build, select, triton_ops
 from replicas.kernels.build import BuildPlan, KernelsUnavailableError, build_library
 from replicas.kernels.loader import CpuLibrary, TilesRefusedError
@@ -83,7 +84,7 @@ def test_a_left_over_lock_file_holds_nobody_up(tmp_path: Path) -> None:
 def test_a_stuck_holder_costs_the_deadline_only(tmp_path: Path) -> None:
     wanted = plan(tmp_path, lock_timeout_s=0.2)
     (tmp_path / "cache").mkdir(mode=0o700)
-    with build._lock(tmp_path / "cache" / f"{wanted.key()}.lock", 1.0):
+    with file_lock(tmp_path / "cache" / f"{wanted.key()}.lock", 1.0):
         assert build_library(wanted, tmp_path / "cache").exists()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from router.grpc.peer_conduct import ConnectionLimits
 
 
-class PeerWatch:
+class ClientWatch:
     """The clocks of one connection, on its loop."""
 
     def __init__(
