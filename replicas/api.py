@@ -60,12 +60,32 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceProgress:
+    """How far a choice had come when its replica was lost; by default not at all."""
+
+    index: int
+    token_ids: tuple[int, ...] = ()
+    """Its output so far."""
+    num_scored_tokens: int = 0
+    """Prompt tokens whose log-probability (None for the first) has been told."""
+
+    @property
+    def has_spoken(self) -> bool:
+        """Whether anything of it has been told."""
+        return bool(self.token_ids or self.num_scored_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One request to one engine replica.
 
     `max_tokens == 0` computes the prompt only (scores through `prompt_logprobs`). With `pooling`
     set the request answers one embedding and generates nothing. `cache_salt` isolates prefix
     cache entries: only requests with an equal salt share blocks.
+
+    A request that comes from a replica that was lost has `resumed`: its choices that have not
+    ended. They go on behind what was told of them, as after a preemption, with the tokens that
+    an undisturbed run gives; nothing is told twice.
     """
 
     request_id: str
@@ -73,8 +93,19 @@ class GenerationRequest:
     params: SamplingParams = field(default_factory=SamplingParams)
     pooling: Pooling | None = None
     priority: int = 0
-    """Lower runs first; equal priorities run in order of arrival."""
+    """Lower runs first; equal priorities run in order of arrival, resumed requests first."""
     cache_salt: str = ""
+    resumed: tuple[ChoiceProgress, ...] = ()
+
+    @property
+    def choices(self) -> tuple[ChoiceProgress, ...]:
+        """What is to run: the resumed choices, or all of them from their beginning."""
+        return self.resumed or tuple(ChoiceProgress(index=i) for i in range(self.params.n))
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens to compute before anything new can be said: the prompt, and resumed output."""
+        return len(self.prompt_token_ids) + sum(len(each.token_ids) for each in self.resumed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +143,8 @@ class GenerationDelta:
     """The stop or EOS token that ended the choice, if one did."""
     error: dict[str, str | None] | None = None
     """`PenstockError.to_dict()` when `finish_reason` is ERROR."""
+    replica_lost: bool = False
+    """With `error`: its replica failed and not the request, which can go on elsewhere."""
     num_cached_tokens: int = 0
     """Prompt tokens answered from the prefix cache; set on a choice's first delta."""
 

@@ -286,7 +286,7 @@ class EngineLoop:
             except Exception as error:
                 refusal = as_penstock_error(error)
                 log.info("request %s refused: %s", command.request.request_id, refusal)
-                deltas.extend(_refused(command.request, refusal))
+                deltas += _refused(command.request, refusal)
         return deltas
 
     def _idle(self) -> bool:
@@ -317,7 +317,7 @@ class EngineLoop:
         self._inbox.close(error)
         for command in self._inbox.take():
             if isinstance(command, Add):
-                self._unsaid.extend(_refused(command.request, error))
+                self._unsaid += _refused(command.request, error, replica_lost=True)
         try:
             self._unsaid.extend(self._scheduler.fail_all(error))
             self._steps_unsaid += 1
@@ -348,7 +348,10 @@ class EngineLoop:
         )
 
 
-def _refused(request: GenerationRequest, error: PenstockError) -> list[GenerationDelta]:
+def _refused(
+    request: GenerationRequest, error: PenstockError, *, replica_lost: bool = False
+) -> list[GenerationDelta]:
     return [
-        error_delta(request.request_id, index, error) for index in range(max(1, request.params.n))
+        error_delta(request.request_id, choice.index, error, replica_lost=replica_lost)
+        for choice in request.choices
     ]

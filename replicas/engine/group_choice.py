@@ -25,15 +25,15 @@ class GroupView:
     """Of the request's prompt."""
 
 
-def choose_group(num_prompt_tokens: int, block_size: int, groups: Sequence[GroupView]) -> int:
+def choose_group(num_known_tokens: int, block_size: int, groups: Sequence[GroupView]) -> int:
     """Index of the group where the request costs least; the first of equals."""
-    costs = [_cost(num_prompt_tokens, block_size, group) for group in groups]
+    costs = [_cost(num_known_tokens, block_size, group) for group in groups]
     return costs.index(min(costs))
 
 
-def _cost(num_prompt_tokens: int, block_size: int, group: GroupView) -> int:
+def _cost(num_known_tokens: int, block_size: int, group: GroupView) -> int:
     stats = group.stats
-    num_new_tokens = num_prompt_tokens - group.num_cached_tokens
+    num_new_tokens = num_known_tokens - group.num_cached_tokens
     num_missing_blocks = max(0, -(-num_new_tokens // block_size) - stats.kv_blocks_free)
     return (
         num_new_tokens

@@ -12,14 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from cluster.base.errors import (
-    ConfigError,
-    InternalError,
-    InvalidRequestError,
-    OverloadedError,
-    PenstockError,
-)
+from cluster.base.errors import ConfigError, InternalError, PenstockError
 from replicas.api import GenerationDelta, GenerationRequest, ReplicaStats
+from replicas.engine.arrival import check_arrival
 from replicas.engine.group_choice import GroupView, choose_group
 from replicas.engine.lockstep import ExpertOrders, LockstepOutput, LockstepPlan, StepHeader
 from replicas.engine.prefix_cache import HashChain
@@ -89,24 +84,15 @@ class LockstepScheduler:
         """Queue a request in the group that suits it; see `Scheduler.add`.
 
         Raises:
-            ContextTooLongError: it can never fit.
-            InvalidRequestError: it has no prompt, or its id is in use.
-            OverloadedError: too many wait already.
+            PenstockError: it is refused.
         """
-        if any(group.knows(request.request_id) for group in self.groups):
-            raise InvalidRequestError(
-                f"A request with the id {request.request_id!r} is running already.",
-                "Choose another id.",
-                param="request_id",
-            )
         stats = [group.stats() for group in self.groups]
-        num_waiting = sum(group.num_waiting for group in stats)
-        if num_waiting >= self.config.max_waiting_requests:
-            raise OverloadedError(
-                f"{num_waiting} requests are waiting; the limit is "
-                f"{self.config.max_waiting_requests}.",
-                "Retry later.",
-            )
+        check_arrival(
+            request,
+            self.config,
+            is_known=any(group.knows(request.request_id) for group in self.groups),
+            num_waiting=sum(group.num_waiting for group in stats),
+        )
         chain = HashChain(self.config.block_size, request.cache_salt)
         serving = self._serving()
         views = [
@@ -116,7 +102,7 @@ class LockstepScheduler:
             )
             for index in serving
         ]
-        chosen = choose_group(len(request.prompt_token_ids), self.config.block_size, views)
+        chosen = choose_group(request.num_known_tokens, self.config.block_size, views)
         self.groups[serving[chosen]].add(request, arrival_s)
 
     def abort(self, request_id: str, index: int | None = None) -> list[GenerationDelta]:
@@ -124,7 +110,7 @@ class LockstepScheduler:
         return [delta for group in self.groups for delta in group.abort(request_id, index)]
 
     def fail_all(self, error: PenstockError) -> list[GenerationDelta]:
-        """End every choice of every group with the same error."""
+        """End every choice of every group: the replica is lost, and this is why."""
         return [delta for group in self.groups for delta in group.fail_all(error)]
 
     def schedule(self) -> LockstepPlan | None:

@@ -160,11 +160,14 @@ def first_word(request: EngineRequest) -> int:
     return request.num_cached_tokens or 0
 
 
-def error_delta(request_id: str, index: int, error: PenstockError) -> GenerationDelta:
-    """The last delta of a choice that failed, or was refused."""
+def error_delta(
+    request_id: str, index: int, error: PenstockError, *, replica_lost: bool = False
+) -> GenerationDelta:
+    """The last delta of a choice that failed, was refused, or whose replica is lost."""
     return GenerationDelta(
         request_id=request_id,
         index=index,
         finish_reason=FinishReason.ERROR,
         error=error.to_dict(),
+        replica_lost=replica_lost,
     )

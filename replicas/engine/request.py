@@ -30,7 +30,7 @@ class RequestStatus(enum.Enum):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class EngineRequest:
-    """One choice. `key` grows with arrival, so (priority, key) is the order of importance."""
+    """One choice. `key` grows with arrival, so that it orders choices of equal priority."""
 
     key: int
     request_id: str
@@ -64,11 +64,13 @@ class EngineRequest:
     """What went out so far, kept while other choices wait to fork from this one."""
     has_spoken: bool = False
     """Whether a delta of this choice went out."""
+    is_resumed: bool = False
+    """Whether it began on another replica; its client has waited for it already."""
 
     @property
-    def order(self) -> tuple[int, int]:
+    def order(self) -> tuple[int, bool, int]:
         """Sort key of importance: smaller runs first and is preempted last."""
-        return self.priority, self.key
+        return self.priority, not self.is_resumed, self.key
 
     @property
     def num_tokens(self) -> int:
@@ -123,22 +125,39 @@ class KeyCounter:
 def make_choices(
     request: GenerationRequest, first_key: int, arrival_s: float, max_context: int
 ) -> list[EngineRequest]:
-    """The choices of a request, keyed `first_key, first_key + 1, ...` by choice index."""
+    """The choices of a request, keyed `first_key, first_key + 1, ...` in order."""
     num_prompt_tokens = len(request.prompt_token_ids)
     max_num_tokens = min(num_prompt_tokens + request.params.max_tokens, max_context)
+    # Choices share the prompt, so what one said of cached tokens was said for all.
+    has_spoken = any(choice.has_spoken for choice in request.resumed)
     return [
         EngineRequest(
-            key=first_key + index,
+            key=first_key + offset,
             request_id=request.request_id,
-            index=index,
+            index=choice.index,
             params=request.params,
             pooling=request.pooling,
             priority=request.priority,
             cache_salt=request.cache_salt,
             num_prompt_tokens=num_prompt_tokens,
             max_num_tokens=max_num_tokens,
-            token_ids=list(request.prompt_token_ids),
+            token_ids=[*request.prompt_token_ids, *choice.token_ids],
             arrival_s=arrival_s,
+            num_scored_tokens=choice.num_scored_tokens,
+            has_spoken=has_spoken,
+            is_resumed=bool(request.resumed),
         )
-        for index in range(request.params.n)
+        for offset, choice in enumerate(request.choices)
     ]
+
+
+def make_families(choices: list[EngineRequest]) -> list[list[EngineRequest]]:
+    """A request's choices, those together that can share a prompt which the first one computes.
+
+    With scores owed to some and told to others each computes the prompt itself: what the first one
+    is told would not be what the others lack.
+    """
+    is_owed = any(choice.wants_scores for choice in choices)
+    if is_owed and any(choice.num_scored_tokens for choice in choices):
+        return [[choice] for choice in choices]
+    return [choices]

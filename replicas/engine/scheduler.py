@@ -15,18 +15,20 @@ import logging
 from collections import deque
 from collections.abc import Iterable
 
-from cluster.base.errors import (
-    InternalError,
-    InvalidRequestError,
-    OverloadedError,
-    PenstockError,
-)
+from cluster.base.errors import InternalError, PenstockError
 from replicas.api import FinishReason, GenerationDelta, GenerationRequest, ReplicaStats
+from replicas.engine.arrival import check_arrival, check_fits
 from replicas.engine.faults import as_penstock_error
 from replicas.engine.output_processor import OutputProcessor, error_delta, first_word
 from replicas.engine.prefix_cache import HashChain
-from replicas.engine.request import EngineRequest, KeyCounter, RequestStatus, make_choices
-from replicas.engine.scheduler_config import SchedulerConfig, check_fits
+from replicas.engine.request import (
+    EngineRequest,
+    KeyCounter,
+    RequestStatus,
+    make_choices,
+    make_families,
+)
+from replicas.engine.scheduler_config import SchedulerConfig
 from replicas.engine.scheduler_invariants import check_planner, check_request
 from replicas.engine.scheduler_output import RequestResult, SchedulerOutput, StepOutput
 from replicas.engine.step_planner import StepPlanner
@@ -98,28 +100,19 @@ class Scheduler:
             arrival_s: now, on the caller's clock; only reported back.
 
         Raises:
-            ContextTooLongError: it can never fit.
-            InvalidRequestError: it has no prompt, or its id is in use.
-            OverloadedError: too many wait already.
+            PenstockError: it is refused, see `check_fits` and `check_arrival`.
         """
+        waiting = self._planner.waiting
         check_fits(request, self.config)
-        if request.request_id in self._keys_by_id:
-            raise InvalidRequestError(
-                f"A request with the id {request.request_id!r} is running already.",
-                "Choose another id.",
-                param="request_id",
-            )
-        waiting, limit = self._planner.waiting, self.config.max_waiting_requests
-        if len(waiting) >= limit:
-            raise OverloadedError(
-                f"{len(waiting)} requests are waiting; the limit is {limit}.", "Retry later."
-            )
-        first_key = self._keys.take(request.params.n)
+        check_arrival(
+            request, self.config, is_known=self.knows(request.request_id), num_waiting=len(waiting)
+        )
+        first_key = self._keys.take(len(request.choices))
         choices = make_choices(request, first_key, arrival_s, self.config.max_context)
         self._keys_by_id[request.request_id] = {choice.index: choice.key for choice in choices}
         self._requests.update((choice.key, choice) for choice in choices)
-        waiting.add(choices[0])
-        waiting.add_forks(choices[0], choices[1:])
+        for family in make_families(choices):
+            waiting.add_family(family)
 
     def abort(self, request_id: str, index: int | None = None) -> list[GenerationDelta]:
         """End one choice, or all of a request, at once; its blocks are free on return.
@@ -143,11 +136,14 @@ class Scheduler:
         return deltas
 
     def fail_all(self, error: PenstockError) -> list[GenerationDelta]:
-        """End every choice, running or waiting, with the same error."""
+        """End every choice, running or waiting: the replica is lost, and this is why."""
         requests = list(self._requests.values())
         for request in requests:
             self._finish(request)
-        return [error_delta(request.request_id, request.index, error) for request in requests]
+        return [
+            error_delta(request.request_id, request.index, error, replica_lost=True)
+            for request in requests
+        ]
 
     def schedule(self, step: int | None = None) -> SchedulerOutput | None:
         """Plan the next step; it has to be executed.
@@ -271,8 +267,7 @@ class Scheduler:
         for choice in family:
             self._requests[choice.key] = choice
             self._keys_by_id.setdefault(choice.request_id, {})[choice.index] = choice.key
-        self._planner.waiting.add(family[0])
-        self._planner.waiting.add_forks(family[0], family[1:])
+        self._planner.waiting.add_family(family)
 
     def stats(self) -> ReplicaStats:
         """The load now."""

@@ -1,11 +1,11 @@
 """Chooses the tokens of one step: who runs, who is let in, who has to make room.
 
 Owns the queues and the blocks. Running requests go first, then waiting ones, both in order of
-(priority, arrival). When blocks run out, waiting forks give theirs back, then requests that end
-with a step in flight, then the least important running request is preempted: its KV is dropped and
-computed again later, as soon as no step in flight holds a token of it. The most important running
-request never gives way to another, and every request fits into an empty pool (checked on
-arrival), so each step makes progress.
+importance (`EngineRequest.order`). When blocks run out, waiting forks give theirs back, then
+requests that end with a step in flight, then the least important running request is preempted: its
+KV is dropped and computed again later, as soon as no step in flight holds a token of it. The most
+important running request never gives way to another, and every request fits into an empty pool
+(checked on arrival), so each step makes progress.
 """
 
 from __future__ import annotations
@@ -87,8 +87,7 @@ class StepPlanner:
         request.status = RequestStatus.FINISHED
         heirs = self.waiting.take_forks(request)
         if heirs:
-            self.waiting.add(heirs[0])
-            self.waiting.add_forks(heirs[0], heirs[1:])
+            self.waiting.add_family(heirs)
         self.kv.forget(request)
         self.speculator.forget(request)
         self._drop_row(request)
@@ -216,8 +215,9 @@ class StepPlanner:
         """From waiting to running; only the first admission counts as a cache query."""
         self.waiting.remove(request)
         if request.num_cached_tokens is None:
-            request.num_cached_tokens = num_hit_tokens
-            self.prefix_hit_tokens += num_hit_tokens
+            # Of a resumed request output may be found too, which nobody asked for as prompt.
+            request.num_cached_tokens = min(num_hit_tokens, request.num_prompt_tokens)
+            self.prefix_hit_tokens += request.num_cached_tokens
             self.prefix_query_tokens += request.num_prompt_tokens
         request.status = RequestStatus.RUNNING
         self.running.add(request)

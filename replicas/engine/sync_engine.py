@@ -123,9 +123,11 @@ class SyncEngine:
         for request in requests:
             self.add(request)
         completions = {
-            (request.request_id, index): Completion(request_id=request.request_id, index=index)
+            (request.request_id, choice.index): Completion(
+                request_id=request.request_id, index=choice.index
+            )
             for request in requests
-            for index in range(request.params.n)
+            for choice in request.choices
         }
         for delta in self.run():
             completion = completions.get((delta.request_id, delta.index))

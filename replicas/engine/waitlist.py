@@ -48,6 +48,11 @@ class Waitlist:
         if request.num_cached_tokens is None:
             self._unstarted.setdefault(request.key, request.arrival_s)
 
+    def add_family(self, family: list[EngineRequest]) -> None:
+        """A choice becomes ready, with those that wait for it to compute their prompt."""
+        self.add(family[0])
+        self.add_forks(family[0], family[1:])
+
     def add_forks(self, parent: EngineRequest, forks: list[EngineRequest]) -> None:
         """Choices that wait for `parent` to compute the prompt they have in common."""
         if not forks:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from replicas.api import GenerationDelta
+from replicas.api import GenerationDelta, GenerationRequest
 
 if TYPE_CHECKING:
     from replicas.leader.gateway_link import GatewayLink
@@ -36,10 +36,11 @@ class RequestRoutes:
     def __len__(self) -> int:
         return len(self._routes)
 
-    def add(self, link: GatewayLink, key: int, request_id: str, num_choices: int) -> str:
+    def add(self, link: GatewayLink, key: int, request: GenerationRequest) -> str:
         """A request begins; the id that the engine is to know it by."""
-        engine_id = link.engine_id(key, request_id)
-        self._routes[engine_id] = Route(link, key, request_id, set(range(num_choices)))
+        engine_id = link.engine_id(key, request.request_id)
+        choices = {choice.index for choice in request.choices}
+        self._routes[engine_id] = Route(link, key, request.request_id, choices)
         self._ids.setdefault(link, {})[key] = engine_id
         return engine_id
 

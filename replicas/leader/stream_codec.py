@@ -18,7 +18,7 @@ import msgspec
 from cluster.base.errors import InternalError
 from replicas.api import GenerationDelta, GenerationRequest, ReplicaStats
 
-HOP_VERSION = 2
+HOP_VERSION = 3
 """Both ends must be of one version; raised with every change of a message."""
 
 MAX_HOP_MESSAGE_BYTES = 64 * 1024 * 1024

@@ -20,7 +20,8 @@ from functools import partial
 from typing import Protocol
 
 from cluster.base.errors import InternalError, PenstockError, UnavailableError
-from replicas.api import FinishReason, GenerationDelta, GenerationRequest, ReplicaStats
+from replicas.api import GenerationDelta, GenerationRequest, ReplicaStats
+from replicas.engine.output_processor import error_delta
 from replicas.leader.departure import Departure
 from replicas.leader.gateway_ear import GatewayEar
 from replicas.leader.gateway_link import GatewayLink
@@ -228,28 +229,28 @@ class ReplicaStreamServer:
 
     def _submit(self, link: GatewayLink, message: Submit) -> None:
         key, request = message.stream_key, message.request
-        num_choices = 1 if request.pooling is not None else max(1, request.params.n)
         engine_id = ""
         try:
             with self._lock:
                 if self._departure.is_closed:
                     raise UnavailableError("The replica is leaving.", "Retry on another replica.")
                 # Registered first: the engine's thread may answer before add_request returns.
-                engine_id = self._routes.add(link, key, request.request_id, num_choices)
+                engine_id = self._routes.add(link, key, request)
             self._engine.add_request(dataclasses.replace(request, request_id=engine_id))
         except Exception as error:
             with self._lock:
                 self._routes.end(engine_id)
                 self._note_idle()
-            self._refuse(link, key, error)
+            self._refuse(link, message, error)
 
-    def _refuse(self, link: GatewayLink, key: int, error: Exception) -> None:
+    def _refuse(self, link: GatewayLink, message: Submit, error: Exception) -> None:
+        """Say no: a coded error stands for a replica that takes nothing more, others can."""
+        key, takes_nothing = message.stream_key, isinstance(error, PenstockError)
         if not isinstance(error, PenstockError):
             log.exception("engine refused a request of gateway %s", link.gateway_id)
             error = InternalError("The engine could not take the request.")
-        delta = GenerationDelta(
-            request_id="", finish_reason=FinishReason.ERROR, error=error.to_dict()
-        )
+        index = message.request.choices[0].index
+        delta = error_delta("", index, error, replica_lost=takes_nothing)
         link.send([delta_to_wire(key, delta)], self._stats, draining=self._departure.is_announced)
 
     def _cancel(self, link: GatewayLink, message: Cancel) -> None:

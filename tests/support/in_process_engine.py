@@ -70,9 +70,11 @@ def generate_pipelined(
     """As `SyncEngine.generate`, but each step is planned before the last one has answered."""
     runner = engine._runner
     completions = {
-        (request.request_id, index): Completion(request_id=request.request_id, index=index)
+        (request.request_id, choice.index): Completion(
+            request_id=request.request_id, index=choice.index
+        )
         for request in requests
-        for index in range(request.params.n)
+        for choice in request.choices
     }
     for request in requests:
         engine.add(request)

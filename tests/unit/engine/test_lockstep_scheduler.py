@@ -13,8 +13,8 @@ from engine_settings import engine_settings
 from hypothesis import given
 from hypothesis import strategies as st
 from loop_harness import Harness
+from scheduler_runs import MAX_STEPS, Run, random_limits, random_request
 from simulated_executor import EOS, SimulatedExecutor, config, expected, request
-from test_scheduler_equivalence import MAX_STEPS, Run, random_limits, random_request
 
 from cluster.base.errors import (
     ConfigError,
