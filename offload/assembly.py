@@ -13,13 +13,16 @@ from cluster.base.amount_text import size_text
 from cluster.base.env import default_cache_dir
 from cluster.base.errors import ConfigError
 from cluster.base.plan import OffloadPlan
+from offload.awaited_units import Tensors
 from offload.checkpoint_store import READER, CheckpointStore
 from offload.compression import DTYPE, Compression, RecordCodec
 from offload.expert_cache import ExpertCache
+from offload.gathered_units import Residents, open_gathered, piece_of
 from offload.homes import KvHome
 from offload.host_experts import HostExperts
 from offload.kv_windows import KvWindows
 from offload.layout import Store
+from offload.lockstep_ring import LockstepRing
 from offload.lossless_library import open_codec
 from offload.opening import Opening, Runtime
 from offload.pack import StoreRequest, ensure_store
@@ -67,6 +70,7 @@ def streamed_weights(plan: OffloadPlan, runtime: Runtime | None = None) -> Weigh
             rank=request.rank,
             size=request.size,
             codec=codec_of(plan, request.spec.dtype, runtime.cache_dir / "kernels"),
+            piece=piece_of(plan, request),
         )
         if plan.is_packed:
             store = ensure_store(wanted, request.on_progress)
@@ -76,7 +80,7 @@ def streamed_weights(plan: OffloadPlan, runtime: Runtime | None = None) -> Weigh
             store, engines = source.store, {READER: source.opener}
         placement = place_units(store, plan)
         reserve_all(plan, placement, request, has_stages=has_stages)
-        return open_weights(store, placement, plan, runtime, request.device, engines)
+        return open_weights(store, placement, plan, runtime, request, engines)
 
     return make
 
@@ -152,7 +156,7 @@ def open_weights(
     placement: Placement,
     plan: OffloadPlan,
     runtime: Runtime,
-    device: torch.device,
+    request: WeightsRequest,
     engines: Mapping[str, OpenEngine],
 ) -> StreamedWeights:
     """Resident units in memory, ring and expert cache running.
@@ -161,9 +165,10 @@ def open_weights(
         engines: the readers that there are for the store.
 
     Raises:
-        ConfigError: no reader works.
+        ConfigError: no reader works, or the ranks cannot share memory.
         CorruptWeightsError, WeightStreamError: the store cannot be read.
     """
+    device = request.device
     reader = READER if READER in engines else choose_reader(plan.reader, store.path, engines)
     with ExitStack() as opened:
         opening = Opening(
@@ -173,8 +178,12 @@ def open_weights(
         # A device's pass through host memory that is the slots' afterwards.
         resident = opening.resident(placement.resident) if has_stages else {}
         pinned = opening.pinned(placement.host)
-        ring = experts = None
-        if placement.ring:
+        ring: Ring | LockstepRing | None = None
+        experts = None
+        gathered: Mapping[str, Tensors] = {}
+        if plan.num_sharing > 1 and request.sharers is not None:
+            gathered, ring = open_gathered(opening, store, placement, plan, request.sharers)
+        elif placement.ring:
             num_slots = placement.ring_room.num_slots
             depth = min(plan.prefetch_depth, num_slots)
             schedule = build_schedule(placement.ring, num_slots, depth)
@@ -186,7 +195,10 @@ def open_weights(
             experts = ExpertCache(placement.experts, placement.expert_room.num_slots, link, host)
         if not has_stages:
             # Last: units that arrive make pages, and the slots' huge pages would wait for them.
-            resident = opening.resident(placement.resident)
+            own = tuple(unit for unit in placement.resident if unit not in gathered)
+            resident = opening.resident(own)
+        if gathered:
+            resident = Residents(gathered, resident)
         closing = opened.pop_all()
     _log_placement(placement, reader)
     return StreamedWeights(resident, ring, experts, reader=reader, on_close=closing.close)

@@ -143,7 +143,8 @@ class HostLink:
             if self._codec is None:
                 raise InternalError(f"{self._store.path} is compressed and there is no codec.")
             try:
-                self._codec.decode(self._slots[slot][: record.image_bytes], record.num_bytes)
+                image = self._slots[slot][record.piece_at : record.piece_at + record.image_bytes]
+                self._codec.decode(image, record.num_bytes)
             except CorruptWeightsError as error:
                 raise CorruptWeightsError(
                     f"{self._store.path}: at {record.offset}: {error}", _PACK_AGAIN
@@ -151,7 +152,8 @@ class HostLink:
 
     def _place(self, record: Record, slot: int) -> torch.Tensor:
         """Where in the slot the record is read to: the end of its image, for the codec's sake."""
-        return self._slots[slot][record.image_bytes - record.num_bytes : record.image_bytes]
+        end = record.piece_at + record.image_bytes
+        return self._slots[slot][end - record.num_bytes : end]
 
     def _wait_for_read(self, slot: int) -> None:
         deadline_s = time.monotonic() + self._timeout_s

@@ -8,8 +8,9 @@ lie in the layout the kernels compute with. Units with the same tensors share a 
 says what lies where, with a CRC of each record and its guard words: the last eight bytes of every
 `GUARD_STRIDE` and of the record. A reader spoils those words before a read and compares them
 afterwards, which catches a read that ended early or failed in silence without looking at each byte.
-A record may be compressed (`offload/compression.py`): offsets of tensors are those in its image,
-CRC and guard words those of what is stored.
+A record may be compressed (`offload/compression.py`), or one rank's piece of a record that several
+put together (`offload/pieces.py`): offsets of tensors are those in the whole image, CRC and guard
+words those of what is stored.
 
 The head block is written last and the file gets its name by rename, so a store is absent or whole.
 Torch-free; reads headers only.
@@ -31,9 +32,9 @@ from typing import Any
 from cluster.base.errors import CorruptWeightsError
 
 MAGIC = b"PENSTOCK"
-VERSION = 2
-_READABLE = (1, 2)
-"""Records of version 1 are never compressed."""
+VERSION = 3
+_READABLE = (1, 2, 3)
+"""Records of version 1 are never compressed, those of version 2 never pieces."""
 PAGE_BYTES = 4096
 TENSOR_ALIGN = 64
 GUARD_BYTES = 8
@@ -69,16 +70,26 @@ class Record:
     """The guard words, in order."""
     compressed_from: int = 0
     """Bytes of the image that it decodes to, more than its own; 0: it is the image."""
+    piece_of: int = 0
+    """Bytes of the image that this is one rank's piece of (`offload/pieces.py`); 0: it is whole. A
+    piece may have no bytes."""
+    piece_at: int = 0
+    """Where in that image the piece begins."""
 
     @property
     def image_bytes(self) -> int:
-        """Of the memory that it is used in."""
+        """Of what it decodes to."""
         return self.compressed_from or self.num_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Of the memory that its units' tensors lie in; more than the image where it is a piece."""
+        return self.piece_of or self.image_bytes
 
     @property
     def num_guards(self) -> int:
         """How many there are."""
-        return self.num_bytes // GUARD_STRIDE + 1
+        return self.num_bytes // GUARD_STRIDE + 1 if self.num_bytes else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,17 +233,20 @@ def _complaints(store: Store, end: int) -> Iterator[str]:
     """What is impossible about an index."""
     for number, record in enumerate(store.records):
         pages = record.offset % PAGE_BYTES == 0 and record.num_bytes % PAGE_BYTES == 0
-        if not pages or not PAGE_BYTES <= record.offset <= end - record.num_bytes:
+        is_empty = not record.num_bytes and not record.piece_of
+        if is_empty or not pages or not PAGE_BYTES <= record.offset <= end - record.num_bytes:
             yield f"record {number} is not inside the file"
         if len(record.guards) != GUARD_BYTES * record.num_guards:
             yield f"record {number} has no guard words"
         if record.image_bytes < record.num_bytes or record.image_bytes % PAGE_BYTES:
             yield f"record {number} is longer than what it decodes to"
+        if record.piece_of and record.piece_at + record.image_bytes > record.piece_of:
+            yield f"record {number} is longer than what it is a piece of"
     for unit in store.units:
         if not 0 <= unit.record < len(store.records):
             yield f"unit {unit.name} has no record"
             continue
-        size = store.records[unit.record].image_bytes
+        size = store.records[unit.record].used_bytes
         for tensor in unit.tensors:
             if tensor.offset >= 0 and tensor.offset + tensor.num_bytes > size:
                 yield f"tensor {tensor.name} of {unit.name} is not inside its record"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from offload.checkpoint_store import READER
 from offload.device_copier import DeviceCopier
 from offload.device_link import DeviceLink
 from offload.device_streams import DeviceStreams, TorchStreams
+from offload.gathered_link import GatheredLink
 from offload.host_link import HostLink
 from offload.layout import Store
 from offload.link import Link
@@ -29,6 +30,7 @@ from offload.record_check import RecordCheck
 from offload.residents import ArrivingUnits, copy_records, read_records, record_numbers
 from offload.shared_units import SharedUnits
 from offload.staging import Staging
+from replicas.worker.assembly import WeightSharers
 from replicas.worker.device import pin_host_memory
 
 _log = logging.getLogger(__name__)
@@ -165,6 +167,28 @@ class Opening:
             pinned=pinned,
             timeout_s=self._plan.read_timeout_s,
         )
+        self._opened.callback(link.close)
+        return link
+
+    def gathered(self, sizes: Sequence[int], sharers: WeightSharers) -> GatheredLink:
+        """Slots of these sizes that several ranks have in common, and what fills them together.
+
+        Raises:
+            As `join_node_segment`.
+        """
+        segment = sharers.join(sum(sizes))
+        self._opened.callback(segment.close)
+        slots = torch.split(segment.memory, list(sizes))
+        pieces = HostLink(
+            self._store,
+            self._plain_engine(len(sizes)),
+            slots,
+            check=RecordCheck(self._store, self._plan.verify),
+            codec=self._codec,
+            timeout_s=self._plan.read_timeout_s,
+        )
+        poison = self._runtime.poison
+        link = GatheredLink(self._store, pieces, slots, segment, poison=poison)
         self._opened.callback(link.close)
         return link
 

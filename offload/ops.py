@@ -10,11 +10,14 @@ class OpKind(enum.StrEnum):
     """What happens to a slot."""
 
     LOAD = "load"
-    """Start to fill the slot with the unit; the slot must be empty."""
+    """Start to fill the slot with the unit; the slot must be empty. With several ranks: with this
+    one's piece, once all of them have evicted what was there."""
+    GATHER = "gather"
+    """Wait until the pieces of all ranks are in the slot; only with several ranks."""
     COMPUTE = "compute"
     """Wait for the unit and use it."""
     EVICT = "evict"
-    """The unit is not used again; the slot is empty."""
+    """The unit is not used again; the slot is empty, or this rank has done with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +43,5 @@ class Schedule:
     depth: int
     prologue: tuple[Op, ...]
     cycle: tuple[Op, ...]
+    gathers: bool = False
+    """Several ranks carry it out on the same slots, each with its piece of every unit."""

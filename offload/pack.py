@@ -22,6 +22,8 @@ from cluster.base.errors import ConfigError, CorruptWeightsError
 from offload.compression import RecordCodec
 from offload.layout import PackedTensor, Store, StoredUnit, read_store
 from offload.packers import Packer, bytes_of
+from offload.pieces import Piece, piece_bytes
+from offload.placement import is_routed
 from offload.record_sizes import record_bytes
 from offload.store_lock import alone
 from offload.store_writer import TEMPORARY_SUFFIX, StoreWriter
@@ -43,6 +45,8 @@ class StoreRequest:
     size: int = 1
     codec: RecordCodec | None = None
     """Makes records smaller; None: they are stored as they are used."""
+    piece: Piece | None = None
+    """Of all records but routed experts' only this piece is stored; None: they are whole."""
 
     def fingerprint(self) -> str:
         """Of everything the store's bytes depend on.
@@ -63,6 +67,7 @@ class StoreRequest:
         digest.update(f"{self.dtype} {self.packer.layout} {self.rank}/{self.size}".encode())
         digest.update(repr(self.units).encode())
         digest.update(b"" if self.codec is None else self.codec.name.encode())
+        digest.update(b"" if self.piece is None else repr(self.piece).encode())
         return digest.hexdigest()
 
     def target(self, fingerprint: str) -> Path:
@@ -115,7 +120,7 @@ def pack_store(
         OSError: the disk failed.
     """
     total = sum(record_bytes(unit, request.dtype) for unit in request.units)
-    _check_space(target, total)
+    _check_space(target, sum(_stored_bytes(unit, request) for unit in request.units))
     reading = open_checkpoint(request.model_path, request.units, dtype=request.dtype)
     with reading as load, StoreWriter(target, request.codec) as writer:
         packing = _Packing(writer, load, request)
@@ -123,7 +128,7 @@ def pack_store(
         for unit in request.units:
             units.append(packing.add(unit))
             if on_progress is not None:
-                done = sum(record.image_bytes for record in writer.records)
+                done = sum(record.used_bytes for record in writer.records)
                 on_progress(min(done, total), total)
         writer.commit(
             Store(
@@ -148,6 +153,7 @@ class _Packing:
         self._writer = writer
         self._load = load
         self._packer = request.packer
+        self._piece = request.piece
         specs = [spec for unit in request.units for spec in unit.tensors]
         # A table that is also the head lies as the head wants it.
         self._linear = {_identity(spec) for spec in specs if spec.is_linear}
@@ -158,7 +164,7 @@ class _Packing:
         for record, packed in self._done:
             if unit.tensors and all(_identity(spec) in packed for spec in unit.tensors):
                 return _stored(unit, record, packed)
-        self._writer.begin()
+        self._writer.begin(None if is_routed(unit.name) else self._piece)
         packed = {}
         for spec in unit.tensors:
             packed[_identity(spec)] = list(self._write(unit.name, spec))
@@ -206,6 +212,14 @@ def _whole(target: Path, fingerprint: str) -> Store | None:
     except CorruptWeightsError:
         return None
     return store if store.fingerprint == fingerprint else None
+
+
+def _stored_bytes(unit: WeightUnit, request: StoreRequest) -> int:
+    """Most bytes of a unit's record on this rank's disk."""
+    whole = record_bytes(unit, request.dtype)
+    if request.piece is None or is_routed(unit.name):
+        return whole
+    return piece_bytes(whole, request.piece.count)
 
 
 def _check_space(target: Path, num_bytes: int) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.base.errors import ConfigError
 from cluster.base.plan import OffloadPlan
 from offload.homes import staging_slots
-from offload.layout import Store
+from offload.layout import Record, Store
 
 _ROUTED = re.compile(r"layer\.\d+\.expert\.\d+")
 
@@ -22,11 +22,13 @@ class SlotRoom:
     slot_bytes: int
     num_staging: int
     """Host slots that records from disk pass through on their way to a device's; 0: none do."""
+    num_sharing: int = 1
+    """Ranks of a node that have the slots in common."""
 
     @property
     def device_bytes(self) -> int:
-        """Of the slots themselves."""
-        return self.num_slots * self.slot_bytes
+        """Of the slots themselves, for each rank that shares them."""
+        return -(-self.num_slots * self.slot_bytes // self.num_sharing)
 
     @property
     def staging_bytes(self) -> int:
@@ -53,6 +55,11 @@ class Placement:
     """Of one record: what a device's residents pass through on their way."""
 
 
+def is_routed(unit: str) -> bool:
+    """Whether a unit is a routed expert, which is asked for when a token visits it."""
+    return _ROUTED.fullmatch(unit) is not None
+
+
 def place_units(store: Store, plan: OffloadPlan) -> Placement:
     """Where the plan puts each unit of the store.
 
@@ -62,17 +69,16 @@ def place_units(store: Store, plan: OffloadPlan) -> Placement:
     Raises:
         ConfigError: the plan names units that the model does not have.
     """
-    named = (*plan.resident_units, *plan.host_units)
-    if unknown := [unit for unit in named if unit not in store.by_name]:
+    if unknown := _unknown(store, plan):
         raise ConfigError(
             f"The model has no weight units {', '.join(unknown)}.",
             "Plan the model again.",
             param="resident_units",
         )
-    kept = {store.by_name[unit].record for unit in plan.resident_units}
+    kept = {store.by_name[unit].record for unit in plan.resident_units if unit in store.by_name}
     streamed = [unit for unit in store.units if unit.record not in kept]
-    ring = tuple(unit.name for unit in streamed if not _ROUTED.fullmatch(unit.name))
-    experts = tuple(unit.name for unit in streamed if _ROUTED.fullmatch(unit.name))
+    ring = tuple(unit.name for unit in streamed if not is_routed(unit.name))
+    experts = tuple(unit.name for unit in streamed if is_routed(unit.name))
     on_host = {store.by_name[unit].record for unit in plan.host_units} - kept
     return Placement(
         resident=tuple(unit.name for unit in store.units if unit.record in kept),
@@ -80,13 +86,27 @@ def place_units(store: Store, plan: OffloadPlan) -> Placement:
         experts=experts,
         host=tuple(unit.name for unit in streamed if unit.record in on_host),
         host_unit_bytes=sum(store.records[number].image_bytes for number in sorted(on_host)),
-        ring_room=_room(store, ring, plan.ring_slots, on_host),
+        ring_room=replace(
+            _room(store, ring, plan.ring_slots, on_host), num_sharing=plan.num_sharing
+        ),
         expert_room=_room(store, experts, max(2, plan.expert_slots), on_host),
-        resident_bytes=sum(store.records[number].image_bytes for number in sorted(kept)),
+        resident_bytes=sum(_held_bytes(store.records[n], plan) for n in sorted(kept)),
         largest_resident_bytes=max(
             (store.records[number].image_bytes for number in kept), default=0
         ),
     )
+
+
+def _unknown(store: Store, plan: OffloadPlan) -> list[str]:
+    """Units that are named and that there are not, here or on a rank that shares the others."""
+    named = (*plan.resident_units, *plan.host_units)
+    unknown = [unit for unit in named if unit not in store.by_name]
+    return [unit for unit in unknown if plan.num_sharing == 1 or not is_routed(unit)]
+
+
+def _held_bytes(record: Record, plan: OffloadPlan) -> int:
+    """A rank's part of the memory of a record that stays: all of it unless it is shared."""
+    return -(-record.piece_of // plan.num_sharing) if record.piece_of else record.image_bytes
 
 
 def _room(store: Store, units: Sequence[str], wanted: int, on_host: Collection[int]) -> SlotRoom:
@@ -100,4 +120,4 @@ def _room(store: Store, units: Sequence[str], wanted: int, on_host: Collection[i
 
 
 def _largest(store: Store, units: Iterable[str]) -> int:
-    return max((store.record_of(unit).image_bytes for unit in units), default=0)
+    return max((store.record_of(unit).used_bytes for unit in units), default=0)

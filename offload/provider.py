@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cluster.base.errors import InternalError
 from offload.expert_cache import ExpertCache
 from offload.link import LinkStats
+from offload.lockstep_ring import LockstepRing
 from offload.ring import Ring
 from replicas.engine.weight_traffic import WeightTraffic
 
@@ -46,7 +47,8 @@ class StreamedWeights:
 
     Args:
         resident: tensors of the units that stay.
-        ring: the units that stream in the model's order; None: there are none.
+        ring: the units that stream in the model's order, for this rank alone or together with
+            others; None: there are none.
         experts: the units that are read when a token asks for them; None: there are none.
         reader: name of what reads.
         on_close: gives memory and files back; also called when the process ends in order.
@@ -55,7 +57,7 @@ class StreamedWeights:
     def __init__(
         self,
         resident: Mapping[str, Mapping[str, torch.Tensor]],
-        ring: Ring | None,
+        ring: Ring | LockstepRing | None,
         experts: ExpertCache | None,
         *,
         reader: str,
@@ -127,7 +129,12 @@ class StreamedWeights:
         """End the reads under way and give everything back; safe to call twice."""
         self._finalizer()
 
-    def _home(self, unit: str) -> Ring | ExpertCache:
+    def end_step(self) -> None:
+        """See `StepwiseWeights`; raises as `acquire`, for a rank that is lost as well."""
+        if isinstance(self._ring, LockstepRing):
+            self._ring.end_pass()
+
+    def _home(self, unit: str) -> Ring | LockstepRing | ExpertCache:
         for home in (self._ring, self._experts):
             if home is not None and unit in home:
                 return home

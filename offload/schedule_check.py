@@ -2,8 +2,10 @@
 
 Checked: nothing is used before it is loaded, no load into a slot that holds something, nothing
 evicted that is not there, no unit larger than a slot, never more bytes in slots than the budget,
-never more units under way than the depth, every unit computed once a pass and in order. The slots
-are the same after a cycle as before it, so what holds for one cycle holds for all.
+never more units under way than the depth, every unit computed once a pass and in order; where
+ranks share slots, nothing is used before its pieces are gathered. The slots are the same after a
+cycle as before it, so what holds for one cycle holds for all. That several ranks which carry the
+list out at their own pace keep out of each other's way is proved in `gather_check.py`.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ class _Ring:
         self._sizes = sizes
         self._slot_bytes = slot_bytes
         self._slots: list[str | None] = [None] * schedule.num_slots
+        self._whole: set[int] = set()
         # Where every unit has its slot for good, the depth bounds nothing.
         self._most = max(schedule.depth, 0)
         if len(schedule.units) <= schedule.num_slots:
@@ -69,12 +72,17 @@ class _Ring:
         match op.kind:
             case OpKind.LOAD:
                 self._load(op, held)
+            case OpKind.GATHER:
+                if held != op.unit or not self._schedule.gathers:
+                    raise ScheduleError(f"{op}: the slot holds {held}, nobody's piece of it")
+                self._whole.add(op.slot)
             case OpKind.COMPUTE:
                 self._compute(op, held)
             case OpKind.EVICT:
                 if held != op.unit:
                     raise ScheduleError(f"{op}: the slot holds {held}")
                 self._slots[op.slot] = None
+                self._whole.discard(op.slot)
 
     def _load(self, op: Op, held: str | None) -> None:
         if held is not None:
@@ -90,6 +98,8 @@ class _Ring:
     def _compute(self, op: Op, held: str | None) -> None:
         if held != op.unit:
             raise ScheduleError(f"{op}: the slot holds {held}")
+        if self._schedule.gathers and op.slot not in self._whole:
+            raise ScheduleError(f"{op}: it is not gathered")
         expected = self._schedule.units[self.num_computed % len(self._schedule.units)]
         if op.unit != expected:
             raise ScheduleError(f"{op}: {expected} comes next")

@@ -2,8 +2,8 @@
 
 Pages are handed to the disk as they are written, so packing a model never fills the memory with
 pages that wait. A process that dies leaves a file with a temporary name, which the next one
-removes. With a codec a record is in memory until it is finished, and stored shorter where it can
-be.
+removes. With a codec, or where only a piece of a record is stored, it is in memory until it is
+finished.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import zlib
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,6 +30,7 @@ from offload.layout import (
     encode_head,
     encode_index,
 )
+from offload.pieces import Piece
 
 TEMPORARY_SUFFIX = ".part"
 _FLUSH_BYTES = 64 * 2**20
@@ -52,6 +54,7 @@ class StoreWriter:
         self._records: list[Record] = []
         self._record: _OpenRecord | None = None
         self._length = 0
+        self._piece: Piece | None = None
         self._image = bytearray()
         self._position = 0
         self._flushed = 0
@@ -75,9 +78,10 @@ class StoreWriter:
         """The finished ones."""
         return tuple(self._records)
 
-    def begin(self) -> None:
-        """Start a record."""
+    def begin(self, piece: Piece | None = None) -> None:
+        """Start a record, of which only a piece is stored where one is given."""
         self._record = _OpenRecord(start=self._position)
+        self._piece = piece
         self._length = 0
         self._image = bytearray()
 
@@ -94,9 +98,13 @@ class StoreWriter:
         record = self._open_record()
         # A record has a page at least, so that it has a guard word.
         self._fill(max(aligned(self._length), PAGE_BYTES))
-        if self._image:
-            self._write(self._encoded())
-        self._records.append(record.finished(self._length))
+        start, stop = self._piece.span(self._length) if self._piece else (0, self._length)
+        if self._image and stop > start:
+            self._write(self._encoded(start, stop))
+        finished = record.finished(stop - start)
+        if self._piece is not None:
+            finished = replace(finished, piece_of=self._length, piece_at=start)
+        self._records.append(finished)
         self._record = None
         self._flush(_FLUSH_BYTES)
         return len(self._records) - 1
@@ -126,16 +134,16 @@ class StoreWriter:
         self._put(memoryview(bytes(length - self._length)))
 
     def _put(self, data: memoryview) -> None:
-        """Append to the record's image, which is what is stored unless there is a codec."""
+        """Append to the record's image, which is what is stored but for a codec or a piece."""
         self._length += len(data)
-        if self._codec is None:
+        if self._codec is None and self._piece is None:
             self._write(data)
         else:
             self._image += data
 
-    def _encoded(self) -> memoryview:
-        """The image as it is stored."""
-        image = torch.frombuffer(self._image, dtype=torch.uint8)
+    def _encoded(self, start: int, stop: int) -> memoryview:
+        """That part of the image as it is stored."""
+        image = torch.frombuffer(self._image, dtype=torch.uint8)[start:stop]
         record = None if self._codec is None else self._codec.encode(image)
         return (image if record is None else record).numpy().data
 

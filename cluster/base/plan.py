@@ -102,6 +102,9 @@ class OffloadPlan:
     """Weight units that stay on the device."""
     share_resident: bool = False
     """Resident units are pages that all replicas of the node have in common (CPU ranks)."""
+    num_sharing: int = 1
+    """Data-parallel ranks that read every unit but their own routed experts together, a piece each,
+    into memory that they share: its bytes count for each of them in equal parts."""
     host_units: tuple[str, ...] = ()
     """Weight units that stay in host memory and are copied from there; none on a CPU rank."""
     is_packed: bool = True

@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from cluster.base.errors import CollectiveTimeoutError, InternalError, PenstockError
 from cluster.dist.gloo_peers import GlooPeers
+from cluster.dist.node_segment import NodeSegment, join_node_segment
 from cluster.dist.peer_streams import PeerStreams, StreamsMeeting, join_peer_streams
 from cluster.dist.peer_watch import PeerWatch
 from cluster.dist.rank_topology import RankTopology
@@ -46,14 +47,14 @@ class ExpertPeers:
         shared: SharedBoxes | None,
         streams: PeerStreams | None,
         watch: PeerWatch,
-        store: Store,
+        meeting: tuple[Store, float],
     ) -> None:
         self.topology = topology
         self.world, self.node, self.rail = groups
         self.shared = shared
         self.streams = streams
         self.watch = watch
-        self._store: Store | None = store
+        self._meeting: tuple[Store, float] | None = meeting
 
     @property
     def failure(self) -> PenstockError | None:
@@ -72,6 +73,27 @@ class ExpertPeers:
 
         self.watch.add_breaker(breaker)
 
+    def join_segment(self, ranks: tuple[int, ...], num_bytes: int) -> NodeSegment:
+        """Memory that some ranks of this node have in common; all of them call it.
+
+        Args:
+            ranks: this rank among them, ascending.
+
+        Raises:
+            InternalError: the groups have been left.
+            Others as `join_node_segment`.
+        """
+        if self._meeting is None:
+            raise InternalError("A rank that has left its groups cannot share memory.")
+        keys, connect_s = self._meeting
+        return join_node_segment(
+            PrefixStore(f"segment/{ranks[0]}", keys),
+            ranks.index(self.world.rank),
+            [self.topology.describe(rank) for rank in ranks],
+            self.watch,
+            (num_bytes, connect_s),
+        )
+
     def close(self) -> None:
         """Leave all groups; safe to call twice. Rank 0 takes the store with it."""
         self.watch.close()
@@ -81,7 +103,7 @@ class ExpertPeers:
             self.shared.close()
         if self.streams is not None:
             self.streams.close()
-        self._store = None
+        self._meeting = None
 
 
 def join_expert_peers(
@@ -145,7 +167,7 @@ def join_expert_peers(
         shared=shared,
         streams=streams,
         watch=watch,
-        store=store,
+        meeting=(keys, rendezvous.connect_timeout_s),
     )
 
 

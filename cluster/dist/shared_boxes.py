@@ -89,7 +89,7 @@ class SharedBoxes:
         index, *note = _NOTE.unpack(data)
         if ancillary:
             (descriptor,) = _DESCRIPTOR.unpack(ancillary[0][2][: _DESCRIPTOR.size])
-            self._theirs[peer, index] = _mapped(descriptor)
+            self._theirs[peer, index] = mapped(descriptor)
             os.close(descriptor)
         return self._theirs[peer, index], (note[0], note[1], note[2])
 
@@ -110,7 +110,7 @@ class SharedBoxes:
         os.ftruncate(descriptor, num_bytes)
         self._descriptors[index] = descriptor
         self._untold[index] = set(self._links)
-        self._own[index] = box = _mapped(descriptor)
+        self._own[index] = box = mapped(descriptor)
         return box
 
     def _break(self) -> None:
@@ -136,7 +136,7 @@ def join_shared_boxes(
     links: dict[int, socket.socket] = {}
     outcome = ""
     try:
-        _connect(keys, me, size, connect_timeout_s, links)
+        connect_members(keys, me, size, connect_timeout_s, links)
     except (OSError, AttributeError) as error:  # AttributeError: not a Linux
         outcome = f"rank {rank}: {error}"
     keys.set(f"outcome/{me}", outcome or "connected")
@@ -149,10 +149,19 @@ def join_shared_boxes(
     return SharedBoxes(me, links, watch)
 
 
-def _connect(
+def connect_members(
     keys: Store, me: int, size: int, timeout_s: float, links: dict[int, socket.socket]
 ) -> None:
-    """To those before, from those after; nobody waits for a member that cannot listen."""
+    """Connect a member of a node to those before, and from those after; to nobody if one cannot
+    listen. All call it.
+
+    Args:
+        links: filled with a SEQPACKET socket for each other member.
+
+    Raises:
+        OSError: a member cannot listen, or did not come in time.
+        AttributeError: not a Linux.
+    """
     with contextlib.ExitStack() as cleanup:
         try:
             os.close(os.memfd_create("penstock-box"))
@@ -191,7 +200,8 @@ def _called(path: str, me: int) -> socket.socket:
     return link
 
 
-def _mapped(descriptor: int) -> torch.Tensor:
+def mapped(descriptor: int) -> torch.Tensor:
+    """All bytes behind a descriptor, uint8, shared with who else maps them."""
     memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
     with torch.inference_mode(False):  # written inside a step and outside of one
         return torch.frombuffer(memory, dtype=torch.uint8)

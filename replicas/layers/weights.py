@@ -117,6 +117,15 @@ class ForeseeingWeights(Protocol):
         ...
 
 
+@runtime_checkable
+class StepwiseWeights(Protocol):
+    """A provider that several ranks fill together, in step."""
+
+    def end_step(self) -> None:
+        """The step has asked for all that it wants; the others may have asked for more."""
+        ...
+
+
 @contextmanager
 def acquired(weights: WeightProvider, unit: str) -> Iterator[Mapping[str, torch.Tensor]]:
     """The unit's tensors for the length of a `with` block; released on errors too."""

@@ -51,7 +51,7 @@ class DecoderModel(Protocol):
 
     def forward_idle(self, weights: WeightProvider) -> None:
         """Take part in a step without tokens of one's own: the exchanges of expert-parallel layers
-        alone, in the order of `forward`. Nothing to do for other models.
+        alone, each layer held as in `forward`. Nothing to do for other models.
 
         The tensor-parallel peers of this rank have to be idle too.
         """

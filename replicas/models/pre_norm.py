@@ -68,9 +68,11 @@ class PreNormLayer(Generic[N]):
         return Foresight(self._index, self._mlp_norm.forward, self._mixture)
 
     def forward_idle(self, no_rows_0D: torch.Tensor, weights: WeightProvider) -> None:
-        """A mixture's exchange without rows."""
-        if self._mixture is not None:
-            self._mixture.forward_idle(no_rows_0D, ExpertUnits(weights, self._index))
+        """A mixture's exchange without rows, while the layer is held as in `forward`: ranks that
+        fill its memory together all pass through it."""
+        with acquired(weights, f"layer.{self._index}"):
+            if self._mixture is not None:
+                self._mixture.forward_idle(no_rows_0D, ExpertUnits(weights, self._index))
 
     def _experts(self, hidden_TD: torch.Tensor, weights: WeightProvider) -> ExpertUnits:
         """The layer's experts; once its own are announced, those of the next are guessed."""
@@ -132,7 +134,7 @@ class PreNormDecoder(Generic[L, N]):
             return self._norm.forward(hidden_TD, tensors)
 
     def forward_idle(self, weights: WeightProvider) -> None:
-        """The exchanges of all mixture layers, without rows; nothing in a dense model."""
+        """The exchanges of all mixture layers, without rows."""
         shape = (0, self.arch.model_dim)
         no_rows_0D = torch.empty(shape, dtype=self._dtype, device=self._device)
         for layer in self._layers:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from cluster.dist.communicator import Communicator
+from cluster.dist.node_segment import NodeSegment
 from moe.layout import ExpertLayout
 from replicas.kernels.ops import Kernels
 from replicas.layers.weights import WeightProvider
@@ -49,6 +50,17 @@ class RankSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSharers:
+    """Data-parallel ranks of a node, which need the same weights but for their experts."""
+
+    index: int
+    """This rank among them."""
+    count: int
+    join: Callable[[int], NodeSegment]
+    """Makes memory of so many bytes that they have in common; all of them call it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsRequest:
     """What a rank's weights are made for."""
 
@@ -60,6 +72,7 @@ class WeightsRequest:
     kv_bytes: int
     """What the rank's cache will take of the device."""
     on_progress: Callable[[int, int], None] | None
+    sharers: WeightSharers | None = None
 
 
 WeightsFactory = Callable[[WeightsRequest], WeightProvider]
@@ -92,6 +105,7 @@ def build_runner(  # noqa: PLR0913 - where a rank is put together
     adapt_kernels: Callable[[Kernels], Kernels] | None = None,
     expert_layout: ExpertLayout | None = None,
     adapt_model: ModelAdapter | None = None,
+    sharers: WeightSharers | None = None,
 ) -> ModelRunner:
     """Load this rank's weights, allocate its cache and make its runner; rank 0 gives the output.
 
@@ -100,6 +114,7 @@ def build_runner(  # noqa: PLR0913 - where a rank is put together
         weights_factory: where the weights come from; may raise errors of its own.
         adapt_kernels, expert_layout: as in `build_model`.
         adapt_model: wraps the model that the runner calls.
+        sharers: ranks that may hold one copy of the weights together; None: this one is alone.
 
     Raises:
         ConfigError: the checkpoint's architecture is not supported or cannot be split so.
@@ -136,6 +151,7 @@ def build_runner(  # noqa: PLR0913 - where a rank is put together
             device=device,
             kv_bytes=cache.total_bytes,
             on_progress=on_progress,
+            sharers=sharers,
         )
     )
     kv_caches = allocate_kv_caches(cache, device)

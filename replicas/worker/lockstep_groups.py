@@ -19,6 +19,7 @@ from cluster.dist.rendezvous import Rendezvous
 from cluster.dist.watched_communicator import WatchedCommunicator
 from moe.row_moves import RowWork
 from replicas.kernels.select import select_row_work
+from replicas.worker.assembly import WeightSharers
 from replicas.worker.gathering import Gathering
 from replicas.worker.plan import ExpertRankPlan, WorkerPlan
 from replicas.worker.tensor_rank import join_tensor_group
@@ -75,6 +76,20 @@ class LockstepGroups:
         if self._peers is None:
             raise InternalError(f"Rank {self._plan.rank} is in no group now.")
         return self._peers
+
+    def weight_sharers(self) -> WeightSharers:
+        """The ranks of this node with the same slices of the same weights, this one among them."""
+        tp_size, topology = self._plan.tp_size, self.peers.topology
+        ranks = tuple(
+            rank
+            for rank in topology.node_ranks(self._plan.rank)
+            if rank % tp_size == self._plan.tp_rank
+        )
+        return WeightSharers(
+            index=ranks.index(self._plan.rank),
+            count=len(ranks),
+            join=lambda num_bytes: self.peers.join_segment(ranks, num_bytes),
+        )
 
     def tell_failures(self, tell: TellFailure) -> None:
         """Call `tell` from another thread when the groups end by a fault, these and later ones."""

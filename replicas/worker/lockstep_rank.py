@@ -9,64 +9,31 @@ When peers are lost it keeps its model, weights and cache and joins the groups o
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-
-import torch
+from collections.abc import Callable, Sequence
 
 from cluster.base.errors import InternalError
 from moe.exchange.exchanges import Exchanges
 from moe.exchange.link_costs import LinkCosts
-from moe.exchange.wire import Combine, Dispatch, WireFormat
-from moe.expert_table import ExpertTable, starting_tables
+from moe.exchange.wire import WireFormat
+from moe.expert_table import ExpertTable
 from moe.spread_experts import SpreadExperts
+from replicas.engine.lockstep import ExpertOrders
 from replicas.engine.scheduler_output import StepOutput
-from replicas.layers.weights import ResidentWeights
-from replicas.models.checkpoint import load_unit
-from replicas.models.context import torch_dtype
-from replicas.models.hf_config import arch_from_hf
-from replicas.models.mixture_weights import expert_unit
+from replicas.layers.weights import StepwiseWeights
 from replicas.worker import wire
-from replicas.worker.expert_mover import ExpertMover, ReadExpert, expert_name
+from replicas.worker.expert_mover import ExpertMover, expert_name
 from replicas.worker.expert_state import ExpertState
 from replicas.worker.frames import Payload
 from replicas.worker.gathering import Gathered, Gathering
 from replicas.worker.lockstep_groups import JoinedGroups, LockstepGroups
 from replicas.worker.model_runner import ModelRunner
 from replicas.worker.plan import WorkerPlan
+from replicas.worker.rank_experts import expert_reader, mover_of, resident_weights_of
 from replicas.worker.scheme_table import SchemeRow, scheme_table
 
 log = logging.getLogger(__name__)
-
-
-def spread_experts(groups: LockstepGroups, plan: WorkerPlan) -> tuple[SpreadExperts, WireFormat]:
-    """This rank's experts of a checkpoint and, if it is in a group, their exchanges.
-
-    All members of a group call it together. Experts lie as the plan says, or as all replicas begin
-    (see `starting_tables`).
-    """
-    place = groups.place
-    arch = arch_from_hf(json.loads((Path(plan.model_path) / "config.json").read_text()))
-    mixtures = {index: layer.moe for index, layer in enumerate(arch.layers) if layer.moe}
-    format = WireFormat(
-        dim=arch.model_dim,
-        dtype=torch_dtype(plan.dtype),
-        top_k=max(moe.gate.top_k for moe in mixtures.values()),
-        dispatch=Dispatch(place.dispatch),
-        combine=Combine(place.combine),
-    )
-    tables = place.tables or starting_tables(
-        [(index, moe.gate.num_experts) for index, moe in mixtures.items()],
-        len(place.node_of_W),
-        place.num_redundant,
-    )
-    exchanges = None
-    if not place.joins_later:
-        exchanges = Exchanges(groups.peers, groups.peers.topology, format, row_work=groups.row_work)
-    return SpreadExperts(tables, exchanges, plan.rank, place.capacity_factor), format
 
 
 class LockstepRank:
@@ -95,9 +62,8 @@ class LockstepRank:
         self._format = format
         self._costs = costs
         self._runner = runner
-        self._weights = _resident(runner)
-        self._read_expert = _expert_reader(plan, runner)
-        self._mover = ExpertMover(experts, self._weights, self._read_expert)
+        self._read_expert = expert_reader(plan, runner)
+        self._mover = mover_of(experts, runner, self._read_expert)
         self._scheme = ""
         self._outputs: deque[StepOutput] = deque()
         self.facts: dict[str, object] = {
@@ -160,7 +126,9 @@ class LockstepRank:
         )
         self._experts.rejoin(gathering.tables, exchanges, member)
         # A fetch of the former epoch ends in the former mover, where nobody looks.
-        self._mover = ExpertMover(self._experts, self._weights, self._read_expert, gathering.table)
+        self._mover = ExpertMover(
+            self._experts, resident_weights_of(self._runner), self._read_expert, gathering.table
+        )
         self._scheme = ""
         if gathering.forgets_rows:
             self._runner.forget_rows()
@@ -174,14 +142,14 @@ class LockstepRank:
 
     def expert_state(self) -> ExpertState:
         """What this rank knows of its experts; from any thread, also while a step runs."""
-        counter = self._experts.counter
+        counter, mover = self._experts.counter, self._mover
         return ExpertState(
             layers=counter.layers,
             rows=counter.rows,
             num_dropped=counter.num_dropped,
-            announced=self._mover.announced,
-            prepared=self._mover.prepared,
-            move_failure=self._mover.failure,
+            announced=0 if mover is None else mover.announced,
+            prepared=0 if mover is None else mover.prepared,
+            move_failure="" if mover is None else mover.failure,
         )
 
     def begin(self, payload: Payload, say_nearly_done: Callable[[], None], waited_s: float) -> None:
@@ -192,11 +160,13 @@ class LockstepRank:
         """
         step = wire.decode_rank_step(payload)
         self._use(step.header.scheme, step.header.reason)
-        self._mover.obey(step.header.experts)
+        self._obey(step.header.experts)
         if step.header.is_idle(self._group):
             output = self._runner.stand_by(step.plan)
         else:
             output = self._runner.execute(step.plan)
+        if isinstance(self._runner.weights, StepwiseWeights):
+            self._runner.weights.end_step()
         self._outputs.append(output)
 
     def answer(self) -> bytes | None:
@@ -207,6 +177,12 @@ class LockstepRank:
     def settle(self) -> None:
         """See `ModelRunner.settle`."""
         self._runner.settle()
+
+    def _obey(self, orders: ExpertOrders) -> None:
+        if self._mover is not None:
+            self._mover.obey(orders)
+        elif orders.table or orders.rebalance is not None:
+            raise InternalError("Experts of a rank whose weights are streamed cannot move.")
 
     def _use(self, scheme: str, reason: str) -> None:
         if scheme == self._scheme:
@@ -225,31 +201,15 @@ class LockstepRank:
 
         Goes by the weights that are there: a gathering may have ended half-way through this.
         """
+        weights = resident_weights_of(self._runner)
         layer, everyone = table.layer, range(table.slots.num_experts)
-        held = {e for e in everyone if self._weights.holds(expert_name(layer, e))}
+        held = {e for e in everyone if weights.holds(expert_name(layer, e))}
         dropped = [expert_name(layer, expert) for expert in sorted(held - set(wanted))]
         missing = sorted(set(wanted) - held)
         if dropped:
-            self._weights.exchange({}, dropped)
+            weights.exchange({}, dropped)
         for expert in missing:
             check()
             tensors = self._read_expert(layer, expert)
-            self._weights.exchange({expert_name(layer, expert): tensors}, ())
+            weights.exchange({expert_name(layer, expert): tensors}, ())
         return len(missing)
-
-
-def _resident(runner: ModelRunner) -> ResidentWeights:
-    if not isinstance(runner.weights, ResidentWeights):
-        raise InternalError("Experts of a rank whose weights are streamed cannot move.")
-    return runner.weights
-
-
-def _expert_reader(plan: WorkerPlan, runner: ModelRunner) -> ReadExpert:
-    """Reads an expert as the rank's own were loaded."""
-    arch, kernels = runner.model.arch, runner.model.kernels
-
-    def read(layer: int, expert: int) -> Mapping[str, torch.Tensor]:
-        unit = expert_unit(arch, layer, expert)
-        return load_unit(plan.model_path, unit, dtype=plan.dtype, kernels=kernels)
-
-    return read

@@ -28,9 +28,10 @@ from replicas.worker.assembly import (
 from replicas.worker.expert_state import ExpertState
 from replicas.worker.frames import LinkAddress
 from replicas.worker.lockstep_groups import LockstepGroups, first_gathering
-from replicas.worker.lockstep_rank import LockstepRank, spread_experts
+from replicas.worker.lockstep_rank import LockstepRank
 from replicas.worker.order_loop import OrderLoop
 from replicas.worker.plan import WorkerPlan
+from replicas.worker.rank_experts import spread_experts
 from replicas.worker.tensor_rank import TensorParallelRank, join_tensor_group
 from replicas.worker.worker_link import WorkerLink
 
@@ -161,6 +162,7 @@ class Worker:
             self._adapt_kernels,
             expert_layout=experts,
             adapt_model=self._adapt_model,
+            sharers=groups.weight_sharers() if groups is not None and plan.offload else None,
         )
         if groups is None or experts is None:
             # A device's layers are only launched by then: the sign would come far too early.

@@ -19,10 +19,12 @@ from cluster.base.plan import (
     KvPlan,
     MemoryPlan,
     ModelPlan,
+    OffloadPlan,
     SchedulerPlan,
 )
 from cluster.dist.rendezvous import pick_port
 from moe.expert_table import ExpertTable, starting_tables
+from offload.actor import OffloadWorkerActor
 from replicas.engine.lockstep_scheduler import LockstepScheduler
 from replicas.engine.sync_engine import SyncEngine
 from replicas.leader.engine_parts import scheduler_config, scheme_chooser
@@ -42,7 +44,9 @@ HOST = "127.0.0.1"
 def run_worker(plan: WorkerPlan, questions: Connection) -> None:
     """One rank's process; answers "facts" on `questions` with those, else with `ExpertState`."""
     with contextlib.suppress(Exception):  # the leader's side has been told
-        worker = Worker(plan, lambda phase, fraction: None)
+        # As the Ray actors make their workers, without Ray.
+        options = OffloadWorkerActor.worker_options(None, plan) if plan.offload else {}
+        worker = Worker(plan, lambda phase, fraction: None, **options)
         threading.Thread(target=_answer, args=(worker, questions), daemon=True).start()
         worker.run()
 
@@ -65,6 +69,7 @@ def model_plan(
     survives: bool = False,
     lost_groups: int = 0,
     dtype: str = "float32",
+    offload: OffloadPlan | None = None,
     **limits: int,
 ) -> ModelPlan:
     """A plan as the planner would make it, small."""
@@ -75,7 +80,7 @@ def model_plan(
         path=str(path),
         source=str(path),
         family="qwen3_moe",
-        engine=EngineKind.EXPERT_PARALLEL,
+        engine=EngineKind.OFFLOAD if offload else EngineKind.EXPERT_PARALLEL,
         replicas=1,
         tp_size=tp,
         dp_size=dp,
@@ -112,6 +117,7 @@ def model_plan(
             step_timeout_s=10.0,
         ),
         memory=MemoryPlan(weights_bytes=0, kv_bytes=0, workspace_bytes=0, available_bytes=0),
+        offload=offload,
     )
 
 

@@ -125,9 +125,7 @@ def two_tiers(disk: Path, costs: HostExpertsPlan, made: list[StreamedWeights]) -
         device = FakeDevice(computes_at_once=True)
         runtime = Runtime(cache_dir=default_cache_dir(), poison=True, streams=lambda _: device)
         readers = openers(store.path, default_cache_dir())
-        made.append(
-            open_weights(store, place_units(store, plan), plan, runtime, request.device, readers)
-        )
+        made.append(open_weights(store, place_units(store, plan), plan, runtime, request, readers))
         return made[-1]
 
     return make
