@@ -11,7 +11,7 @@ import random
 from types import TracebackType
 
 from cluster.base.errors import OverloadedError
-from cluster.base.plan import LimitsPlan
+from cluster.base.front_plan import LimitsPlan
 
 
 class Admission:

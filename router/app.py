@@ -19,13 +19,15 @@ from cluster.base.interpreter import settle_for_serving
 from cluster.base.log import log_under_ray
 from cluster.base.plan import ClusterPlan, from_json
 from replicas.leader.record import ReplicaRecord
+from router.access.front_access import FrontAccess
 from router.directory import ReplicaDirectory
 from router.gateway_metrics import GatewayMetrics
 from router.grpc.server import GrpcFront
 from router.handler import GatewayHandler, GatewayIdentity
 from router.hop_settings import HopSettings
 from router.http.app import build_http_app
-from router.http.server import bind_http, serve_http
+from router.http.server import serve_http
+from router.listen import listening_socket
 from router.measured_handler import MeasuredHandler
 from router.policies.prefix_affinity import PrefixAffinity
 from router.served_model import serve_models
@@ -73,6 +75,7 @@ class GatewayReplica:
         log_under_ray()
         cluster = from_json(ClusterPlan, plan)
         gateway, self._drain_s = cluster.gateway, cluster.drain_s
+        self._access = FrontAccess(gateway)
         self._models = serve_models(cluster.models)
         policy = PrefixAffinity()
         self._directory = ReplicaDirectory(
@@ -95,14 +98,17 @@ class GatewayReplica:
         self._directory.start()
         self._metrics = GatewayMetrics(self._handler.list_models)
         measured = MeasuredHandler(self._handler, self._metrics)
-        self._grpc = GrpcFront(measured, gateway)
+        self._grpc = GrpcFront(measured, gateway, self._access)
+        guard, tls = self._access.guard, self._access.tls
         self._http = await serve_http(
-            build_http_app(measured, gateway, self._metrics.registry),
-            bind_http(gateway.host, gateway.http_port),
+            build_http_app(measured, gateway, self._metrics.registry, guard=guard),
+            listening_socket(gateway.host, gateway.http_port, "gateway.http_port"),
             drain_s=cluster.drain_s,
+            tls=tls.http if tls else None,
         )
         settle_for_serving()
         await self._grpc.start()
+        self._access.start()
 
     async def reconfigure(self, plan: dict[str, Any]) -> None:
         """Follow another plan: its models, replica counts and limits; Serve's `user_config`.
@@ -119,4 +125,5 @@ class GatewayReplica:
     async def __del__(self) -> None:
         """Serve is taking this replica down: stop accepting, let running calls finish, leave."""
         await asyncio.gather(self._grpc.stop(self._drain_s), self._http.stop(self._drain_s))
+        await self._access.stop()
         await self._directory.close()

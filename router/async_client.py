@@ -16,7 +16,7 @@ from router import client_codec as codec
 from router.api import EmbedOutput, ModelInfo, Piece, ScoreOutput
 from router.client_calls import Answer, UnaryCall, coded_errors
 from router.client_codec import Completion, MessageLike, PromptLike, RequestOptions
-from router.client_transport import channel_options
+from router.client_transport import channel_options, key_metadata
 from router.grpc.status_details import REQUEST_ID_KEY
 from router.proto import penstock_pb2_grpc as pb_grpc
 
@@ -82,9 +82,27 @@ class AsyncPenstockClient:
                 print(piece.text, end="")
     """
 
-    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
-        """`target` is `host:port`; `credentials` switch TLS on."""
-        options = channel_options()
+    def __init__(
+        self,
+        target: str,
+        *,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        server_name: str | None = None,
+    ) -> None:
+        """Connect when the first call is made.
+
+        Args:
+            target: `host:port`.
+            api_key: sent with every call; without TLS whoever is on the way can read it.
+            credentials: switch TLS on; see `tls_credentials`.
+            server_name: what the gateway's certificate is for, where that is not `target`.
+
+        Raises:
+            ConfigError: the key cannot be sent.
+        """
+        self._metadata = key_metadata(api_key)
+        options = channel_options(server_name)
         self._channel = (
             grpc.aio.insecure_channel(target, options=options)
             if credentials is None
@@ -103,7 +121,9 @@ class AsyncPenstockClient:
     ) -> AsyncTokenStream:
         """Complete a text or a list of token ids; `sampling` are SamplingOptions fields."""
         message = codec.generate_message(model, prompt, options, sampling)
-        return AsyncTokenStream(self._stub.Generate(message, timeout=deadline_s))
+        return AsyncTokenStream(
+            self._stub.Generate(message, timeout=deadline_s, metadata=self._metadata)
+        )
 
     def chat(
         self,
@@ -116,7 +136,9 @@ class AsyncPenstockClient:
     ) -> AsyncTokenStream:
         """Answer a conversation: `ChatTurn`s or dicts with role and content."""
         message = codec.chat_message(model, messages, options, sampling)
-        return AsyncTokenStream(self._stub.Chat(message, timeout=deadline_s))
+        return AsyncTokenStream(
+            self._stub.Chat(message, timeout=deadline_s, metadata=self._metadata)
+        )
 
     async def embed(
         self,
@@ -184,7 +206,9 @@ class AsyncPenstockClient:
 
     async def _ask(self, call: UnaryCall[Answer], deadline_s: float | None) -> Answer:
         with coded_errors():
-            message = await getattr(self._stub, call.method)(call.message, timeout=deadline_s)
+            message = await getattr(self._stub, call.method)(
+                call.message, timeout=deadline_s, metadata=self._metadata
+            )
         return call.read(message)
 
     async def __aenter__(self) -> AsyncPenstockClient:

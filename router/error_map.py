@@ -44,6 +44,9 @@ ERROR_STATUS: Mapping[str, ErrorStatus] = MappingProxyType(
         "unknown_model": ErrorStatus(
             grpc=grpc.StatusCode.NOT_FOUND, http=404, openai_type="invalid_request_error"
         ),
+        "unauthenticated": ErrorStatus(
+            grpc=grpc.StatusCode.UNAUTHENTICATED, http=401, openai_type="invalid_request_error"
+        ),
         "overloaded": ErrorStatus(
             grpc=grpc.StatusCode.RESOURCE_EXHAUSTED,
             http=429,

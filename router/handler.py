@@ -16,8 +16,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from cluster.base.front_plan import LimitsPlan
 from cluster.base.ids import is_client_id
-from cluster.base.plan import LimitsPlan
 from router import field_checks as check
 from router import prompt_checks
 from router.admission import Admission

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.base.errors import InvalidRequestError
-from cluster.base.plan import LimitsPlan
+from cluster.base.front_plan import LimitsPlan
 from router import field_checks as check
 from router.served_model import ServedModel
 from router.structured_output import output_grammar

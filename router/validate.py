@@ -14,8 +14,8 @@ from cluster.base.errors import (
     InvalidRequestError,
     UnknownModelError,
 )
+from cluster.base.front_plan import LimitsPlan
 from cluster.base.ids import is_client_id, new_request_id
-from cluster.base.plan import LimitsPlan
 from replicas.api import GenerationRequest, Pooling, SamplingParams
 from router import field_checks as check
 from router import prompt_checks as prompts

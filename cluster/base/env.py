@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.base.errors import ConfigError
@@ -22,6 +22,7 @@ VARIABLES: Mapping[str, str] = {
     "PENSTOCK_CACHE_DIR": "where compiled CPU kernels are kept; default "
     "$XDG_CACHE_HOME/penstock, else ~/.cache/penstock",
     "PENSTOCK_LOG_LEVEL": f"one of {', '.join(LOG_LEVELS)}; default info",
+    "PENSTOCK_API_KEY": "API key that commands send to a gateway",
     "CUDA_VISIBLE_DEVICES": "GPUs that may be used, as CUDA reads it; default all",
     "HF_HOME": "cache of downloaded models, read by huggingface_hub",
     "HF_HUB_OFFLINE": "1: never download models, read by huggingface_hub",
@@ -40,6 +41,7 @@ class Environment:
     cuda_visible_devices: str | None
     """None: unset, all devices. Empty: none."""
     hub_offline: bool
+    api_key: str | None = field(default=None, repr=False)
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -61,6 +63,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         log_level=level,
         cuda_visible_devices=env.get("CUDA_VISIBLE_DEVICES"),
         hub_offline=env.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"},
+        api_key=env.get("PENSTOCK_API_KEY") or None,
     )
 
 

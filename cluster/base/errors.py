@@ -75,6 +75,12 @@ class UnknownModelError(UserError):
     code = "unknown_model"
 
 
+class UnauthenticatedError(UserError):
+    """The caller has not shown who he is, or nobody knows him."""
+
+    code = "unauthenticated"
+
+
 class OverloadedError(PenstockError):
     """Admission refused the request; retry after `retry_after_s`."""
 
@@ -149,6 +155,7 @@ _BY_CODE: dict[str, type[PenstockError]] = {
         InvalidRequestError,
         ContextTooLongError,
         UnknownModelError,
+        UnauthenticatedError,
         OverloadedError,
         DeadlineExceededError,
         CancelledError,

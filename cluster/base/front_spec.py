@@ -16,6 +16,7 @@ from cluster.base.section import Auto, Section
 KIB, MIB = 2**10, 2**20
 
 _PORT = Whole(1, 65535)
+_FILE = Text("a file", r".+", 4096)
 
 
 class IdentitySpec(Section):
@@ -81,13 +82,30 @@ class GatewayLimitsSpec(Section):
     )
 
 
+class TlsSpec(Section):
+    """Certificates of both ports; the files are PEM, relative to this file, read anew on change."""
+
+    certificate: Annotated[str, _FILE] = Field(
+        description="The gateway's certificate, then those between it and its authority "
+        "(vLLM's `--ssl-certfile`).",
+    )
+    key: Annotated[str, _FILE] = Field(
+        description="The certificate's private key, not encrypted (`--ssl-keyfile`)."
+    )
+    client_ca: Annotated[str | None, _FILE] = Field(
+        default=None,
+        description="Authorities of clients (`--ssl-ca-certs`): with it, whoever calls has to show "
+        "a certificate of theirs, but for health checks. Default: nobody is asked for one.",
+    )
+
+
 class GatewaySpec(Section):
     """The front that clients talk to."""
 
     host: Annotated[str, Host()] = Field(
         default="127.0.0.1",
-        description="Address to listen on. There is no authentication: any other address than "
-        "loopback opens the cluster to everybody who can reach it.",
+        description="Address to listen on. Without `api_keys_file` or `tls.client_ca`, any other "
+        "address than loopback opens the cluster to everybody who can reach it.",
     )
     grpc_port: Annotated[int, _PORT] = Field(default=50051, description="Port of the gRPC front.")
     http_port: Annotated[int, _PORT] = Field(
@@ -98,6 +116,13 @@ class GatewaySpec(Section):
         description="Gateway processes on the node where `penstock up` runs; all share both ports, "
         "and one may die.",
     )
+    api_keys_file: Annotated[str | None, _FILE] = Field(
+        default=None,
+        description="File of the API keys that callers may use (vLLM's `--api-key`), relative to "
+        "this file and read anew on change. A line is `KEY` or `NAME: KEY`; `#` begins a comment. "
+        "Default: nobody is asked for a key.",
+    )
+    tls: TlsSpec | None = Field(default=None, description="TLS on both ports. Default: plain text.")
     limits: GatewayLimitsSpec = Field(
         default=GatewayLimitsSpec(), description="What a gateway accepts."
     )

@@ -8,13 +8,15 @@ what is allowed and the nearest valid key. Whatever the bytes, the outcome is a 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from cluster.base.errors import ConfigError
 from cluster.base.findings import Finding, Loc, cross_findings, field_findings
 from cluster.base.front_spec import IdentitySpec
 from cluster.base.problems import ClusterFileError, Problem, shown
@@ -86,6 +88,26 @@ def parse_cluster_text(text: str, file: Path) -> ClusterFile:
     if problems or spec is None:
         raise ClusterFileError(problems)
     return ClusterFile(path=file, spec=spec, tree=tree)
+
+
+@contextmanager
+def pinned_to_lines(file: ClusterFile) -> Iterator[None]:
+    """Name the line of the key at fault.
+
+    Raises:
+        ClusterFileError: in place of a ConfigError.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        param = error.param or ""
+        problem = Problem(
+            file=str(file.path),
+            line=file.line_of(param) if param else 0,
+            param=param,
+            message=error.cause,
+        )
+        raise ClusterFileError([problem], remedy=error.remedy) from error
 
 
 def _read_text(file: Path) -> str:

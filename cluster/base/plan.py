@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from cluster.base.front_plan import GatewayPlan
 from cluster.base.zero3_plan import Zero3Plan
 
 PlanT = TypeVar("PlanT")
@@ -294,35 +295,6 @@ class ModelPlan:
     def num_ranks(self) -> int:
         """Ranks of one replica; with `experts`, they are the expert-parallel group."""
         return self.dp_size * self.tp_size
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LimitsPlan:
-    """What a gateway accepts; over it a request is refused, not queued."""
-
-    max_active_requests: int
-    max_prompt_tokens_waiting: int
-    max_message_bytes: int
-    max_choices: int
-    max_prompts_per_request: int
-    max_stop_strings: int
-    max_logprobs: int
-    max_logit_bias: int
-    default_timeout_s: float
-    stream_buffer_events: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GatewayPlan:
-    """The front: one servicer on a gRPC and an HTTP port, shared by all gateway replicas."""
-
-    host: str
-    grpc_port: int
-    http_port: int
-    replicas: int
-    limits: LimitsPlan
-    cpus: float = 0.1
-    """Logical CPUs that Ray reserves for each gateway replica."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

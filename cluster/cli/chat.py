@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
+from cluster.cli.connection_flags import client_of
 from cluster.cli.console import console
 from cluster.cli.sampling_flags import given_sampling, sampling_flags
-from cluster.control.target import grpc_target, model_name
+from cluster.control.target import model_name
 from router.api import ChatTurn
 from router.client import PenstockClient
 
@@ -21,7 +22,7 @@ from router.client import PenstockClient
 def chat(message: str | None, system: str | None, **flags: Any) -> None:
     """Talk to a chat model; an empty line or Ctrl-D ends the conversation."""
     turns = [ChatTurn(role="system", content=system)] if system else []
-    with PenstockClient(grpc_target(flags["address"], flags["cluster"])) as client:
+    with client_of(flags) as client:
         model = model_name(client, flags["model"], deadline_s=10.0)
         while text := message or _ask():
             turns.append(ChatTurn(role="user", content=text))

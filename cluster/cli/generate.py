@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
+from cluster.cli.connection_flags import client_of
 from cluster.cli.sampling_flags import given_sampling, sampling_flags
-from cluster.control.target import grpc_target, model_name
-from router.client import PenstockClient, RequestOptions
+from cluster.control.target import model_name
+from router.client import RequestOptions
 
 
 @click.command()
@@ -20,7 +21,7 @@ from router.client import PenstockClient, RequestOptions
 def generate(prompt: str, echo: bool, token_ids: bool, **flags: Any) -> None:
     """Complete PROMPT ('-' reads it from standard input)."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    with PenstockClient(grpc_target(flags["address"], flags["cluster"])) as client:
+    with client_of(flags) as client:
         model = model_name(client, flags["model"], deadline_s=10.0)
         stream = client.generate(
             model,

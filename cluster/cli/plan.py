@@ -14,6 +14,7 @@ from cluster.base.plan import ClusterPlan, to_json
 from cluster.cli.console import print_table, print_warning
 from cluster.cli.frontier_plot import frontier_svg
 from cluster.planner.explain import explain, explain_reasons
+from cluster.planner.front_files import check_front_files
 from cluster.planner.hardware import local_topology
 from cluster.planner.hub import Hub
 from cluster.planner.plan_file import plan_file
@@ -36,8 +37,10 @@ def plan(file: Path, as_json: bool, with_reasons: bool, plot: Path | None) -> No
     """
     environment = read_environment()
     hub = Hub(offline=environment.hub_offline)
-    decided = plan_file(load_cluster_file(file), local_topology(environment), hub)
-    for warning in decided.warnings:
+    loaded = load_cluster_file(file)
+    front_warnings = check_front_files(loaded)
+    decided = plan_file(loaded, local_topology(environment), hub)
+    for warning in (*front_warnings, *decided.warnings):
         print_warning(warning)
     if plot is not None:
         _draw(decided, plot)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from cluster.cli.connection_flags import CONNECTION_NAMES, connection_flags
 from cluster.cli.seconds import timeout_option
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -26,14 +27,14 @@ _FLAGS = (
     click.option("--ignore-eos", is_flag=True, default=None, help="Go on past the end token."),
     click.option("--model", "-m", help="Model name; the only served one if not given."),
     click.option("--cluster", help="A cluster of this machine, by name."),
-    click.option("--address", metavar="HOST:PORT", help="A gateway's gRPC address."),
     timeout_option(300.0, "Seconds for a whole answer."),
 )
-_CONNECTION = frozenset({"model", "cluster", "address", "timeout"})
+_NO_SAMPLING = CONNECTION_NAMES | {"model", "timeout"}
 
 
 def sampling_flags(command: CommandT) -> CommandT:
     """Add every shared flag to a command."""
+    command = connection_flags(command)
     for flag in reversed(_FLAGS):
         command = flag(command)
     return command
@@ -44,5 +45,5 @@ def given_sampling(flags: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in flags.items()
-        if name not in _CONNECTION and value is not None and value != ()
+        if name not in _NO_SAMPLING and value is not None and value != ()
     }

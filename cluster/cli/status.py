@@ -10,10 +10,9 @@ import click
 from rich.table import Table
 
 from cluster.base.amount_text import size_text
+from cluster.cli.connection_flags import client_of, connection_flags
 from cluster.cli.console import console
 from cluster.cli.seconds import timeout_option
-from cluster.control.target import grpc_target
-from router.client import PenstockClient
 
 _SHORT_ID = 8
 _COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "failed": "red"}
@@ -21,12 +20,12 @@ _COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "faile
 
 @click.command()
 @click.argument("cluster", required=False)
-@click.option("--address", metavar="HOST:PORT", help="A gateway's gRPC address.")
+@connection_flags
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (proto StatusResponse).")
 @timeout_option(10.0, "Seconds to wait for an answer.")
-def status(cluster: str | None, address: str | None, as_json: bool, timeout: float) -> None:
+def status(as_json: bool, timeout: float, **flags: Any) -> None:
     """Show what runs: CLUSTER on this machine, or whatever answers at --address."""
-    with PenstockClient(grpc_target(address, cluster)) as client:
+    with client_of(flags) as client:
         answer = client.status(deadline_s=timeout)
     if as_json:
         click.echo(json.dumps(answer, indent=2))

@@ -24,6 +24,7 @@ from cluster.control.ray_runtime import RayRuntime
 from cluster.control.ray_topology import ray_topology
 from cluster.control.session import ClusterSession, Planned, stop_on_signals
 from cluster.dist.topology import Topology
+from cluster.planner.front_files import check_front_files
 from cluster.planner.hardware import local_topology
 from cluster.planner.hub import Hub
 from cluster.planner.plan_file import plan_file
@@ -51,8 +52,9 @@ def up(file: Path, address: str | None, detach: bool, watch: bool, timeout: floa
 def _plan(path: Path, topology: Topology) -> Planned:
     hub = Hub(offline=read_environment().hub_offline)
     file = load_cluster_file(path)
+    front_warnings = check_front_files(file)
     plan = plan_file(file, topology, hub)
-    for warning in plan.warnings:
+    for warning in (*front_warnings, *plan.warnings):
         print_warning(warning)
     return Planned(file=file, topology=topology, plan=plan, hub=hub)
 

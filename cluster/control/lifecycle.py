@@ -8,7 +8,6 @@ gets from one plan to another is in `rollout.py`.
 from __future__ import annotations
 
 import time
-import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -21,7 +20,7 @@ from ray.serve.schema import ApplicationStatus
 from cluster.base import names
 from cluster.base.errors import ConfigError, InternalError, UnavailableError
 from cluster.base.plan import ClusterPlan, ModelPlan, from_json
-from cluster.control import deployments, readiness
+from cluster.control import deployments, own_gateway, readiness
 from cluster.control.directory_actor import start_directory
 from cluster.control.ray_runtime import RayRuntime
 from cluster.control.readiness import Snapshot
@@ -150,12 +149,9 @@ class ClusterRun:
         """The state of every replica, as the directory and Serve see it."""
         _, records = ray.get(self._directory.snapshot.remote(), timeout=_CALL_TIMEOUT_S)
         replicas = tuple(from_json(ReplicaRecord, record) for record in records)
-        gateway = self.plan.gateway
         return Snapshot(
             replicas=replicas,
-            gateway_ready=_is_ready(
-                f"http://{names.authority(gateway.host, gateway.http_port)}/readyz"
-            ),
+            gateway_ready=own_gateway.is_ready(self.plan.gateway),
             waiting_for=self._waiting_for,
         )
 
@@ -206,12 +202,4 @@ class ClusterRun:
             if not set(apps) & serve.status().applications.keys():
                 return True
             time.sleep(_POLL_S)
-        return False
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=1.0) as answer:
-            return bool(answer.status == 200)
-    except OSError:
         return False

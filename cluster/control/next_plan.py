@@ -36,7 +36,7 @@ def next_plan(
     return dataclasses.replace(
         planned,
         models=models,
-        gateway=plan_gateway(edited.spec.gateway, models, running.gateway.cpus),
+        gateway=plan_gateway(edited.spec.gateway, models, running.gateway.cpus, edited.directory),
         warnings=(
             *(text for text in planned.warnings if text not in running.warnings),
             *_crowding(running.models, models, topology.cores),

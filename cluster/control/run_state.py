@@ -36,6 +36,12 @@ class RunState:
     """The cluster file, absolute."""
     control: str = ""
     """The socket that takes changes (`control_socket.py`)."""
+    api_keys_file: str = ""
+    """Where the gateways' API keys are; empty: they ask for none."""
+    certificate: str = ""
+    """The gateways' certificate; empty: they speak plain text."""
+    server_name: str = ""
+    """What the certificate is for."""
 
 
 def process_started(pid: int) -> str:

@@ -10,7 +10,8 @@ import json
 from typing import Any
 
 from cluster.base import names
-from cluster.base.plan import ClusterPlan, GatewayPlan, ModelPlan
+from cluster.base.front_plan import GatewayPlan
+from cluster.base.plan import ClusterPlan, ModelPlan
 from cluster.control.deployments import leader_settings, upkeep
 
 GROUP_LABEL = "penstock.io/group"

@@ -23,7 +23,7 @@ from cluster.base import names
 from cluster.base.errors import CancelledError, UnavailableError
 from cluster.base.load import ClusterFile, parse_cluster_text
 from cluster.base.plan import ClusterPlan, to_json
-from cluster.control import ray_runtime, run_state
+from cluster.control import own_gateway, ray_runtime, run_state
 from cluster.control.control_socket import ControlServer, Tell
 from cluster.control.lifecycle import ClusterRun
 from cluster.control.live_edit import LiveEdit, PlannedEdit
@@ -32,6 +32,7 @@ from cluster.control.ray_runtime import RayRuntime
 from cluster.control.readiness import Snapshot
 from cluster.control.run_state import RunState
 from cluster.dist.topology import Topology
+from cluster.planner.front_files import certificate_name
 from cluster.planner.hub import Hub
 
 _WATCH_S = 1.0
@@ -198,7 +199,7 @@ class ClusterSession:
             pid=os.getpid(),
             pid_started=run_state.process_started(os.getpid()),
             grpc=names.authority(gateway.host, gateway.grpc_port),
-            http=f"http://{names.authority(gateway.host, gateway.http_port)}",
+            http=own_gateway.url(gateway),
             dashboard_url=run.runtime.dashboard_url,
             dashboard_token=run.runtime.token_auth,
             ray_address=run.runtime.address,
@@ -206,6 +207,9 @@ class ClusterSession:
             ready=ready,
             file=str(self._edit.file.path.resolve()),
             control=self._control.path if self._control is not None else "",
+            api_keys_file=gateway.api_keys_file or "",
+            certificate=gateway.tls.certificate if gateway.tls is not None else "",
+            server_name=certificate_name(gateway.tls) if gateway.tls is not None else "",
         )
         run_state.write(state)
         return state

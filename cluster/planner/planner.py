@@ -77,7 +77,7 @@ def make_plan(
     )
     return ClusterPlan(
         name=spec.cluster.name,
-        gateway=plan_gateway(spec.gateway, models, front_share(loads)),
+        gateway=plan_gateway(spec.gateway, models, front_share(loads), directory or Path()),
         models=models,
         dashboard_port=spec.dashboard.port,
         drain_s=spec.cluster.drain,

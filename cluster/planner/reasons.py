@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from cluster.base.amount_text import size_text
+from cluster.base.front_spec import GatewaySpec
 from cluster.base.plan import ModelPlan
 from cluster.base.spec import ClusterSpec
 from cluster.planner.caches import Cache
@@ -101,11 +102,7 @@ def warnings_of(
     loads: Sequence[NodeLoad],
 ) -> Iterator[str]:
     """What the user should know before it starts."""
-    if not is_loopback(spec.gateway.host):
-        yield (
-            f"gateway.host {spec.gateway.host}: everybody who can reach this address can use the "
-            "cluster; there is no authentication."
-        )
+    yield from _access_warnings(spec.gateway)
     for load in loads:
         if len(load.cpu_models) > load.cores:
             yield f"{len(load.cpu_models)} CPU ranks share {load.cores} cores on {load.host}."
@@ -120,6 +117,21 @@ def warnings_of(
         yield from overflow_warnings(model, models)
         if not model.eos_token_ids:
             yield f"{model.name}: the checkpoint names no end-of-text token; outputs end at length."
+
+
+def _access_warnings(gateway: GatewaySpec) -> Iterator[str]:
+    if is_loopback(gateway.host):
+        return
+    if gateway.api_keys_file is None and (gateway.tls is None or gateway.tls.client_ca is None):
+        yield (
+            f"gateway.host {gateway.host}: everybody who can reach this address can use the "
+            "cluster; set gateway.api_keys_file."
+        )
+    elif gateway.tls is None:
+        yield (
+            f"gateway.host {gateway.host}: API keys cross the network in plain text; "
+            "set gateway.tls, unless something in front of it speaks TLS."
+        )
 
 
 def _streaming_warnings(model: ModelPlan, draft: Draft) -> Iterator[str]:

@@ -10,25 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Sequence
+from typing import Protocol, cast
 
 import h2.events
-from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
-from h2.settings import SettingCodes, Settings
 from hyperframe.frame import GoAwayFrame
 
-from router.grpc import call_framing as framing
+from router.access.tls_listener import has_certificate
 from router.grpc.call import ServerCall
-from router.grpc.call_framing import CallError, Header
-from router.grpc.call_head import call_head
+from router.grpc.call_framing import Header
+from router.grpc.call_gate import CallGate, Refusal
 from router.grpc.client_watch import ClientWatch
 from router.grpc.data_frames import DataFrames
-from router.grpc.header_block import LiteralEncoder
-from router.grpc.method_table import MethodTable
+from router.grpc.h2_state import bound_headers, greet, new_h2
 from router.grpc.peer_conduct import ConnectionLimits, PeerConduct
 
 log = logging.getLogger(__name__)
@@ -36,13 +32,15 @@ log = logging.getLogger(__name__)
 _SLICE = 16 * 1024
 """What h2 is given at once: what it makes of small frames is judged before it gets more."""
 
-_CONFIG = H2Configuration(
-    client_side=False,
-    header_encoding=None,
-    # Our own headers are well-formed by construction.
-    validate_outbound_headers=False,
-    normalize_outbound_headers=False,
-)
+
+class Front(Protocol):
+    """Who counts connections."""
+
+    def enter(self, connection: GrpcConnection) -> bool:
+        """One is made; where it may not stay, its client is told to go."""
+
+    def leave(self, connection: GrpcConnection) -> None:
+        """One is lost."""
 
 
 class GrpcConnection(asyncio.Protocol):
@@ -50,25 +48,21 @@ class GrpcConnection(asyncio.Protocol):
 
     def __init__(
         self,
-        methods: MethodTable,
+        gate: CallGate,
         limits: ConnectionLimits,
-        on_lost: Callable[[GrpcConnection], None],
-        *,
-        is_welcome: bool = True,
+        front: Front,
     ) -> None:
-        """Where `is_welcome` is false the client is told to go as soon as it is there."""
         self.peer = ""
-        self._methods = methods
+        self._gate = gate
         self._limits = limits
-        self._on_lost = on_lost
+        self._front = front
         self._loop = asyncio.get_running_loop()
-        self._h2 = H2Connection(config=_CONFIG)
-        self._h2.encoder = LiteralEncoder()
+        self._h2 = new_h2(limits)
         self._unsent = DataFrames(self._h2)
         self._transport: asyncio.Transport | None = None
         self._calls: dict[int, ServerCall] = {}
         self._last_stream_id = 0
-        self._is_welcome = is_welcome
+        self._has_certificate = False
         self._is_leaving = False
         self._flush_due = False
         self._is_paused = False
@@ -85,12 +79,12 @@ class GrpcConnection(asyncio.Protocol):
 
     def leave(self) -> None:
         """Take no new calls, and say so."""
-        if not self._is_leaving and self._transport is not None:
+        if not self._is_leaving and (transport := self._open_transport()):
             self._is_leaving = True
             self._flush()
             # h2's own close_connection would end the calls that run.
             farewell = GoAwayFrame(last_stream_id=self._last_stream_id)
-            self._transport.write(farewell.serialize())
+            transport.write(farewell.serialize())
             self._close_if_done()
 
     def abort(self) -> None:
@@ -142,21 +136,11 @@ class GrpcConnection(asyncio.Protocol):
         """Greet."""
         self._transport = cast("asyncio.Transport", transport)
         self.peer = _peer_name(transport.get_extra_info("peername"))
-        limits = self._limits
-        self._h2.local_settings = Settings(
-            client=False,
-            initial_values={
-                SettingCodes.MAX_CONCURRENT_STREAMS: limits.max_streams,
-                SettingCodes.MAX_HEADER_LIST_SIZE: limits.max_metadata_bytes,
-                SettingCodes.INITIAL_WINDOW_SIZE: limits.receive_window_bytes,
-            },
-        )
-        self._h2.decoder.max_header_list_size = limits.hard_metadata_bytes
-        self._h2.initiate_connection()
-        self._h2.increment_flow_control_window(limits.receive_window_bytes)
+        self._has_certificate = has_certificate(transport)
+        greet(self._h2, self._limits)
         self._flush()
         self._watch.start()
-        if not self._is_welcome:
+        if not self._front.enter(self):
             self._turn_out("too many connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -164,7 +148,7 @@ class GrpcConnection(asyncio.Protocol):
         self._transport = None
         self._watch.stop()
         self._drop_calls()
-        self._on_lost(self)
+        self._front.leave(self)
 
     def pause_writing(self) -> None:
         """See `asyncio.BaseProtocol`."""
@@ -217,8 +201,7 @@ class GrpcConnection(asyncio.Protocol):
             self._watch.note_greeting()
             self._wake_writers()
         elif isinstance(event, h2.events.SettingsAcknowledged):
-            # h2 has just taken the announced limit for the one at which it ends connections.
-            self._h2.decoder.max_header_list_size = self._limits.hard_metadata_bytes
+            bound_headers(self._h2, self._limits)
         if why := self._conduct.offence(event, self._watch.heard_s):
             self._turn_out(why)
 
@@ -227,16 +210,9 @@ class GrpcConnection(asyncio.Protocol):
         if self._is_leaving:
             self._h2.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
             return
-        if not _content_type(fields).startswith(b"application/grpc"):
-            self._h2.send_headers(stream_id, [(b":status", b"415")], end_stream=True)
-            self._h2.reset_stream(stream_id, ErrorCodes.NO_ERROR)
-            return
-        try:
-            head = call_head(fields, self._methods, self._limits)
-        except CallError as error:
-            status = framing.status_headers(error.code, error.text)
-            first = [(b":status", b"200"), (b"content-type", b"application/grpc")]
-            self.end_stream(stream_id, [*first, *status], is_read=False)
+        head = self._gate.admit(fields, has_certificate=self._has_certificate)
+        if isinstance(head, Refusal):
+            self.end_stream(stream_id, head.headers, is_read=False)
             return
         call = ServerCall(self, stream_id, head.method, head.reader)
         self._calls[stream_id] = call
@@ -254,8 +230,8 @@ class GrpcConnection(asyncio.Protocol):
         """Say what h2 has to say at the end, and close."""
         self._drop_calls()
         self._flush()
-        if self._transport is not None:
-            self._transport.close()
+        if transport := self._open_transport():
+            transport.close()
 
     def _drop_calls(self) -> None:
         calls, self._calls = self._calls, {}
@@ -283,18 +259,19 @@ class GrpcConnection(asyncio.Protocol):
     def _flush(self) -> None:
         self._flush_due = False
         data = self._unsent.take()
-        if self._transport is not None:
+        if transport := self._open_transport():
             if data:
-                self._transport.write(data)
+                transport.write(data)
             self._close_if_done()
 
     def _close_if_done(self) -> None:
-        if self._is_leaving and not self._calls and self._transport is not None:
-            self._transport.close()
+        if self._is_leaving and not self._calls and (transport := self._open_transport()):
+            transport.close()
 
-
-def _content_type(fields: Sequence[Header]) -> bytes:
-    return next((value for name, value in fields if name == b"content-type"), b"")
+    def _open_transport(self) -> asyncio.Transport | None:
+        """The transport unless it is closing: asyncio's one of TLS breaks when closed twice."""
+        transport = self._transport
+        return None if transport is None or transport.is_closing() else transport
 
 
 def _peer_name(address: tuple[str, int] | None) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import ssl
 from collections.abc import Callable
 from typing import Any
 
@@ -23,20 +22,22 @@ from grpc_reflection.v1alpha import reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
 from grpc_reflection.v1alpha.reflection import SERVICE_NAME as REFLECTION_NAME
 
-from cluster.base.errors import ConfigError
-from cluster.base.plan import GatewayPlan
+from cluster.base.front_plan import GatewayPlan
+from router.access.front_access import FrontAccess
+from router.access.tls_listener import TlsListener
 from router.api import Handler
+from router.grpc.call_gate import CallGate
 from router.grpc.connection import GrpcConnection
 from router.grpc.health import HandlerHealth
 from router.grpc.method_table import MethodTable
 from router.grpc.peer_conduct import ConnectionLimits
 from router.grpc.servicer import MalformedRequest, PenstockServicer
+from router.listen import BACKLOG, listening_socket
 from router.proto import penstock_pb2 as pb
 
 log = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Penstock"].full_name
-_BACKLOG = 1024
 MAX_CONNECTIONS = 1024
 """Over it a new connection is told to go."""
 
@@ -44,18 +45,16 @@ MAX_CONNECTIONS = 1024
 class GrpcFront:
     """The running gRPC front of a gateway; made and started on its loop."""
 
-    def __init__(
-        self, handler: Handler, plan: GatewayPlan, *, tls: ssl.SSLContext | None = None
-    ) -> None:
-        """`tls` switches TLS on; it must offer `h2` by ALPN."""
+    def __init__(self, handler: Handler, plan: GatewayPlan, access: FrontAccess) -> None:
+        """`access`: who may call, and over what."""
         self._plan = plan
-        self._tls = tls
         self._health = HandlerHealth(handler, SERVICE_NAME)
-        self._methods = all_methods(handler, self._health)
         self._limits = ConnectionLimits(max_message_bytes=plan.limits.max_message_bytes)
+        self._gate = CallGate(all_methods(handler, self._health), self._limits, access.guard)
+        self._tls = access.tls
         self._connections: set[GrpcConnection] = set()
         self._all_gone = asyncio.Event()
-        self._listener: asyncio.Server | None = None
+        self._listener: asyncio.Server | TlsListener | None = None
 
     async def start(self) -> int:
         """Listen; returns the port (the plan's, or the one the system gave for 0).
@@ -63,20 +62,14 @@ class GrpcFront:
         Raises:
             ConfigError: the address cannot be bound.
         """
-        host, port = self._plan.host, self._plan.grpc_port
-        loop = asyncio.get_running_loop()
-        try:
-            self._listener = await loop.create_server(
-                self._accept, host, port, ssl=self._tls, backlog=_BACKLOG, reuse_port=True
-            )
-        except OSError as error:
-            raise ConfigError(
-                f"The gRPC front cannot listen on {host}:{port}: {error.strerror or error}.",
-                "Choose a free port or stop what uses it.",
-                param="gateway.grpc_port",
-            ) from error
+        sock = listening_socket(self._plan.host, self._plan.grpc_port, "gateway.grpc_port")
+        bound: int = sock.getsockname()[1]
+        if self._tls is not None:
+            self._listener = TlsListener(sock, self._connection, self._tls.grpc)
+        else:
+            loop = asyncio.get_running_loop()
+            self._listener = await loop.create_server(self._connection, sock=sock, backlog=BACKLOG)
         self._health.start()
-        bound: int = self._listener.sockets[0].getsockname()[1]
         return bound
 
     async def stop(self, grace_s: float) -> None:
@@ -94,15 +87,16 @@ class GrpcFront:
         for connection in list(self._connections):
             connection.abort()
 
-    def _accept(self) -> GrpcConnection:
-        is_welcome = len(self._connections) < MAX_CONNECTIONS
-        connection = GrpcConnection(
-            self._methods, self._limits, self._forget, is_welcome=is_welcome
-        )
-        self._connections.add(connection)
-        return connection
+    def _connection(self) -> GrpcConnection:
+        return GrpcConnection(self._gate, self._limits, self)
 
-    def _forget(self, connection: GrpcConnection) -> None:
+    def enter(self, connection: GrpcConnection) -> bool:
+        """A connection is made; whether it may stay."""
+        self._connections.add(connection)
+        return len(self._connections) <= MAX_CONNECTIONS
+
+    def leave(self, connection: GrpcConnection) -> None:
+        """A connection is lost."""
         self._connections.discard(connection)
         if not self._connections:
             self._all_gone.set()

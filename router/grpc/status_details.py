@@ -21,6 +21,7 @@ from cluster.base.errors import (
     InvalidRequestError,
     OverloadedError,
     PenstockError,
+    UnauthenticatedError,
     UnavailableError,
     UnknownModelError,
     error_from_dict,
@@ -41,6 +42,7 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 _BY_STATUS: tuple[tuple[grpc.StatusCode, type[PenstockError]], ...] = (
     (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequestError),
     (grpc.StatusCode.NOT_FOUND, UnknownModelError),
+    (grpc.StatusCode.UNAUTHENTICATED, UnauthenticatedError),
     (grpc.StatusCode.RESOURCE_EXHAUSTED, OverloadedError),
     (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceededError),
     (grpc.StatusCode.CANCELLED, CancelledError),
@@ -55,7 +57,7 @@ _WITHOUT_DETAILS: dict[grpc.StatusCode, tuple[str, str]] = {
     ),
     grpc.StatusCode.UNAVAILABLE: (
         "No gateway answers: {}.",
-        "Check the address, and with `penstock status` that the cluster runs.",
+        "Check the address and whether it speaks TLS; `penstock status` says what runs here.",
     ),
 }
 """Cause and remedy of what the caller's own gRPC library noticed; `{}` is what it says."""

@@ -14,7 +14,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from cluster.base.errors import PenstockError
-from cluster.base.plan import GatewayPlan
+from cluster.base.front_plan import GatewayPlan
+from router.access.guard import OPEN, AccessGuard
 from router.api import Handler
 from router.http.endpoints import Endpoints
 from router.http.errors import (
@@ -35,6 +36,7 @@ def build_http_app(
     metrics: CollectorRegistry,
     *,
     limits: HttpLimits | None = None,
+    guard: AccessGuard = OPEN,
 ) -> ASGIApp:
     """The app.
 
@@ -43,6 +45,7 @@ def build_http_app(
         plan: the gateway's slice of the plan.
         metrics: what /metrics prints.
         limits: transport limits; by default the plan's size of a body, and what suits production.
+        guard: who may call.
     """
     bounds = limits or HttpLimits(max_body_bytes=plan.limits.max_message_bytes)
     endpoints = Endpoints(handler, plan.limits, bounds, metrics)
@@ -57,7 +60,7 @@ def build_http_app(
         },
     )
     app.router.redirect_slashes = False
-    return RequestGate(app, bounds)
+    return RequestGate(app, bounds, guard)
 
 
 def _routes(endpoints: Endpoints) -> list[Route]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.base.plan import LimitsPlan
+from cluster.base.front_plan import LimitsPlan
 from router import field_checks as check
 from router.api import ChatTurn, EmbedInput, EmbedOutput
 from router.http.chat_messages import chat_turns

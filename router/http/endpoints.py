@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from cluster.base.errors import UnknownModelError
-from cluster.base.plan import LimitsPlan
+from cluster.base.front_plan import LimitsPlan
 from router import field_checks as check
 from router.api import Generation, Handler, ModelInfo
 from router.http.answer_shapes import (

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.base.plan import LimitsPlan
+from cluster.base.front_plan import LimitsPlan
 from router import field_checks as check
 from router.api import GenerationInput, TextOrIds
 from router.http.chat_messages import chat_turns

@@ -13,9 +13,11 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from router.access.tls_listener import has_certificate
 from router.http.errors import error_body
 from router.http.json_text import json_bytes
 from router.http.limits import HttpLimits
+from router.http.request_head import CERTIFICATE_KEY
 
 _MAX_IGNORED_BYTES = 64 * 1024 * 1024
 """Body bytes tolerated after the answer, before the connection is cut."""
@@ -33,10 +35,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._num_chunks = 0
         self._ignored_bytes = 0
+        self._has_certificate = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock for the first head."""
         super().connection_made(transport)
+        self._has_certificate = has_certificate(transport)
         if len(self.connections) > self.limits.max_connections:
             self._refuse(503, "overloaded", "Too many connections.", "server_error")
             return
@@ -62,6 +66,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A new head begins."""
         super().on_message_begin()
+        self.scope[CERTIFICATE_KEY] = self._has_certificate  # type: ignore[literal-required]
         self._num_chunks = 0
         self._in_head = True
 

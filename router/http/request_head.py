@@ -15,6 +15,8 @@ from cluster.base.ids import is_client_id, new_request_id
 from router.http.limits import HttpLimits
 
 _KEY = "penstock.request_id"
+CERTIFICATE_KEY = "penstock.client_certificate"
+"""Set in the scope by the server where the connection has shown a certificate."""
 
 
 def assign_request_id(scope: Scope) -> str:
@@ -30,6 +32,11 @@ def request_id_of(scope: Scope) -> str:
     """The id that `assign_request_id` put into the scope."""
     request_id: str = scope.get(_KEY, "")
     return request_id
+
+
+def shows_certificate(scope: Scope) -> bool:
+    """Whether the client has shown a certificate on this connection."""
+    return bool(scope.get(CERTIFICATE_KEY))
 
 
 def header_values(scope: Scope, name: bytes) -> list[bytes]:

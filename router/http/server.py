@@ -10,52 +10,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+import ssl
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from cluster.base.errors import ConfigError
+from router.access.tls_listener import TlsListener
 from router.http.limits import HttpLimits
 from router.http.protocol import bounded_protocol
-
-_BACKLOG = 1024
-
-
-def bind_http(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 picks a free one.
-
-    Raises:
-        ConfigError: the address cannot be bound.
-    """
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, proto)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            sock.bind(address)
-            sock.listen(_BACKLOG)
-            sock.setblocking(False)
-        except OSError:
-            sock.close()
-            raise
-    except OSError as error:
-        raise ConfigError(
-            f"The HTTP front cannot listen on {host}:{port}: {error.strerror or error}.",
-            "Choose another address or end what uses it.",
-            param="gateway.http_port",
-        ) from error
-    return sock
+from router.listen import BACKLOG
 
 
 class HttpServer:
     """A running front; make it with `serve_http`."""
 
     def __init__(
-        self, app: ASGIApp, sock: socket.socket, limits: HttpLimits, drain_s: float
+        self,
+        app: ASGIApp,
+        sock: socket.socket,
+        limits: HttpLimits,
+        drain_s: float,
+        tls: Callable[[], ssl.SSLContext] | None,
     ) -> None:
         config = uvicorn.Config(
             app,
@@ -68,10 +45,10 @@ class HttpServer:
             proxy_headers=False,
             timeout_keep_alive=limits.keep_alive_s,
             timeout_graceful_shutdown=max(1, round(drain_s)),
-            backlog=_BACKLOG,
+            backlog=BACKLOG,
         )
         self._socket = sock
-        self._server = _QuietServer(config)
+        self._server = _QuietServer(config, tls, handshake_s=limits.head_timeout_s)
         self._task: asyncio.Task[None] | None = None
         self.port: int = sock.getsockname()[1]
 
@@ -103,21 +80,54 @@ async def serve_http(
     *,
     limits: HttpLimits | None = None,
     drain_s: float = 20.0,
+    tls: Callable[[], ssl.SSLContext] | None = None,
 ) -> HttpServer:
-    """Start serving `app` on a socket of `bind_http`; the server owns and closes the socket."""
-    server = HttpServer(app, sock, limits or HttpLimits(), drain_s)
+    """Start serving `app` on a listening socket, which is the server's to close.
+
+    `tls` switches TLS on: the context for the next connection.
+    """
+    server = HttpServer(app, sock, limits or HttpLimits(), drain_s, tls)
     await server.start()
     return server
 
 
 class _QuietServer(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        tls: Callable[[], ssl.SSLContext] | None,
+        *,
+        handshake_s: float,
+    ) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+        self._tls = tls
+        self._handshake_s = handshake_s
+        self._listeners: list[TlsListener] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """Listen; with TLS uvicorn gets no sockets but connections after their handshake."""
+        tls = self._tls
+        await super().startup(sockets if tls is None else [])
+        if tls is not None:
+            self._listeners = [
+                TlsListener(sock, self._protocol, tls, handshake_s=self._handshake_s)
+                for sock in sockets or ()
+            ]
         self.listening.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept nothing more, then as uvicorn does."""
+        for listener in self._listeners:
+            listener.close()
+        await super().shutdown(sockets if self._tls is None else None)
+
+    def _protocol(self) -> asyncio.Protocol:
+        """As uvicorn makes them."""
+        make = cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class)
+        return make(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

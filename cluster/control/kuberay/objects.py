@@ -23,13 +23,16 @@ def services(plan: ClusterPlan) -> list[Json]:
     gRPC keeps a connection; behind the first all calls of a client meet one gateway, behind the
     second (`dns:///NAME-grpc:PORT` with `round_robin`) they spread.
     """
+    is_plain = plan.gateway.tls is None
     grpc = {
         "name": "grpc",
         "port": plan.gateway.grpc_port,
         "targetPort": "serve-grpc",
-        "appProtocol": "kubernetes.io/h2c",
+        "appProtocol": "kubernetes.io/h2c" if is_plain else "https",
     }
     http = {"name": "http", "port": plan.gateway.http_port, "targetPort": "serve"}
+    if not is_plain:
+        http["appProtocol"] = "https"
     selector = {CLUSTER_LABEL: plan.name, GROUP_LABEL: GATEWAY_GROUP}
     every = {"selector": selector, "ports": [grpc, http]}
     return [

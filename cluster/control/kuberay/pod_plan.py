@@ -17,6 +17,7 @@ from cluster.base.errors import ConfigError
 from cluster.base.load import ClusterFile
 from cluster.base.plan import ClusterPlan, ModelPlan
 from cluster.control.kuberay.options import RenderOptions
+from cluster.control.kuberay.secrets import in_pod
 from cluster.dist.topology import Device, Node, Topology
 from cluster.planner.front import is_loopback
 from cluster.planner.hub import Hub
@@ -39,7 +40,7 @@ def plan_for_pods(file: ClusterFile, options: RenderOptions, hub: Hub) -> Cluste
     _check_file(file, options)
     plan = plan_file(file, _topology(file, options), hub)
     _check_checkpoints(plan)
-    gateway = dataclasses.replace(plan.gateway, host=_ANY[0], cpus=1.0)
+    gateway = dataclasses.replace(in_pod(plan.gateway), host=_ANY[0], cpus=1.0)
     return dataclasses.replace(
         plan, gateway=gateway, models=tuple(_in_pod(m, file, options) for m in plan.models)
     )

@@ -9,9 +9,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from cluster.base.front_plan import GatewayPlan
 from cluster.base.plan import ClusterPlan, EngineKind, ModelPlan
 from cluster.control.kuberay.options import RenderOptions
 from cluster.control.kuberay.pod_plan import AGENT_PORT, CACHE_DIR, RAY_PORTS, ranks_per_pod
+from cluster.control.kuberay.secrets import secret_volumes
 from cluster.control.serve_config import GATEWAY_GROUP, GROUP_LABEL
 from cluster.planner.memory import FRONT_PROCESS_BYTES, NODE_OVERHEAD_BYTES
 from replicas.leader.seating import rank_bytes
@@ -53,16 +55,18 @@ def gateway_pod(plan: ClusterPlan, options: RenderOptions) -> Json:
         "ray-worker", options, cpus=1, num_bytes=num_bytes, ports=front_ports(plan)
     )
     container["readinessProbe"] = {
-        "grpc": {"port": plan.gateway.grpc_port, "service": GRPC_SERVICE},
+        **_readiness(plan.gateway),
         "periodSeconds": 5,
         "timeoutSeconds": 5,
         "failureThreshold": 3,
     }
     # Endpoints forget a pod when it is told to go; streams that run have until the deadline.
-    metrics = f"http://127.0.0.1:{plan.gateway.http_port}/metrics"
+    scheme = "http" if plan.gateway.tls is None else "https"
+    metrics = f"{scheme}://127.0.0.1:{plan.gateway.http_port}/metrics"
+    volumes = [_models_volume(plan, options), *secret_volumes(plan)]
     leave = ["python", "-m", "cluster.control.pod_leave", metrics, f"{plan.drain_s:g}"]
     container["lifecycle"] = {"preStop": {"exec": {"command": leave}}}
-    return _pod(plan, GATEWAY_GROUP, container, [_models_volume(plan, options)])
+    return _pod(plan, GATEWAY_GROUP, container, volumes)
 
 
 def engine_pod(plan: ClusterPlan, model: ModelPlan, group: str, options: RenderOptions) -> Json:
@@ -86,6 +90,13 @@ def engine_pod(plan: ClusterPlan, model: ModelPlan, group: str, options: RenderO
     }
     volumes = [_models_volume(plan, options), *_disk_volumes(model, container)]
     return _pod(plan, group, container, volumes, shm_bytes=_shm_bytes(model))
+
+
+def _readiness(gateway: GatewayPlan) -> Json:
+    """What Kubernetes asks; its gRPC probe cannot speak TLS."""
+    if gateway.tls is None:
+        return {"grpc": {"port": gateway.grpc_port, "service": GRPC_SERVICE}}
+    return {"httpGet": {"path": "/readyz", "port": gateway.http_port, "scheme": "HTTPS"}}
 
 
 def front_ports(plan: ClusterPlan) -> dict[str, int]:
@@ -197,7 +208,7 @@ def _models_volume(plan: ClusterPlan, options: RenderOptions) -> tuple[Json, str
 
 
 def _is_read_only(volume: Json) -> bool:
-    return bool(volume["name"] == "models")
+    return volume["name"] == "models" or "secret" in volume
 
 
 def _disk_volumes(model: ModelPlan, container: Json) -> list[tuple[Json, str]]:

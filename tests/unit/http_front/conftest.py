@@ -6,7 +6,8 @@ from scripted_handler import ScriptedHandler, gateway_plan
 
 from router.http.app import build_http_app
 from router.http.limits import HttpLimits
-from router.http.server import bind_http, serve_http
+from router.http.server import serve_http
+from router.listen import listening_socket
 
 
 @pytest.fixture
@@ -34,7 +35,9 @@ async def base_url(app):
 
 @contextlib.asynccontextmanager
 async def serving(app, limits=None, drain_s=1.0):
-    server = await serve_http(app, bind_http("127.0.0.1", 0), limits=limits, drain_s=drain_s)
+    server = await serve_http(
+        app, listening_socket("127.0.0.1", 0, "gateway.http_port"), limits=limits, drain_s=drain_s
+    )
     try:
         yield server
     finally:

@@ -13,15 +13,8 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from cluster.base.plan import (
-    EngineKind,
-    GatewayPlan,
-    KvPlan,
-    LimitsPlan,
-    MemoryPlan,
-    ModelPlan,
-    SchedulerPlan,
-)
+from cluster.base.front_plan import GatewayPlan, LimitsPlan
+from cluster.base.plan import EngineKind, KvPlan, MemoryPlan, ModelPlan, SchedulerPlan
 from replicas.api import FinishReason
 from router.api import (
     EmbedOutput,

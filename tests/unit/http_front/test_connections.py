@@ -10,7 +10,7 @@ import pytest
 from scripted_handler import FLOOD_BYTES, MODEL, SCRIPT, until
 
 from cluster.base.errors import ConfigError
-from router.http.server import bind_http
+from router.listen import listening_socket
 
 
 def post(body, path="/v1/completions", extra=()):
@@ -342,10 +342,10 @@ async def test_stop_ends_what_does_not_finish(serve, handler):
 
 
 def test_two_servers_share_a_port_and_a_taken_one_is_named():
-    first = bind_http("127.0.0.1", 0)
+    first = listening_socket("127.0.0.1", 0, "gateway.http_port")
     port = first.getsockname()[1]
-    second = bind_http("127.0.0.1", port)
+    second = listening_socket("127.0.0.1", port, "gateway.http_port")
     second.close()
     first.close()
     with pytest.raises(ConfigError, match="cannot listen"):
-        bind_http("203.0.113.1", port)
+        listening_socket("203.0.113.1", port, "gateway.http_port")

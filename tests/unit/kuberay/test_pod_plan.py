@@ -115,6 +115,40 @@ def test_volumes_of_checkpoints(parse, text, key, claims):
         assert key in volumes["models"]
 
 
+def test_keys_and_certificates_are_secrets_of_gateways_only(parse):
+    text = "gateway:\n  api_keys_file: k\n  tls: {certificate: c, key: k, client_ca: a}\n"
+    plan = planned(parse, text + entries("name: a, path: ckpt"))
+    assert plan.gateway.api_keys_file == "/etc/penstock/api-keys/api-keys"
+    assert plan.gateway.tls.client_ca == "/etc/penstock/client-ca/ca.crt"
+    files = render(plan, OPTIONS)
+    config = yaml.safe_load(files["rayservice.yaml"])["spec"]["rayClusterConfig"]
+    found = {}
+    for group in config["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+        found[group["groupName"]] = {
+            volume["secret"]["secretName"]: mounts[volume["name"]]["mountPath"]
+            for volume in pod["volumes"]
+            if "secret" in volume
+        }
+        assert all(mounts[name]["readOnly"] for name in mounts if name in ("tls", "api-keys"))
+        if group["groupName"] == "gateway":
+            assert container["readinessProbe"]["httpGet"]["scheme"] == "HTTPS"
+            leave = container["lifecycle"]["preStop"]["exec"]["command"]
+            assert "https://127.0.0.1:8000/metrics" in leave
+    assert found == {
+        "gateway": {
+            "c-api-keys": "/etc/penstock/api-keys",
+            "c-tls": "/etc/penstock/tls",
+            "c-client-ca": "/etc/penstock/client-ca",
+        },
+        "engine-a": {},
+    }
+    (service, _) = yaml.safe_load_all(files["services.yaml"])
+    assert {port["appProtocol"] for port in service["spec"]["ports"]} == {"https"}
+
+
 def metrics(*counts: int) -> str:
     lines = [f'penstock_active_requests{{model="m{i}"}} {n}.0' for i, n in enumerate(counts)]
     return "\n".join(["# HELP penstock_active_requests how many", *lines])

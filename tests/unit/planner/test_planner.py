@@ -184,7 +184,7 @@ def test_gateway_limits_follow_the_models(tmp_path: Path):
     assert plan.gateway.limits.max_prompt_tokens_waiting == 8 * 512
     assert plan.gateway.limits.max_message_bytes == 4 * 2**20
     assert plan.gateway.limits.max_stop_strings == 4
-    assert any("no authentication" in warning for warning in plan.warnings)
+    assert any("set gateway.api_keys_file" in warning for warning in plan.warnings)
 
 
 def test_running_requests_cannot_exceed_step_tokens(tmp_path: Path):

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from fake_engine import FakeEngine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from cluster.base.plan import (
-    EngineKind,
-    GatewayPlan,
-    KvPlan,
-    LimitsPlan,
-    MemoryPlan,
-    ModelPlan,
-    SchedulerPlan,
-)
+from cluster.base.front_plan import GatewayPlan, LimitsPlan
+from cluster.base.plan import EngineKind, KvPlan, MemoryPlan, ModelPlan, SchedulerPlan
 from replicas.leader.record import ReplicaRecord, ReplicaState
 from replicas.leader.stream_server import ReplicaStreamServer
+from router.access.front_access import FrontAccess
 from router.directory import ReplicaDirectory
 from router.grpc.server import GrpcFront
 from router.handler import GatewayHandler, GatewayIdentity
@@ -184,13 +180,19 @@ async def running_gateway(
     engines: list[FakeEngine] | None = None,
     hop: HopSettings | None = None,
     plans: Sequence[ModelPlan] = (),
+    front: Mapping[str, Any] = MappingProxyType({}),
     **limits,
 ) -> AsyncIterator[Gateway]:
-    """`plans`: other models than the usual one; then there is one of `engines` for each."""
+    """`plans`: other models than the usual one; then there is one of `engines` for each.
+
+    `front`: more fields of the gateway's plan.
+    """
     plan_limits = replace(LIMITS, **limits)
     if hop is None:
         hop = HopSettings(stream_buffer_events=plan_limits.stream_buffer_events)
-    plan = GatewayPlan(host="127.0.0.1", grpc_port=0, http_port=0, replicas=1, limits=plan_limits)
+    plan = GatewayPlan(
+        host="127.0.0.1", grpc_port=0, http_port=0, replicas=1, limits=plan_limits, **front
+    )
     async with AsyncExitStack() as stack:
         replicas = [
             await stack.enter_async_context(
@@ -211,12 +213,12 @@ async def running_gateway(
             policy,
             GatewayIdentity(cluster="test", version="0.1.0"),
         )
-        front = GrpcFront(handler, plan)
-        port = await front.start()
-        stack.push_async_callback(front.stop, 0)
+        server = GrpcFront(handler, plan, FrontAccess(plan))
+        port = await server.start()
+        stack.push_async_callback(server.stop, 0)
         if replicas:
             await until(handler.ready)
-        yield Gateway(handler, directory, membership, replicas, front, f"127.0.0.1:{port}")
+        yield Gateway(handler, directory, membership, replicas, server, f"127.0.0.1:{port}")
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:

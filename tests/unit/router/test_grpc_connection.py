@@ -18,8 +18,10 @@ from h2.settings import SettingCodes
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.access.guard import OPEN
 from router.grpc import call_framing as framing
 from router.grpc import server
+from router.grpc.call_gate import CallGate
 from router.grpc.connection import GrpcConnection
 from router.grpc.method_table import MethodTable
 from router.grpc.peer_conduct import ConnectionLimits, PeerConduct
@@ -338,11 +340,18 @@ async def test_who_leaves_says_so_and_finishes_what_runs(checkpoint):
 
 async def test_a_silent_client_is_asked_and_then_closed():
     limits = ConnectionLimits(max_message_bytes=1000, keepalive_s=0.05, keepalive_timeout_s=0.05)
+    gate = CallGate(MethodTable(), limits, OPEN)
     lost = asyncio.Event()
+
+    class Lobby:
+        def enter(self, connection):
+            return True
+
+        def leave(self, connection):
+            lost.set()
+
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(
-        lambda: GrpcConnection(MethodTable(), limits, lambda _: lost.set()), "127.0.0.1", 0
-    )
+    server = await loop.create_server(lambda: GrpcConnection(gate, limits, Lobby()), "127.0.0.1", 0)
     reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
     client = BareClient(reader, writer)
     await client.until(lambda event: isinstance(event, h2.events.PingReceived))
