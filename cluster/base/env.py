@@ -97,28 +97,31 @@ def _state_dir(env: Mapping[str, str]) -> Path:
     return home / ".local" / "state" / "penstock"
 
 
-_CALM_RAY = {
+RAY_DEFAULTS: Mapping[str, str] = {
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_worker_niceness": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
     "RAY_raylet_report_resources_period_milliseconds": "1000",
     "RAY_raylet_check_gc_period_milliseconds": "1000",
     "LOG_NAME_UPDATE_INTERVAL_S": "10",
 }
-"""Ray looks after an idle cluster ten times a second, for 15 % of a core and 2500 switches of it;
-the threads between two tokens need those. Nothing that a request waits for is among them; a new
-replica may be noticed half a second later."""
+"""What Ray is to read from its environment, here and in pods. It starts its workers at nice +15,
+which starves a serving process on a shared machine. The others: Ray looks after an idle cluster ten
+times a second, for 15 % of a core and 2500 switches of it, and the threads between two tokens need
+those. Nothing that a request waits for is among them; a new replica may be noticed half a second
+later."""
 
 
 def set_ray_defaults() -> None:
     """Set what Ray reads from the environment of the process that starts it, unless the user did.
 
-    Ray starts its workers at nice +15, which starves a serving process on a shared machine. A
-    client shows the user's Ray token only in token mode, which Ray itself switches on for
+    A client shows the user's Ray token only in token mode, which Ray itself switches on for
     `ray start` but not for who joins later.
     """
     if (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    for name, value in {"RAY_DEDUP_LOGS": "0", "RAY_worker_niceness": "0", **_CALM_RAY}.items():
+    for name, value in RAY_DEFAULTS.items():
         os.environ.setdefault(name, value)
 
 

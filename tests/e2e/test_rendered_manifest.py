@@ -15,6 +15,7 @@ import transformers
 import yaml
 
 from bench.running_cluster import free_ports
+from cluster.base.env import RAY_DEFAULTS
 from router.client import PenstockClient
 from tests.e2e.conftest import MODEL, PENSTOCK, RunningCluster
 
@@ -61,7 +62,7 @@ ServeSubmissionClient(sys.argv[1]).deploy_applications(yaml.safe_load(sys.stdin)
 def env(tmp_path_factory):
     return {
         "RAY_AUTH_MODE": "disabled",
-        "RAY_worker_niceness": "0",
+        **RAY_DEFAULTS,
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
         "HOME": str(tmp_path_factory.mktemp("home")),
         "PYTHONPATH": str(Path(__file__).parents[2]),

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from cluster.base.env import RAY_DEFAULTS
 from cluster.base.front_plan import GatewayPlan
 from cluster.base.plan import ClusterPlan, EngineKind, ModelPlan
 from cluster.control.kuberay.options import RenderOptions
@@ -150,7 +151,7 @@ def _container(
             {"name": "HOME", "value": "/tmp"},
             {"name": "HF_HUB_OFFLINE", "value": "1"},
             {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
-            {"name": "RAY_worker_niceness", "value": "0"},
+            *({"name": variable, "value": value} for variable, value in RAY_DEFAULTS.items()),
         ],
         "resources": {"requests": dict(amounts), "limits": dict(amounts)},
         "securityContext": {

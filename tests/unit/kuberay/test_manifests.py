@@ -16,6 +16,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from cluster.base.env import RAY_DEFAULTS
 from cluster.base.load import load_cluster_file
 from cluster.base.plan import ClusterPlan, from_json
 from cluster.control.kuberay.options import GIB, RenderOptions
@@ -98,7 +99,7 @@ def test_what_is_left_out_comes_back(overlay, service):
 
 def test_core_objects_fit_kubernetes_own_schemas(manifests):
     validator = pytest.importorskip(
-        "kubernetes_validate", reason="the package kubernetes-validate is not installed"
+        "kubernetes_validate", reason="kubernetes-validate of the dev extra is not installed"
     )
     for manifest in manifests:
         if manifest["kind"] != "RayService":
@@ -166,6 +167,13 @@ def test_pods_are_restricted_and_hold_no_secret(service, manifests):
         }
         assert not any("hostPath" in volume for volume in pod["volumes"])
     assert "Secret" not in {each["kind"] for each in manifests}
+
+
+def test_ray_is_as_calm_in_pods_as_under_up(service):
+    for template in templates(service):
+        (container,) = template["spec"]["containers"]
+        found = {entry["name"]: entry["value"] for entry in container["env"]}
+        assert RAY_DEFAULTS.items() <= found.items()
 
 
 def test_what_ray_reserves_fits_each_pod(service):
