@@ -54,6 +54,8 @@ class LayerShape:
     experts: tuple[UnitShape, ...] = ()
     top_k: int = 0
     """Experts that a token visits."""
+    routed: tuple[str, ...] = ()
+    """Names of all routed experts, where this rank holds a part of them and others the rest."""
 
     @property
     def units(self) -> tuple[UnitShape, ...]:

@@ -38,7 +38,8 @@ class ParallelSpec(Section):
     dp: Annotated[int, Whole(1, 256)] = Field(
         default=1,
         description="Groups of `tp` ranks that attend to different requests, each with its own "
-        "cache, and share the experts of a mixture-of-experts model. For a dense model use "
+        "cache, and share the experts of a mixture-of-experts model. With engine: offload they are "
+        "on one node, read all but their experts together and hold it once. For a dense model use "
         "`replicas`.",
     )
     ep: Annotated[int | Auto, Whole(1, 1024, auto=True)] = Field(

@@ -134,12 +134,17 @@ def _homes(model: ModelPlan, offload: OffloadPlan, speed: SpeedPlan) -> tuple[st
     return (
         model.name,
         f"{resident} and ring: {size_text(model.memory.weights_bytes)}",
-        f"{offload.ring_slots} slots",
+        f"{offload.ring_slots} slots" + _shared_text(offload),
         _host_text(model, offload),
         size_text(speed.host_bytes),
-        size_text(speed.disk_bytes),
+        size_text(speed.disk_bytes) + (" by each rank" if offload.num_sharing > 1 else ""),
         format_text(offload.precision, offload.compression, speed.stored_share),
     )
+
+
+def _shared_text(offload: OffloadPlan) -> str:
+    """Who else has the ring and what stays of the layers."""
+    return f", shared by {offload.num_sharing} groups" if offload.num_sharing > 1 else ""
 
 
 def _host_text(model: ModelPlan, offload: OffloadPlan) -> str:

@@ -13,6 +13,7 @@ from cluster.base.errors import ConfigError
 from cluster.base.moe_spec import MoeSectionSpec
 from cluster.base.spec import ModelSpec
 from cluster.planner.memory import expert_bytes
+from cluster.planner.streaming_groups import refuse_moves
 from moe.expert_table import ExpertTable, starting_tables
 from moe.reassign import spare_slots
 from replicas.models.arch import ArchConfig
@@ -96,7 +97,8 @@ def choose_layout(spec: ModelSpec, arch: ArchConfig, param: str) -> Layout:
         ConfigError: the entry contradicts itself or the model.
     """
     tp, dp, wanted = spec.parallel.tp, spec.parallel.dp, spec.engine
-    if wanted not in ("auto", "expert_parallel"):
+    streams = wanted == "offload" and dp > 1
+    if wanted not in ("auto", "expert_parallel") and not streams:
         _refuse_groups(spec, param)
         return Layout(tp_size=tp)
     if not arch.has_experts:
@@ -110,15 +112,18 @@ def choose_layout(spec: ModelSpec, arch: ArchConfig, param: str) -> Layout:
         return Layout(tp_size=tp, reason=reason if wanted == "auto" else "")
     reason = f"ep is {ep}: dp x tp = {dp} x {tp} ranks hold the experts whole"
     moe = spec.moe or MoeSectionSpec()
+    if streams:
+        refuse_moves(moe, f"{param}.moe")
+    survives = moe.failover.enabled and dp > 1 and not streams
     return Layout(
         tp_size=tp,
         dp_size=dp,
         spreads_experts=True,
         num_redundant=_redundant(moe, ep, arch, f"{param}.moe"),
         max_moves=moe.balance.max_moves if moe.balance.enabled else 0,
-        survives=moe.failover.enabled and dp > 1,
+        survives=survives,
         lost_groups=_lost_groups(moe, dp, f"{param}.moe.failover"),
-        is_failover_open=moe.failover.enabled and dp > 1 and moe.failover.lost_groups == "auto",
+        is_failover_open=survives and moe.failover.lost_groups == "auto",
         reason=reason if wanted == "auto" else "",
     )
 

@@ -77,7 +77,8 @@ def place_all(
     for index, draft in enumerate(drafts):
         engine = draft.source.spec.engine
         is_foreign = draft.source.foreign is not None
-        stays_whole = engine == "tensor_parallel" or draft.layout.spreads_experts or is_foreign
+        spreads = draft.layout.spreads_experts and engine != "offload"
+        stays_whole = engine == "tensor_parallel" or spreads or is_foreign
         refusal = None if stays_whole else _why_not_whole(draft, loads, topology)
         if engine == "offload" or is_foreign or refusal is not None:
             streamed[index] = refusal
@@ -152,15 +153,15 @@ def _stream(draft: Draft, room: Room, streamer: Streamer, refusal: ConfigError |
 
 def _room(draft: Draft, loads: Sequence[NodeLoad], topology: Topology, num_models: int) -> Room:
     """What a rank of a streamed model may use; `num_models` of them share what is left."""
-    spec, tp = draft.source.spec, draft.tp_size
+    spec, each = draft.source.spec, draft.layout.num_ranks
     replicas = -(-spec.replicas // len(loads))
     if draft.on_gpu:
         replicas = max(draft.device.nodes.count(node) for node in draft.device.nodes)
-    ranks = replicas * tp
+    ranks = replicas * each
     free = max(load.free_bytes for load in loads) - num_models * replicas * FRONT_PROCESS_BYTES
     host = free // num_models // ranks - RANK_PROCESS_BYTES
     device, beside, kind = host, 0, ""
-    alone = free // num_models // tp - RANK_PROCESS_BYTES
+    alone = free // num_models // each - RANK_PROCESS_BYTES
     if draft.on_gpu:
         budgets = [gpu_budget_bytes(topology.nodes[node]) for node in draft.device.nodes]
         device, beside = min(budgets) - CUDA_CONTEXT_BYTES, max(0, host)
@@ -204,16 +205,18 @@ def _place_on_gpus(draft: Draft, loads: Sequence[NodeLoad], topology: Topology) 
 def _place_on_cpus(draft: Draft, loads: Sequence[NodeLoad]) -> tuple[int, ...]:
     nodes: list[int] = []
     for replica in range(draft.source.spec.replicas):
-        if draft.layout.spreads_experts:
+        if draft.layout.spreads_experts and draft.streaming is None:
             nodes += _place_groups(draft, loads, replica)
             continue
+        # Groups that stream share their node's memory, so they are on one, like tensor slices.
+        num_ranks = draft.layout.num_ranks
         needs = [_need(draft, _taken_bytes(draft, load)) for load in loads]
-        node = least_loaded(loads, draft.tp_size, needs)
+        node = least_loaded(loads, num_ranks, needs)
         if node is None:
             room = max(load.free_bytes for load in loads) - FRONT_PROCESS_BYTES
-            raise node_full(draft, len(nodes), room)
-        loads[node].add_replica(draft.source.index, draft.tp_size, needs[node])
-        nodes.append(node)
+            raise node_full(draft, replica, room)
+        loads[node].add_replica(draft.source.index, num_ranks, needs[node])
+        nodes += [node] * draft.layout.dp_size
     return tuple(nodes)
 
 

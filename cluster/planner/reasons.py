@@ -144,10 +144,11 @@ def _streaming_warnings(model: ModelPlan, draft: Draft) -> Iterator[str]:
             yield f"{model.name}: the model fits, so the `offload` section has no effect."
         return
     if streaming.fits:
+        whole = "expert_parallel" if draft.layout.spreads_experts else "tensor_parallel"
         yield (
             f"{model.name}: engine offload is asked for although the model fits; predicted "
             f"{streaming.found.best.tokens_per_s:.3g} tokens/s, and "
-            f"{streaming.resident_tokens_per_s:.3g} with engine: tensor_parallel."
+            f"{streaming.resident_tokens_per_s:.3g} with engine: {whole}."
         )
     elif streaming.why:
         yield f"{model.name}: served by an offload replica: {streaming.reason()}."

@@ -19,6 +19,7 @@ from cluster.planner.kv_sizing import MIN_AUTO_CONTEXT
 from cluster.planner.memory import blocks_for
 from cluster.planner.streaming_choice import Streaming
 from cluster.planner.streaming_compression import open_compression
+from cluster.planner.streaming_groups import refuse_with_groups, shared_shape
 from cluster.planner.streaming_refusal import too_small
 from cluster.planner.streaming_room import (
     Room,
@@ -62,12 +63,15 @@ class Streamer:
             ConfigError: its budgets do not fit the machine, or cannot hold what streaming needs.
         """
         asked = draft.source.spec.offload or OffloadSpec()
+        num_sharing = draft.layout.dp_size
+        if num_sharing > 1:
+            refuse_with_groups(asked, draft.source.param("offload"))
         refuse_unpacked(draft, asked)
         draft = _own_dtype(draft)
         disk = disk_path(asked, self.directory)
         budgets = memory_budgets(draft, asked, room)
         spec = draft.source.spec
-        model = model_shape(draft.source.arch, draft.tp_size, draft.dtype.value)
+        model = _shape(draft)
         request = RatesRequest(
             device=draft.device.device,
             device_kind=room.device_kind,
@@ -76,6 +80,8 @@ class Streamer:
             disk=Path(disk),
         )
         rates = replace(self.rates(request), device_is_host=not draft.on_gpu)
+        # The ranks of a node that read together have its disk together.
+        rates = replace(rates, disk_bytes_per_s=rates.disk_bytes_per_s / num_sharing)
         shares = shares_resident(draft, asked, room)
         compression = open_compression(draft, asked, rates, shares=shares)
         model = replace(model, stored_share=compression.stored_share)
@@ -89,7 +95,8 @@ class Streamer:
             demand=demand,
             objective=Objective(asked.objective),
             choices=choices,
-            micro_batch=asked_micro_batch(draft, asked),
+            # In lock-step every rank has as many exchanges as the others: one a layer.
+            micro_batch=asked_micro_batch(draft, asked) if num_sharing == 1 else 0,
         )
         chosen = search_steps(trial)
         if chosen is None:
@@ -108,6 +115,7 @@ class Streamer:
             block_size=draft.kv.block_size,
             is_packed=asked.pack,
             shares=shares,
+            num_sharing=num_sharing,
             not_compressed=compression.why_not,
         )
         sized = redraft(
@@ -116,6 +124,23 @@ class Streamer:
             micro_batch_tokens=chosen.found.best.placement.micro_batch_tokens,
         )
         return _streamed(sized, streaming, spec.kv_cache.memory)
+
+
+def _shape(draft: Draft) -> ModelShape:
+    """What one rank has of the model; of several groups on a node, its part."""
+    arch, num_sharing = draft.source.arch, draft.layout.dp_size
+    model = model_shape(arch, draft.tp_size, draft.dtype.value)
+    held = draft.layout.held_by(arch, 0)
+    if held is None:
+        return model
+    # Experts are whole, not slices.
+    whole = model_shape(arch, 1, draft.dtype.value)
+    layers = tuple(
+        replace(layer, experts=other.experts)
+        for layer, other in zip(model.layers, whole.layers, strict=True)
+    )
+    counts = [len(experts) for experts in held]
+    return shared_shape(replace(model, layers=layers), num_sharing, counts)
 
 
 def _own_dtype(draft: Draft) -> Draft:

@@ -42,6 +42,8 @@ class Streaming:
     is_packed: bool = True
     shares: bool = False
     """Whether replicas of a node have resident units in common."""
+    num_sharing: int = 1
+    """Data-parallel groups, which read and hold all but their experts together."""
     not_compressed: str = ""
     """Why records were left as they are without asking the search; empty where it decided."""
 
@@ -80,6 +82,7 @@ class Streaming:
             resident_units=tuple(resident),
             is_packed=self.is_packed,
             share_resident=self.shares and bool(resident),
+            num_sharing=self.num_sharing,
             host_units=tuple(host),
             ring_slots=placement.ring_slots,
             prefetch_depth=placement.ring_slots,
@@ -169,6 +172,13 @@ class Streaming:
             f"predicted {best.tokens_per_s:.3g} tokens/s with {best.rows} requests, "
             f"bound by {best.bound.value}"
         )
+        if self.num_sharing > 1:
+            piece = self.model.layers[-1].base.record_bytes(placement.precision)
+            where += (
+                f", all but the experts read in {self.num_sharing} pieces (of a layer "
+                f"{size_text(piece)} each), one by a rank of each group, and held once for all"
+            )
+            speed += f", in each of {self.num_sharing} groups"
         if self.shared_bytes:
             where += f", {size_text(self.shared_bytes)} of it once for all replicas of a node"
         if not self.is_packed:
@@ -197,8 +207,8 @@ class Streaming:
 
 def _unit_names(model: ModelShape, start: int, stop: int) -> Iterator[str]:
     for layer in model.layers[start:stop]:
-        for unit in layer.units:
-            yield unit.name
+        yield layer.base.name
+        yield from layer.routed or (expert.name for expert in layer.experts)
 
 
 def _point(candidate: Candidate) -> SpeedPoint:

@@ -120,12 +120,19 @@ def _least_parts(trial: Trial, precision: Precision) -> dict[str, int]:
         f"{resident} resident layers": sum(
             layer.record_bytes(precision) for layer in model.layers[:resident]
         ),
-        f"ring of {slots} x {size_text(slot)}": slots * slot,
+        _ring_text(trial, slots, slot): slots * slot,
         f"{experts} x {size_text(expert)} for experts": experts * expert,
         cache: cache_bytes,
         "workspace": min(cut.workspace_bytes for cut in trial.cuts(tokens)),
     }
     return {name: size for name, size in parts.items() if size}
+
+
+def _ring_text(trial: Trial, slots: int, slot: int) -> str:
+    """The ring as a part of a rank's memory, which others may have a part of as well."""
+    count = trial.draft.layout.dp_size
+    ring = f"ring of {slots} x {size_text(count * slot)}"
+    return ring if count == 1 else f"1/{count} of a {ring}"
 
 
 def _sentence(remedies: list[str]) -> str:

@@ -54,6 +54,8 @@ def shares_resident(draft: Draft, asked: OffloadSpec, room: Room) -> bool:
                 param=draft.source.param("offload.share_resident"),
             )
         return False
+    if draft.layout.dp_size > 1:  # whose ranks have more than that in common
+        return False
     if asked.share_resident == "auto":  # compressed records have no pages that could be shared
         return room.replicas > 1 and asked.pack and asked.compression != "lossless"
     return asked.share_resident == "always"

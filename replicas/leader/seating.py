@@ -2,6 +2,7 @@
 
     tensor parallel    bundle 0 leader | 1: rank 0 | 2: rank 1 | ...           all on one node
     expert parallel    bundle 0 leader | 1: a tensor-parallel group | 2: a group | ...
+                       on one node if it streams weights, which its ranks then hold in common
 
 A bundle never spans nodes, so a whole group in one bundle shares a node wherever Ray puts it.
 Groups are numbered node by node, because exchanges treat the ranks of a node as neighbours.
@@ -53,8 +54,8 @@ def rank_bytes(plan: ModelPlan) -> int:
 
 
 def strategy(plan: ModelPlan) -> str:
-    """How Ray spreads the bundles: on one node, or on few."""
-    return "STRICT_PACK" if plan.experts is None else "PACK"
+    """How Ray spreads the bundles: on few nodes, or on one where ranks share its memory."""
+    return "STRICT_PACK" if plan.experts is None or plan.offload is not None else "PACK"
 
 
 def seat_ranks(plan: ModelPlan, node_of_bundle: Sequence[str]) -> tuple[Seat, ...]:

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.e2e
 # In fp32 the dense weights take 11 MiB: two layers of 2.3 MiB are in memory at a time, and nothing
 # else; keys and values are beside that, in a budget of their own, and pass through windows. The
 # mixture's weights take 13.3 MiB, of which 4.8 MiB are in memory at a time: embedding and head, a
-# ring for the layers' attention, and slots for a few of the 24 experts.
+# ring for the layers' attention, and slots for a few of the 24 experts. Groups of it have embedding,
+# head and ring once for both.
 OFFLOADED = """
 cluster: {{name: {name}}}
 dashboard: {{port: {dashboard}}}
@@ -61,6 +62,14 @@ models:
     offload: {{device_memory: 7680KiB, disk_path: packed-mixture, ring_slots: 2}}
     kv_cache: {{memory: 512KiB}}
     limits: {{max_context: 128, max_step_tokens: 32, max_running_requests: 4}}
+  - name: groups
+    path: MIXTURE
+    engine: offload
+    dtype: float32
+    parallel: {{dp: 2}}
+    offload: {{device_memory: 6400KiB, disk_path: packed-groups}}
+    kv_cache: {{memory: 512KiB}}
+    limits: {{max_context: 128, max_step_tokens: 32, max_running_requests: 4}}
 """
 
 
@@ -89,10 +98,12 @@ def test_answers_of_a_streamed_model_equal_transformers(cluster):
     check_texts_over_http(cluster.http, "demo-dense", answers)
 
 
-def test_answers_of_a_streamed_mixture_equal_transformers(cluster):
+@pytest.mark.parametrize("name", ["mixture", "groups"])
+def test_answers_of_a_streamed_mixture_equal_transformers(cluster, name):
+    """By one rank; and by two groups that read the weights together."""
     answers = transformers_answers(MIXTURE)
-    check_tokens_over_grpc(cluster.grpc, "mixture", answers)
-    check_texts_over_http(cluster.http, "mixture", answers)
+    check_tokens_over_grpc(cluster.grpc, name, answers)
+    check_texts_over_http(cluster.http, name, answers)
 
 
 def test_a_model_that_transformers_computes_answers_as_transformers_does(cluster):
@@ -118,10 +129,10 @@ def test_a_model_that_transformers_computes_answers_as_transformers_does(cluster
 
 
 def test_the_stores_are_where_the_file_says_and_status_knows_the_replicas(cluster):
-    for store in ("packed", "packed-mixture"):
-        assert len(list((cluster.log.parent / store).glob("*-1of1.weights"))) == 1
+    for store, num_ranks in (("packed", 1), ("packed-mixture", 1), ("packed-groups", 2)):
+        assert len(list((cluster.log.parent / store).glob("*-1of1.weights"))) == num_ranks
     models = {replica["model"] for replica in cluster.replicas()}
-    assert models == {"demo-dense", "resident", "foreign", "mixture"}
+    assert models == {"demo-dense", "resident", "foreign", "mixture", "groups"}
     assert penstock("status", env=cluster.env).returncode == 0
 
 
