@@ -22,8 +22,8 @@ pytestmark = pytest.mark.e2e
 # In fp32 the dense weights take 11 MiB: two layers of 2.3 MiB are in memory at a time, and nothing
 # else; keys and values are beside that, in a budget of their own, and pass through windows. The
 # mixture's weights take 13.3 MiB, of which 4.8 MiB are in memory at a time: embedding and head, a
-# ring for the layers' attention, and slots for a few of the 24 experts. Groups of it have embedding,
-# head and ring once for both.
+# ring for the layers' attention, and slots for a few of the 24 experts. Its two groups have
+# embedding, head and ring once for both.
 OFFLOADED = """
 cluster: {{name: {name}}}
 dashboard: {{port: {dashboard}}}
