@@ -5,7 +5,7 @@ difference of two timings of the very calls that the exchanges make, so it holds
 processor, the network and the number of ranks that share them add.
 
     delay     an exchange of empty messages along the rails is two delays and a few messages
-    message   ... over all ranks it is many more messages
+    message   ... over all ranks it is many more messages, three times in a row in a layer
     bytes     ... with large messages it is many more bytes
     layers    whole ones of every scheme, with few rows and with many, take another time than the
               virtual one: cores that ranks share, and work on rows (layer_costs.py)
@@ -13,7 +13,7 @@ processor, the network and the number of ranks that share them add.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -27,9 +27,9 @@ SMALL_BYTES = 8
 LARGE_BYTES = 128 * 1024
 ROW_WORK_BYTES = 2 * 2**20
 _SHARE = 0.04
-"""Of the budget: what repetitions of one timing between nodes may take."""
-_IN_A_ROW = 4
-"""As the hops of a layer follow each other: only the first of them wakes everybody up."""
+"""Of the budget: what repetitions of a timing between nodes may take, if each is as a meeting."""
+_IN_A_ROW = 5
+"""As the hops of a layer follow each other."""
 _LEAST_S = 1e-7
 _FITTING_ROUNDS, _MOST_STEPS = 5, 20
 _TOLERANCE = 0.01
@@ -41,7 +41,8 @@ _WIRE_MESSAGES = 3
 class Stopwatch(Protocol):
     """Times what ranks do at once, to the last one's end; the same figure at all of them.
 
-    Timings inside nodes (`row_work`, `trip`, `Way.NODE`) agree within a node until `agree`.
+    Timings inside nodes (`row_work`, `trip`, `Way.NODE`) are a rank's own until `agree`. Of more
+    than one in a row the first does not count: it wakes everybody up.
     """
 
     @property
@@ -75,8 +76,16 @@ class Stopwatch(Protocol):
         """Seconds of dispatch and combine without experts."""
         ...
 
-    def agree(self, values: list[float]) -> list[float]:
+    def agree(self, values: Sequence[float]) -> list[float]:
         """The largest of all ranks' values, each."""
+        ...
+
+    def worked_out(self, compute: Callable[[], list[float]], count: int) -> list[float]:
+        """So many numbers that every rank would find: one rank of a node computes them for all.
+
+        Ranks may share cores, and what each of them computes the others wait for. The numbers are
+        not negative.
+        """
         ...
 
 
@@ -97,16 +106,30 @@ def link_costs(stopwatch: Stopwatch, topology: RankTopology) -> LinkCosts:
     known = LinkCosts(**found)
     if topology.num_nodes == 1:
         return known
-    between = [(Way.WORLD, SMALL_BYTES), (Way.RAIL, SMALL_BYTES), (Way.RAIL, LARGE_BYTES)]
-    timed_s = [_typical(stopwatch, partial(stopwatch.exchange, *what)) for what in between]
-    return between_nodes(topology, known, *timed_s)
+    return _with_between(stopwatch, topology, known)
 
 
-def _typical(stopwatch: Stopwatch, timing: Callable[[int], float]) -> float:
-    """One of several in a row, if the budget allows; the first use may be slower."""
-    first_s = timing(1)
-    times = min(_IN_A_ROW, int(_SHARE * stopwatch.budget_s / first_s))
-    return timing(times) if times > 1 else first_s
+def _with_between(stopwatch: Stopwatch, topology: RankTopology, known: LinkCosts) -> LinkCosts:
+    # How long ranks take to meet says how far they are from each other.
+    more = int(_SHARE * stopwatch.budget_s / stopwatch.overhead_s)
+    # Between two hops along a rail there is one inside the node: they are not in a row.
+    rail_s = [
+        [stopwatch.exchange(Way.RAIL, num_bytes, 1) for num_bytes in (SMALL_BYTES, LARGE_BYTES)]
+        for _ in range(min(2, 1 + more))  # the first use may be slower
+    ]
+    small_s, large_s = map(min, zip(*rail_s, strict=True))
+    twice_s = 2 * small_s * topology.num_ranks / topology.num_nodes
+    times = min(_IN_A_ROW, 2 + more) if twice_s < stopwatch.budget_s else 1
+    world_s = stopwatch.exchange(Way.WORLD, SMALL_BYTES, times)
+    delay_s, message_s, bytes_per_s = stopwatch.worked_out(
+        lambda: between_nodes(topology, known, world_s, small_s, large_s), 3
+    )
+    return replace(
+        known,
+        node_delay_s=delay_s,
+        node_message_s=message_s,
+        node_bytes_per_s=bytes_per_s,
+    )
 
 
 def inside_nodes(
@@ -128,8 +151,8 @@ def inside_nodes(
 
 def between_nodes(
     topology: RankTopology, known: LinkCosts, world_s: float, rail_s: float, rail_large_s: float
-) -> LinkCosts:
-    """Message, rate and delay as well, from three timings.
+) -> list[float]:
+    """Delay, message and rate of a way between nodes, from three timings.
 
     Handshakes, queues and delays overlap; virtual time knows how, so they are fitted, not solved.
     """
@@ -150,7 +173,7 @@ def between_nodes(
     else:
         known = fitted(known, _DELAY, Way.RAIL, SMALL_BYTES, rail_s)
     known = fitted(known, _BYTE, Way.RAIL, LARGE_BYTES, rail_large_s)
-    return replace(known, node_delay_s=max(_LEAST_S, known.node_delay_s))
+    return [max(_LEAST_S, known.node_delay_s), known.node_message_s, known.node_bytes_per_s]
 
 
 def _with(costs: LinkCosts, name: str, value: float) -> LinkCosts:

@@ -17,8 +17,6 @@ from moe.exchange.schemes import DEFAULT_SLOT_ROWS, Scheme
 from moe.exchange.simulate import Traffic, simulate
 from moe.exchange.wire import WireFormat
 
-_SAME = 1.1
-"""Expected times closer than this are the same: a probe of a second times a layer once or twice."""
 _LIGHTEST_FIRST = (Scheme.HIERARCHICAL, Scheme.PREPOSTED, Scheme.FLAT)
 """By bytes between nodes, then by messages. What else uses the links is not in the probe."""
 
@@ -73,13 +71,13 @@ def choose(
     for scheme in schemes_of(topology):
         virtual_s = simulate(scheme, topology, traffic, costs, slot_rows)
         expected[scheme] = costs.layer_s(scheme, virtual_s)
-    best = _lightest_of_the_fast(expected)
+    best = _lightest_of_the_fast(expected, costs.doubt)
     figures = ", ".join(f"{scheme} {1e3 * time_s:.3g} ms" for scheme, time_s in expected.items())
     shape = "+".join(str(len(ranks)) for ranks in topology.nodes)
     reason = f"{best} for {rows} rows a rank on {shape} ranks: {figures} expected per layer"
     return Choice(scheme=best, reason=reason, expected_s=expected)
 
 
-def _lightest_of_the_fast(expected_s: dict[Scheme, float]) -> Scheme:
-    limit_s = _SAME * min(expected_s.values())
+def _lightest_of_the_fast(expected_s: dict[Scheme, float], doubt: float) -> Scheme:
+    limit_s = (1 + doubt) * min(expected_s.values())
     return next(s for s in _LIGHTEST_FIRST if expected_s.get(s, math.inf) <= limit_s)

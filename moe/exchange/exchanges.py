@@ -133,7 +133,7 @@ class Exchanges:
                 links_s,
                 layers.summary,
             )
-        return replace(costs, layers=layers.lines)
+        return replace(costs, layers=layers.lines, doubt=layers.doubt)
 
     def for_layer(self, layer: int, slots: ExpertSlots) -> LayerExchange:
         """The exchange of one layer, whose experts lie as given.

@@ -7,13 +7,15 @@ paid side by side. So a layer's time is a line over its virtual time, through wh
     few rows     mostly calls, wake-ups and messages; says where the line begins
     many rows    bytes and work on rows, and the more the better: says how steep it is
 
-What fits into the budget is timed: few rows first, then as many as there is time for, twice if
-possible since the first use is slower, then both again.
+What fits into the budget is timed: few rows once, then many, if need be of the two fastest schemes
+only, then both again. How steep a line is has two witnesses, the scheme's own layers and those of
+all: work on a row is much the same, and own ones say the more the more rows they had.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,18 +24,22 @@ from moe.exchange.calibrate import Stopwatch
 from moe.exchange.schemes import Scheme
 
 FEW_ROWS = 4
-MANY_ROWS = (192, 128, 96, 64, 48, 32, 24, 16)
+MANY_ROWS = (192, 128, 96, 64, 48, 32)
 _ENDS = (FEW_ROWS, MANY_ROWS[0])
 _MOST_ROUNDS = 5
 _ENOUGH_ROWS = 64
-_WARM_UP_SHARE = 0.3
-"""Of what is left: a layer of each scheme may take that much and not count."""
+_SHARED_ROWS = 16
+"""With so many rows a line would be as steep as that of all schemes; with twice as many, half."""
 _LEAST_SCALE = 0.1
 _CAUTION = 1.2
 """A layer that nobody has timed may take so much longer than it should."""
+_DOUBT = 0.2
+"""Schemes that were timed once, and differ by less than this share, cannot be told apart."""
 
 Virtual = Callable[[Scheme, int], float]
 """Virtual time of a layer: scheme, rows of a rank."""
+_Layer = tuple[Sequence[Scheme], int]
+"""A layer of each of some schemes, with so many rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,8 @@ class LayerCosts:
 
     lines: tuple[tuple[str, float, float], ...]
     """See `LinkCosts.layers`."""
+    doubt: float
+    """See `LinkCosts.doubt`."""
     summary: str
 
 
@@ -54,9 +62,10 @@ class _Found:
 
     def __init__(self, stopwatch: Stopwatch, schemes: Sequence[Scheme], virtual: Virtual) -> None:
         self._stopwatch = stopwatch
-        self.virtual = functools.cache(virtual)
         self._took_s: dict[tuple[Scheme, int], list[float]] = {}
-        self._ends = {scheme: [self.virtual(scheme, n) for n in _ENDS] for scheme in schemes}
+        ends = list(itertools.product(schemes, _ENDS))
+        end_s = stopwatch.worked_out(lambda: [virtual(*end) for end in ends], len(ends))
+        self.virtual_s = dict(zip(ends, end_s, strict=True))
         stopwatch.agree([0.0])
 
     def time(self, schemes: Sequence[Scheme], rows: int) -> None:
@@ -64,76 +73,95 @@ class _Found:
             self._took_s.setdefault((scheme, rows), []).append(self._stopwatch.layer(scheme, rows))
 
     def typical_s(self, scheme: Scheme, rows: int) -> float:
-        """Of the timings of a layer; the first use of its buffers and windows is slower."""
-        first_s, *later_s = self._took_s[scheme, rows]
-        return statistics.median(later_s or [first_s])
+        """Of the timings of a layer the middle one, of two the shorter: first uses are slow."""
+        return statistics.median_low(self._took_s[scheme, rows])
 
     def rounds(self, scheme: Scheme, rows: int) -> int:
         """How often a layer was timed."""
         return len(self._took_s.get((scheme, rows), ()))
 
-    def largest(self, schemes: Sequence[Scheme]) -> int:
-        """As many rows as can be timed twice, or once where that would be few; 0: none."""
-        twice = [
-            rows for rows in MANY_ROWS if rows >= _ENOUGH_ROWS and self.fits(schemes, rows, rows)
-        ]
-        once = [rows for rows in MANY_ROWS if self.fits(schemes, rows)]
-        return (*twice, *once, 0)[0]
+    def largest(self, schemes: Sequence[Scheme]) -> _Layer:
+        """As many rows as fit, if possible twice, of all schemes or else of the first two."""
+        enough = [rows for rows in MANY_ROWS if rows >= _ENOUGH_ROWS]
+        fewer = [rows for rows in MANY_ROWS if rows < _ENOUGH_ROWS]
+        for times, sizes in ((2, enough), (1, enough), (1, fewer)):
+            for layer in itertools.product((schemes, schemes[:2]), sizes):
+                if self.fits(*layer, times):
+                    return layer
+        return (), 0
 
-    def needed_s(self, schemes: Sequence[Scheme], *sizes: int) -> float:
+    def needed_s(self, schemes: Sequence[Scheme], rows: int) -> float:
         """What one more timing of each takes."""
-        return sum(self._expected_s(scheme, rows) for scheme in schemes for rows in sizes)
+        return sum(self._expected_s(scheme, rows) for scheme in schemes)
 
-    def fits(self, schemes: Sequence[Scheme], *sizes: int) -> bool:
-        return self.needed_s(schemes, *sizes) <= self._stopwatch.left_s
+    def fits(self, schemes: Sequence[Scheme], rows: int, times: int = 1) -> bool:
+        return times * self.needed_s(schemes, rows) <= self._stopwatch.left_s
 
     def _expected_s(self, scheme: Scheme, rows: int) -> float:
         """Of one more timing, ranks meeting and resting included."""
         overhead_s = self._stopwatch.overhead_s
         if (scheme, rows) in self._took_s:
             return overhead_s + self.typical_s(scheme, rows)
-        few_s, most_s = self._ends[scheme]
+        few_s, most_s = (self.virtual_s[scheme, end] for end in _ENDS)
         share = (rows - FEW_ROWS) / (MANY_ROWS[0] - FEW_ROWS)
-        more_s = share * (most_s - few_s)
+        more_s = _CAUTION * share * (most_s - few_s)
         if (scheme, FEW_ROWS) in self._took_s:
             took_s = self.typical_s(scheme, FEW_ROWS)
             return overhead_s + took_s + min(1.0, took_s / few_s) * more_s
-        return overhead_s + _CAUTION * (few_s + more_s)
+        return overhead_s + _CAUTION * few_s + more_s
 
 
 def layer_costs(stopwatch: Stopwatch, schemes: Sequence[Scheme], virtual: Virtual) -> LayerCosts:
     """Time layers while the budget lasts; all ranks call it together and find the same."""
     found = _Found(stopwatch, schemes, virtual)
-    if found.needed_s(schemes, FEW_ROWS) <= _WARM_UP_SHARE * stopwatch.left_s:
-        for scheme in schemes:
-            stopwatch.layer(scheme, FEW_ROWS)  # the first use is slower, and is not counted
     few = []
-    for scheme in sorted(schemes, key=lambda scheme: found.virtual(scheme, FEW_ROWS)):
+    for scheme in sorted(schemes, key=lambda scheme: found.virtual_s[scheme, FEW_ROWS]):
         if found.fits([scheme], FEW_ROWS):
             found.time([scheme], FEW_ROWS)
             few.append(scheme)
-    many = found.largest(few) if few else 0
-    sizes = [rows for rows in (many, FEW_ROWS) if few and rows]
-    while sizes:
-        rows = min(sizes, key=lambda rows: found.rounds(few[0], rows))
-        if found.rounds(few[0], rows) < _MOST_ROUNDS and found.fits(few, rows):
-            found.time(few, rows)
+    many = found.largest(few)
+    layers = [layer for layer in (many, (few, FEW_ROWS)) if layer[0]]
+    while layers:
+        layer = min(layers, key=lambda layer: found.rounds(layer[0][0], layer[1]))
+        if found.rounds(layer[0][0], layer[1]) < _MOST_ROUNDS and found.fits(*layer):
+            found.time(*layer)
         else:
-            sizes.remove(rows)
-    return LayerCosts(_lines(found, schemes, few, many), _summary(found, schemes, few, many))
+            layers.remove(layer)
+    rounds = min((found.rounds(scheme, FEW_ROWS) for scheme in few), default=0)
+    return LayerCosts(
+        lines=_lines(found, schemes, few, _scales(found, virtual, many)),
+        doubt=_DOUBT / math.sqrt(max(1, rounds)),
+        summary=_summary(found, schemes, few, many),
+    )
+
+
+def _scales(found: _Found, virtual: Virtual, many: _Layer) -> tuple[float, dict[Scheme, float]]:
+    """Seconds per second of virtual time that more rows add: of all schemes, and of each timed."""
+    schemes, rows = many
+    if not schemes:
+        return 1.0, {}
+    took_s, virtual_s = {}, {}
+    for scheme in schemes:
+        took_s[scheme] = found.typical_s(scheme, rows) - found.typical_s(scheme, FEW_ROWS)
+        virtual_s[scheme] = virtual(scheme, rows) - found.virtual_s[scheme, FEW_ROWS]
+    of_all = sum(took_s.values()) / sum(virtual_s.values())
+    shared = _SHARED_ROWS / rows
+    own = {s: shared * of_all + (1 - shared) * took_s[s] / virtual_s[s] for s in schemes}
+    return of_all, own
 
 
 def _lines(
-    found: _Found, schemes: Sequence[Scheme], few: Sequence[Scheme], many: int
+    found: _Found,
+    schemes: Sequence[Scheme],
+    few: Sequence[Scheme],
+    scales: tuple[float, dict[Scheme, float]],
 ) -> tuple[tuple[str, float, float], ...]:
+    of_all, own = scales
     lines = {}
     for scheme in few:
-        few_s, scale = found.virtual(scheme, FEW_ROWS), 1.0
-        took_s = found.typical_s(scheme, FEW_ROWS)
-        if many:
-            more_s = found.virtual(scheme, many) - few_s
-            scale = max(_LEAST_SCALE, (found.typical_s(scheme, many) - took_s) / more_s)
-        lines[scheme] = (took_s - scale * few_s, scale)
+        scale = max(_LEAST_SCALE, own.get(scheme, of_all))
+        few_s = found.virtual_s[scheme, FEW_ROWS]
+        lines[scheme] = (found.typical_s(scheme, FEW_ROWS) - scale * few_s, scale)
     # Nothing speaks for or against a scheme that was not timed but its links.
     base_s, scale = (
         (statistics.mean(column) for column in zip(*lines.values(), strict=True))
@@ -143,12 +171,14 @@ def _lines(
     return tuple((str(scheme), *lines.get(scheme, (base_s, scale))) for scheme in schemes)
 
 
-def _summary(found: _Found, schemes: Sequence[Scheme], few: Sequence[Scheme], many: int) -> str:
+def _summary(found: _Found, schemes: Sequence[Scheme], few: Sequence[Scheme], many: _Layer) -> str:
     if not few:
         return "links alone, layers would have taken too long"
-    sizes = [
-        f"{found.rounds(few[0], rows)} times with {rows} rows" for rows in (FEW_ROWS, many) if rows
+    timed = [
+        f"{', '.join(layer)} {found.rounds(layer[0], rows)} times with {rows} rows"
+        for layer, rows in ((few, FEW_ROWS), many)
+        if layer
     ]
-    text = f"layers of {', '.join(few)} {', '.join(sizes)}"
+    text = f"layers of {'; '.join(timed)}"
     missing = [scheme for scheme in schemes if scheme not in few]
     return text + (f"; none of {', '.join(missing)}, too slow" if missing else "")

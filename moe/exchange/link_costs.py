@@ -35,6 +35,9 @@ class LinkCosts:
     layers: tuple[tuple[str, float, float], ...] = ()
     """By scheme, how long a layer takes: seconds, and seconds per second of virtual time (see
     layer_costs.py)."""
+    doubt: float = 0.1
+    """Expected times that differ by less than this share cannot be told apart: the fewer layers a
+    probe has timed, the more."""
 
     def layer_s(self, scheme: str, virtual_s: float) -> float:
         """How long a layer takes that needs `virtual_s` by the other costs."""

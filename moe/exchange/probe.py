@@ -1,9 +1,10 @@
 """Times what all ranks of a group do at once: exchanges, work on rows and whole layers.
 
-Collective. Everything is timed as a model meets it: weights have swept the caches, everybody rests,
+Collective. A layer is timed as a model meets it: weights have swept the caches, everybody rests,
 and all begin together, so that what is measured ends with the last rank and not with one that was
-ahead. Ranks know of nothing but their own clocks; after each timing they exchange the longest of
-their times and of what the probe has taken so far, so all decide alike what to time next.
+ahead. Ranks know of nothing but their own clocks; after each timing between nodes they agree on
+the longest of their times and of what the probe has taken so far, so all decide alike what to time
+next.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from moe.exchange.calibrate import ROW_WORK_BYTES, SMALL_BYTES
 from moe.exchange.layer_costs import MANY_ROWS
 from moe.exchange.peers import Peers
 from moe.exchange.preposted import SlotHop
+from moe.exchange.probe_meeting import Meeting
 from moe.exchange.schemes import Scheme, Way
 from moe.exchange.shared_hop import SharedHop
 from moe.exchange.wire import WireFormat
@@ -77,19 +79,15 @@ class Probe:
         self._begun_s = time.perf_counter()
         self.budget_s = budget_s
         self.spent_s, self.overhead_s = 0.0, 0.0
-        peers = probed.peers
         self._probed = probed
-        self._everybody = (peers.node, peers.rail)
+        self._meeting = Meeting(probed.peers)
         self._weights = torch.ones(_SWEPT_BYTES // 4)
         self._row_work = _RowWork(probed.sums)
-        self._rows = _Rows.most(probed.format, num_slots, peers.world)
-        # The first use of anything is slower.
+        self._rows = _Rows.most(probed.format, num_slots, probed.peers.world)
+        # The first use of anything is slower; what goes between nodes is too dear for that.
         self._row_work.run()
         self._trip()
-        for group in (peers.world, *self._everybody):
-            self._exchange(group, SMALL_BYTES)()
-        self._meeting_s, self._met_s = 0.0, 0.0
-        self._slowest([0.0], self._everybody)
+        self._agree_on_time(0.0)
 
     @property
     def left_s(self) -> float:
@@ -98,82 +96,59 @@ class Probe:
 
     def row_work(self, times: int) -> float:
         """See `Stopwatch.row_work`."""
-        return self._one_of(times, self._row_work.run, (self._probed.peers.node,))
+        return self._inside(self._row_work.run, times)
 
     def exchange(self, way: Way, num_bytes: int, times: int) -> float:
         """See `Stopwatch.exchange`."""
         peers = self._probed.peers
         if way is Way.NODE:
-            return self._one_of(times, self._exchange(peers.node, num_bytes), (peers.node,))
-        group = peers.rail if way is Way.RAIL else peers.world
-        return self._one_of(times, self._exchange(group, num_bytes), self._everybody)
+            return self._inside(self._exchange(peers.node, num_bytes), times)
+        action = self._exchange(peers.rail if way is Way.RAIL else peers.world, num_bytes)
+        return self._agree_on_time(_one_of(action, times))
 
     def trip(self, times: int) -> float:
         """See `Stopwatch.trip`."""
-        return self._one_of(times, self._trip, (self._probed.peers.node,))
+        return self._inside(self._trip, times)
 
     def layer(self, scheme: Scheme, rows: int) -> float:
-        """See `Stopwatch.layer`."""
+        """See `Stopwatch.layer`.
+
+        All begin a rest after they have met, which was to agree on the timing before.
+        """
         exchange, (hidden, chosen, weights) = self._probed.exchange, self._rows.first(rows)
         self._probed.use(scheme)
-
-        def run() -> None:
-            arrivals = exchange.dispatch(hidden, chosen, weights).wait()
-            exchange.combine(self._rows.answers(arrivals.hidden_AD.shape[0]), arrivals)
-
-        return self._time(run, self._everybody, _REST_S)
-
-    def agree(self, values: list[float]) -> list[float]:
-        """See `Stopwatch.agree`."""
-        return self._slowest(values, self._everybody)
-
-    def _one_of(self, times: int, action: Callable[[], None], groups: Sequence[PeerGroup]) -> float:
-        def run() -> None:
-            for _ in range(times):
-                action()
-
-        return self._time(run, groups) / times
-
-    def _time(
-        self, action: Callable[[], None], groups: Sequence[PeerGroup], rest_s: float = 0.0
-    ) -> float:
-        """Seconds from a common beginning to the end of the last rank of some groups.
-
-        They begin a rest after they have met, which was to agree on the timing before.
-        """
-        begin_s = max(self._met_s + rest_s, time.perf_counter())
-        time.sleep(max(0.0, begin_s - time.perf_counter()))
-        action()
-        ended_s = time.perf_counter()
         self._weights.sum()
+        begin_s = max(self._meeting.ended_s + _REST_S, time.perf_counter())
+        time.sleep(max(0.0, begin_s - time.perf_counter()))
+        arrivals = exchange.dispatch(hidden, chosen, weights).wait()
+        exchange.combine(self._rows.answers(arrivals.hidden_AD.shape[0]), arrivals)
+        return self._agree_on_time(time.perf_counter() - begin_s)
+
+    def agree(self, values: Sequence[float]) -> list[float]:
+        """See `Stopwatch.agree`."""
+        *values, meeting_s = self._meeting.largest([*values, self._meeting.took_s])
+        self.overhead_s = meeting_s + _REST_S
+        return values
+
+    def worked_out(self, compute: Callable[[], list[float]], count: int) -> list[float]:
+        """See `Stopwatch.worked_out`."""
+        is_first = self._probed.peers.node.rank == 0
+        return self._meeting.largest_of_node(compute() if is_first else [0.0] * count)
+
+    def _inside(self, action: Callable[[], None], times: int) -> float:
+        """Of the ranks of a node, which begin together."""
+        if self._probed.peers.node.size > 1:
+            self._exchange(self._probed.peers.node, SMALL_BYTES)()
+        return _one_of(action, times)
+
+    def _agree_on_time(self, own_s: float) -> float:
+        """The longest of all ranks' times; keeps account of the budget."""
+        meeting = self._meeting
         spent_s = time.perf_counter() - self._begun_s
-        took_s, spent_s, meeting_s = self._slowest(
-            [ended_s - begin_s, spent_s, self._meeting_s], groups
-        )
-        if groups == self._everybody:
-            self.spent_s, self.overhead_s = spent_s + meeting_s, meeting_s + _REST_S
-        return took_s
-
-    def _slowest(self, own_s: Sequence[float], groups: Sequence[PeerGroup]) -> list[float]:
-        """The longest of the ranks' times, each, at all of them.
-
-        Within the node and then along the rail, which has a rank of every node: on a network that
-        is slow to answer this is two delays, where a ring over all ranks takes many.
-        """
-        began_s = time.perf_counter()
-        longest = torch.tensor(own_s, dtype=torch.float64)
-        for group in groups:
-            if group.size == 1:
-                continue
-            sent = longest.repeat(group.size).view(torch.uint8)
-            received = torch.empty_like(sent)
-            splits = [longest.nbytes] * group.size
-            group.all_to_all(received, sent, splits, splits).wait(_WHAT)
-            longest = received.view(torch.float64).view(group.size, -1).amax(dim=0)
-        self._met_s = time.perf_counter()
-        if groups == self._everybody:
-            self._meeting_s = self._met_s - began_s
-        return longest.clamp(min=_LEAST_S).tolist()
+        took_s, spent_s, meeting_s = meeting.largest([own_s, spent_s, meeting.took_s])
+        # How long this meeting took all of them the next will say.
+        self.spent_s, self.overhead_s = spent_s + meeting_s, meeting_s + _REST_S
+        return max(_LEAST_S, took_s)
 
     @staticmethod
     def _exchange(group: PeerGroup, num_bytes: int) -> Callable[[], None]:
@@ -191,6 +166,17 @@ class Probe:
         trip.arrive(_WHAT)
         trip.room()
         trip.give_back(_WHAT)
+
+
+def _one_of(action: Callable[[], None], times: int) -> float:
+    """Seconds of one of several in a row; the first of them wakes everybody up and is not in it."""
+    if times > 1:
+        action()
+    begun_s = time.perf_counter()
+    counted = max(1, times - 1)
+    for _ in range(counted):
+        action()
+    return (time.perf_counter() - begun_s) / counted
 
 
 @dataclass(frozen=True, slots=True)

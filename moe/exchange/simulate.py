@@ -108,11 +108,11 @@ class _Network:
             self._carry(pairs.there, ready, 0.0)
             ready = list(map(max, ready, heard))
         else:
+            # What the receivers announce now is for a later hop, but some of it is in the way: a
+            # rank's words leave before the data of others of its node.
             self._carry(pairs.there, ready, 0.0)
-        arrived = self._carry(pairs.there, ready, num_bytes)
-        if asked_before:
             self._carry(pairs.back, [self.now[target] for target, *_ in pairs.back], 0.0)
-        self._end(pairs, arrived)
+        self._end(pairs, self._carry(pairs.there, ready, num_bytes))
 
     def _end(self, pairs: _Pairs, arrived: Sequence[float]) -> None:
         now = self.now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.dist.rank_topology import RankTopology
@@ -57,8 +58,13 @@ class VirtualStopwatch:
         self.timed[scheme, rows] += 1
         return self._pass(self.truth_s(scheme, rows))
 
-    def agree(self, values: list[float]) -> list[float]:
-        return values
+    def agree(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+    def worked_out(self, compute: Callable[[], list[float]], count: int) -> list[float]:
+        numbers = compute()
+        assert len(numbers) == count
+        return numbers
 
     def truth_s(self, scheme: Scheme, rows: int, max_nodes: int = 0) -> float:
         """What a layer takes on this cluster."""

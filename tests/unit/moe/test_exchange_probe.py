@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from cluster.dist.rank_topology import RankTopology
-from moe.exchange.calibrate import LARGE_BYTES, link_costs
+from moe.exchange.calibrate import LARGE_BYTES, SMALL_BYTES, link_costs
 from moe.exchange.choose import choose, schemes_of, traffic_of
 from moe.exchange.layer_costs import FEW_ROWS, LayerCosts, layer_costs
 from moe.exchange.link_costs import LinkCosts
@@ -95,8 +96,10 @@ def test_where_a_layer_is_longer_than_the_budget_links_alone_count():
     stopwatch = cluster("awful")
     _, layers = probe(stopwatch)
     assert [line[1:] for line in layers.lines] == [(0.0, 1.0)] * 3
+    assert layers.doubt == 0.2
     assert "too long" in layers.summary
     assert stopwatch.timed[Way.RAIL, LARGE_BYTES] == 1
+    assert stopwatch.timed[Way.WORLD, SMALL_BYTES] == 1
     assert not any(isinstance(what, Scheme) for what, _ in stopwatch.timed)
 
 
@@ -120,7 +123,8 @@ def test_a_fast_link_leaves_time_for_many_rows_and_for_repetitions():
     assert stopwatch.timed[Scheme.FLAT, 192] > 1
     assert stopwatch.timed[Way.RAIL, LARGE_BYTES] > 1
     assert "with 192 rows" in layers.summary
-    assert stopwatch.timed[Scheme.FLAT, FEW_ROWS] > 2
+    assert stopwatch.timed[Scheme.FLAT, FEW_ROWS] == 5
+    assert layers.doubt == pytest.approx(0.2 / 5**0.5)
 
 
 def test_the_probe_is_deterministic():
@@ -137,6 +141,44 @@ def test_the_first_use_of_a_size_does_not_count_where_there_is_a_second():
     cold = Cold(GRID, warm.costs, WIRE, OWN, SLOT_ROWS, 10.0)
     lines = [numbers(stopwatch) for stopwatch in (cold, warm)]
     assert lines[0] == pytest.approx(lines[1])
+
+
+def test_where_many_rows_of_all_do_not_fit_the_two_fastest_speak_for_the_third():
+    stopwatch = cluster("slow", budget_s=1.3)
+    _, layers = probe(stopwatch)
+    (rows,) = {rows for what, rows in stopwatch.timed if isinstance(what, Scheme)} - {FEW_ROWS}
+    assert stopwatch.timed[Scheme.HIERARCHICAL, rows]
+    assert stopwatch.timed[Scheme.PREPOSTED, rows]
+    assert not stopwatch.timed[Scheme.FLAT, rows]
+    scale = {name: scale for name, _, scale in layers.lines}
+    assert min(scale["hierarchical"], scale["preposted"]) < scale["flat"]
+    assert scale["flat"] < max(scale["hierarchical"], scale["preposted"])
+
+
+@pytest.mark.parametrize(("budget_s", "rows"), [(0.7, 64), (6.0, 192)])
+def test_a_slope_goes_by_its_own_layers_and_the_fewer_their_rows_by_those_of_all(budget_s, rows):
+    stopwatch = cluster("slow", budget_s)
+    costs, layers = probe(stopwatch)
+    assert stopwatch.timed[Scheme.HIERARCHICAL, rows]
+    steps = {
+        scheme: [
+            cost(rows) - cost(FEW_ROWS)
+            for cost in (
+                partial(stopwatch.truth_s, scheme),
+                lambda n, scheme=scheme: simulate(
+                    scheme, GRID, traffic_of(n, WIRE), costs, SLOT_ROWS
+                ),
+            )
+        ]
+        for scheme in Scheme
+        if stopwatch.timed[scheme, rows]
+    }
+    took_s, virtual_s = map(sum, zip(*steps.values(), strict=True))
+    shared = 16 / rows
+    for name, _, scale in layers.lines:
+        own_s, own_virtual_s = steps.get(Scheme(name), (took_s, virtual_s))
+        expected = (1 - shared) * own_s / own_virtual_s + shared * took_s / virtual_s
+        assert scale == pytest.approx(expected)
 
 
 def numbers(stopwatch: VirtualStopwatch) -> list[float]:
