@@ -18,7 +18,11 @@ from replicas.worker.link_executor import LinkExecutor
 from replicas.worker.link_listener import LinkListener
 from replicas.worker.plan import WorkerPlan
 from replicas.worker.worker import Worker
+from tests.support.compiled_kernels import cpu_kernels
+from tests.support.offload_engine import offload_plan
 from tests.support.rank_forks import start_rank
+
+__all__ = ["cpu_kernels"]
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "demo-dense"
 SIZE, NUM_TOKENS = 2, 20
@@ -39,15 +43,17 @@ def run_worker(plan: WorkerPlan) -> None:
     Worker(plan, lambda phase, fraction: None, **options).run()
 
 
-def worker_plan(rank: int, port: int, listener: LinkListener, offload: OffloadPlan) -> WorkerPlan:
+def worker_plan(
+    rank: int, port: int, listener: LinkListener, offload: OffloadPlan, dtype: str
+) -> WorkerPlan:
     return WorkerPlan(
         rank=rank,
         tp_size=SIZE,
         epoch="e",
         model_path=str(MODEL),
         device="cpu",
-        dtype="float32",
-        kv_dtype="float32",
+        dtype=dtype,
+        kv_dtype=dtype,
         block_size=CONFIG.block_size,
         num_blocks=CONFIG.num_blocks,
         max_context=CONFIG.max_context,
@@ -61,6 +67,29 @@ def worker_plan(rank: int, port: int, listener: LinkListener, offload: OffloadPl
         link_secret=listener.secret,
         offload=offload,
     )
+
+
+def tokens_of_two_ranks(offload: OffloadPlan, dtype: str) -> dict[str, list[int]]:
+    """What the prompts are answered, greedily."""
+    listener = LinkListener(size=SIZE, epoch="e", secret="s")
+    port = pick_port("127.0.0.1")
+    processes = [
+        start_rank(run_worker, worker_plan(rank, port, listener, offload, dtype))
+        for rank in range(SIZE)
+    ]
+    executor = LinkExecutor(listener.accept_all(timeout_s=120))
+    listener.close()
+    try:
+        tokens = generate(SyncEngine(Scheduler(CONFIG), executor, step_timeout_s=20.0))
+    finally:
+        executor.close()
+        for process in processes:
+            process.join(20)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    return tokens
 
 
 KV_BYTES = 4 * 2 * CONFIG.num_blocks * CONFIG.block_size * 2 * 32 * 4
@@ -85,23 +114,7 @@ def test_two_ranks_in_half_of_their_weights(tmp_path: Path, home: str) -> None:
         kv_windows=windows,
         kv_window_blocks=WINDOW_BLOCKS if windows else 0,
     )
-    listener = LinkListener(size=SIZE, epoch="e", secret="s")
-    port = pick_port("127.0.0.1")
-    processes = [
-        start_rank(run_worker, worker_plan(rank, port, listener, offload)) for rank in range(SIZE)
-    ]
-    executor = LinkExecutor(listener.accept_all(timeout_s=120))
-    listener.close()
-    try:
-        tokens = generate(SyncEngine(Scheduler(CONFIG), executor, step_timeout_s=20.0))
-    finally:
-        executor.close()
-        for process in processes:
-            process.join(20)
-            if process.is_alive():
-                process.kill()
-                process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    tokens = tokens_of_two_ranks(offload, "float32")
     stores = [read_store(path) for path in tmp_path.glob("*of2.weights")]
     assert len(stores) == SIZE
     # A rank reads its own half only; what both have is norms and the padding of pages.
@@ -115,6 +128,22 @@ def test_two_ranks_in_half_of_their_weights(tmp_path: Path, home: str) -> None:
             min_new_tokens=NUM_TOKENS,
         )
         assert tokens[name] == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_two_ranks_over_compressed_slices(tmp_path: Path) -> None:
+    """The same bits as over slices that are not, at every read, from two thirds of the bytes."""
+    answers, sizes = [], []
+    for compression in ("none", "lossless"):
+        disk = tmp_path / compression
+        offload = offload_plan(disk, compression=compression, ring_slots=3, verify="first")
+        answers.append(tokens_of_two_ranks(offload, "bfloat16"))
+        stores = [read_store(path) for path in disk.glob("*of2.weights")]
+        assert len(stores) == SIZE
+        assert all(store.is_compressed == (compression == "lossless") for store in stores)
+        sizes.append(sum(store.total_bytes for store in stores))
+    assert answers[0] == answers[1]
+    assert sizes[1] < 0.75 * sizes[0]
 
 
 def prompts() -> dict[str, list[int]]:
