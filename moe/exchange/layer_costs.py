@@ -27,7 +27,7 @@ FEW_ROWS = 4
 MANY_ROWS = (192, 128, 96, 64, 48, 32)
 _ENDS = (FEW_ROWS, MANY_ROWS[0])
 _MOST_ROUNDS = 5
-_ENOUGH_ROWS = 64
+_ENOUGH_ROWS = 48
 _SHARED_ROWS = 16
 """With so many rows a line would be as steep as that of all schemes; with twice as many, half."""
 _LEAST_SCALE = 0.1
@@ -82,9 +82,8 @@ class _Found:
 
     def largest(self, schemes: Sequence[Scheme]) -> _Layer:
         """As many rows as fit, if possible twice, of all schemes or else of the first two."""
-        enough = [rows for rows in MANY_ROWS if rows >= _ENOUGH_ROWS]
-        fewer = [rows for rows in MANY_ROWS if rows < _ENOUGH_ROWS]
-        for times, sizes in ((2, enough), (1, enough), (1, fewer)):
+        for times, least in ((2, _ENOUGH_ROWS), (1, _ENOUGH_ROWS), (1, MANY_ROWS[-1])):
+            sizes = [rows for rows in MANY_ROWS if rows >= least]
             for layer in itertools.product((schemes, schemes[:2]), sizes):
                 if self.fits(*layer, times):
                     return layer
