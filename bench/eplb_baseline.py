@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe.placement import ExpertRanks, LayerPlacement
+from moe.node_packing import ExpertRanks
+from moe.placement import LayerPlacement
 
 
 def eplb_global(load_E: Sequence[float], ranks: ExpertRanks) -> LayerPlacement:

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from bench.eplb_baseline import eplb_global, eplb_hierarchical
 from bench.moe_traffic import Routing, inter_node_rows
 from bench.report import Row, Samples, compared, measured, write_report
-from moe.placement import ExpertRanks, place_layer
+from moe.node_packing import ExpertRanks
+from moe.placement import place_layer
 from moe.rebalance import follow
 
 NODES = 4

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe.load_split import split_load
-from moe.placement import ExpertRanks, LayerPlacement, with_shares
+from moe.node_packing import ExpertRanks
+from moe.placement import LayerPlacement, with_shares
 
 Loads = npt.NDArray[np.float64]
 _CANDIDATES = 4

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe.expert_table import ExpertTable
-from moe.placement import ExpertRanks
+from moe.node_packing import ExpertRanks
 from moe.rebalance import Step, follow
 from replicas.engine.lockstep import ExpertOrders, Rebalance
 

@@ -7,7 +7,8 @@ import threading
 from dataclasses import asdict
 
 from moe.expert_table import ExpertTable
-from moe.placement import ExpertRanks, place_layer
+from moe.node_packing import ExpertRanks
+from moe.placement import place_layer
 from tests.support.lockstep_ranks import LockstepRanks
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from moe.expert_slots import ExpertSlots
 from moe.expert_table import ExpertTable, starting_tables
-from moe.placement import ExpertRanks, place_layer
+from moe.node_packing import ExpertRanks
+from moe.placement import place_layer
 from moe.row_counter import RowCounter
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from cluster.base.errors import ConfigError
 from moe.load_split import source_shares, split_load
-from moe.placement import ExpertRanks, LayerPlacement, even_placement, place_layer
+from moe.node_packing import ExpertRanks
+from moe.placement import LayerPlacement, even_placement, place_layer
 
 
 @st.composite

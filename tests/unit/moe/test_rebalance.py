@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from cluster.base.errors import ConfigError
 from moe.load_stats import LoadStats
-from moe.placement import ExpertRanks, LayerPlacement, place_layer
+from moe.node_packing import ExpertRanks
+from moe.placement import LayerPlacement, place_layer
 from moe.rebalance import Move, apply_move, follow
 
 RANKS = ExpertRanks(slots=(5,) * 8, nodes=(0, 0, 0, 0, 1, 1, 1, 1))
