@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from replicas.api import FinishReason
+from router.tools.tool_use import ToolUse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,10 @@ class ChatTurn:
     role: str
     content: str
     name: str = ""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    """Of an assistant's turn: OpenAI's objects, with `arguments` as an object, not its text."""
+    tool_call_id: str = ""
+    """Of a tool's turn: which call it answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,10 @@ class GenerationInput:
     echo: bool = False
     timeout_s: float = 0.0
     peer: str = ""
+    tools: object = None
+    """What the model may call, as OpenAI's objects; with `messages` only."""
+    tool_choice: object = None
+    parallel_tool_calls: object = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +196,8 @@ class Generation:
     pieces: PieceStream
     """Closing the iterator (`aclose`), or cancelling the task in it, stops the engine's work."""
     tier: Tier | None = None
+    tools: ToolUse | None = None
+    """What may be called, checked; None: the text is all there is."""
 
 
 class Handler(Protocol):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from replicas.api import Pooling
 from router.api import ChatTurn
 from router.sampling_fields import SamplingFields
 from router.served_model import ServedModel
+from router.tools.tool_use import ToolUse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +21,13 @@ class Prompt:
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     messages: tuple[ChatTurn, ...] | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Offered with `messages`."""
+
+    @property
+    def tool_chars(self) -> int:
+        """About how much text the tools make."""
+        return sum(len(json.dumps(tool)) for tool in self.tools)
 
     def estimated_tokens(self, model: ServedModel) -> int:
         """A cheap guess for admission, before tokenising (about 4 characters a token).
@@ -29,6 +40,7 @@ class Prompt:
             guess = len(self.text) // 4 + 1
         else:
             guess = sum(len(turn.content) // 4 + 4 for turn in self.messages or ())
+            guess += self.tool_chars // 4
         return min(guess, model.longest.max_tokens_per_choice)
 
 
@@ -40,6 +52,7 @@ class CheckedGeneration:
     model: ServedModel
     prompt: Prompt
     sampling: SamplingFields
+    tools: ToolUse | None
     priority: int
     echo: bool
     timeout_s: float

@@ -110,6 +110,7 @@ class GatewayHandler:
             created=int(time.time()),
             pieces=pieces,
             tier=tier,
+            tools=checked.tools,
         )
 
     async def _start(

@@ -12,15 +12,24 @@ from router import field_checks as check
 from router.api import ChatTurn, GenerationInput, TextOrIds
 from router.checked_requests import Prompt
 from router.served_model import ServedModel
+from router.tools.tool_use import ToolUse
 
 MAX_MESSAGES = 1024
 MAX_NAME_BYTES = 256
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 """Accepted roles and what templates know them as ("developer" is OpenAI's newer "system")."""
 
 
-def generation_prompt(raw: GenerationInput, model: ServedModel) -> Prompt:
+def generation_prompt(
+    raw: GenerationInput, model: ServedModel, tools: ToolUse | None = None
+) -> Prompt:
     """The one prompt of a generation: a text, ids or a conversation.
 
     Raises:
@@ -30,7 +39,9 @@ def generation_prompt(raw: GenerationInput, model: ServedModel) -> Prompt:
     if sum(given) != 1:
         raise check.bad_field("prompt", "must be given exactly once, as text or token ids")
     if raw.messages is not None:
-        return Prompt(messages=messages(raw.messages))
+        turns = messages(raw.messages)
+        _check_template(turns, model)
+        return Prompt(messages=turns, tools=tools.definitions if tools is not None else ())
     return text_or_ids("prompt", TextOrIds(text=raw.text, token_ids=raw.token_ids), model)
 
 
@@ -118,8 +129,32 @@ def _turn(param: str, raw: object) -> ChatTurn:
             f"{param}.role must be one of {', '.join(_ROLES)}, not '{check.shown(raw.role)}'.",
             param=f"{param}.role",
         )
+    if raw.tool_calls and role != "assistant":
+        raise check.bad_field(f"{param}.tool_calls", "is only for the assistant's messages")
+    if bool(raw.tool_call_id) != (role == "tool"):
+        problem = "is missing" if role == "tool" else "is only for messages of a tool"
+        raise check.bad_field(f"{param}.tool_call_id", problem)
     return ChatTurn(
         role=role,
         content=check.text(f"{param}.content", raw.content),
         name=check.text(f"{param}.name", raw.name, max_bytes=MAX_NAME_BYTES),
+        tool_calls=raw.tool_calls,
+        tool_call_id=check.text(
+            f"{param}.tool_call_id", raw.tool_call_id, max_bytes=MAX_NAME_BYTES
+        ),
     )
+
+
+def _check_template(turns: Sequence[ChatTurn], model: ServedModel) -> None:
+    """Refuse calls and answers of tools that the model's template would leave out."""
+    template = model.chat_template
+    if template is None or template.takes_tools:
+        return
+    for at, turn in enumerate(turns):
+        if turn.tool_calls or turn.role == "tool":
+            raise InvalidRequestError(
+                f"messages[{at}] is about a tool call, and the chat template of model "
+                f"{model.plan.name!r} knows none.",
+                "Ask another model, or say it in plain messages.",
+                param=f"messages[{at}]",
+            )

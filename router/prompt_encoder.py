@@ -39,7 +39,7 @@ async def encode_prompt(model: ServedModel, prompt: Prompt, *, special: bool = T
 def _encode(model: ServedModel, prompt: Prompt, special: bool) -> list[int]:
     _refuse_hopeless(model, prompt)
     if prompt.messages is not None:
-        return model.encode_chat(prompt.messages)
+        return model.encode_chat(prompt.messages, prompt.tools)
     return model.tokenizer.encode(prompt.text or "", add_special_tokens=special)
 
 
@@ -69,4 +69,4 @@ def _refuse_hopeless(model: ServedModel, prompt: Prompt) -> None:
 def _num_chars(prompt: Prompt) -> int:
     if prompt.text is not None:
         return len(prompt.text)
-    return sum(len(turn.content) for turn in prompt.messages or ())
+    return sum(len(turn.content) for turn in prompt.messages or ()) + prompt.tool_chars

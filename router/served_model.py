@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from cluster.base.errors import InvalidRequestError
 from cluster.base.plan import ModelPlan
@@ -16,6 +17,7 @@ from replicas.text.chat_template import ChatTemplate
 from replicas.text.generation_defaults import GenerationDefaults
 from replicas.text.tokenizer import Tokenizer
 from router.api import ChatTurn
+from router.tools.call_formats import CallFormat, format_of_template
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +61,21 @@ class ServedModel:
             return other
         return self
 
-    def encode_chat(self, messages: Sequence[ChatTurn]) -> list[int]:
+    @property
+    def call_format(self) -> CallFormat | None:
+        """How it writes tool calls, as the plan says or else its template; None: not known."""
+        if self.plan.tool_call_parser != "auto":
+            return CallFormat(self.plan.tool_call_parser)
+        template = self.chat_template
+        return None if template is None else format_of_template(template.tool_source)
+
+    def encode_chat(
+        self, messages: Sequence[ChatTurn], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """Token ids of a conversation, up to where the model's answer begins.
+
+        Args:
+            tools: what the model may call.
 
         Raises:
             InvalidRequestError: the model has no template, or it refuses the messages.
@@ -76,10 +91,12 @@ class ServedModel:
                 "role": turn.role,
                 "content": turn.content,
                 **({"name": turn.name} if turn.name else {}),
+                **({"tool_calls": turn.tool_calls} if turn.tool_calls else {}),
+                **({"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}),
             }
             for turn in messages
         ]
-        return self.tokenizer.encode_template(self.chat_template.render(turns))
+        return self.tokenizer.encode_template(self.chat_template.render(turns, tools=tools))
 
 
 def serve_models(

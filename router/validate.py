@@ -23,6 +23,8 @@ from router.api import EmbedInput, GenerationInput, ScoreInput
 from router.checked_requests import CheckedEmbed, CheckedGeneration, CheckedScore, Prompt
 from router.sampling_fields import INT32_MAX, check_sampling
 from router.served_model import ServedModel
+from router.tools.check_tools import check_tools
+from router.tools.forced_calls import tool_sampling
 
 DEFAULT_COMPLETION_TOKENS = 16
 """What OpenAI's completions generate when max_tokens is unset."""
@@ -70,7 +72,8 @@ class Validator:
     def check_generation(self, raw: GenerationInput) -> CheckedGeneration:
         """Check a generation; the prompt's length is checked by `build_generation`."""
         model = self.model(raw.model)
-        sampling = check_sampling(raw.sampling, model, self._limits)
+        tools = check_tools(raw, model)
+        sampling = check_sampling(tool_sampling(raw.sampling, tools), model, self._limits)
         echo = check.boolean("echo", raw.echo)
         if echo and raw.messages is not None:
             raise check.bad_field("echo", "is not available for chat")
@@ -81,8 +84,9 @@ class Validator:
         return CheckedGeneration(
             request_id=request_id_or_new(raw.request_id),
             model=model,
-            prompt=prompts.generation_prompt(raw, model),
+            prompt=prompts.generation_prompt(raw, model, tools),
             sampling=sampling,
+            tools=tools,
             priority=check.integer("priority", raw.priority, -INT32_MAX - 1, INT32_MAX),
             echo=echo,
             timeout_s=self.timeout_s(raw.timeout_s),

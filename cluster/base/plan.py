@@ -287,6 +287,8 @@ class ModelPlan:
     experts: ExpertPlan | None = None
     """Only with `engine` expert_parallel."""
     overflow: OverflowPlan | None = None
+    tool_call_parser: str = "auto"
+    """auto (as the chat template shows) or a format's name; only gateways look at it."""
     zero3: Zero3Plan | None = None
     """Only with `engine` offload and an architecture that transformers computes; then `offload`
     is None."""

@@ -292,6 +292,14 @@ class ModelSpec(Section):
         "the experts of a model over ranks (dp or ep above 1), else tensor_parallel when the model "
         "fits, else offload.",
     )
+    tool_call_parser: Annotated[
+        Literal["auto", "hermes", "llama3_json", "mistral"],
+        Choice(("auto", "hermes", "llama3_json", "mistral")),
+    ] = Field(
+        default="auto",
+        description="How the model writes tool calls, by the name of vLLM's parser. auto: as its "
+        "chat template shows; where that is none of these, tools need `tool_choice`.",
+    )
     replicas: Annotated[int, Whole(1, 256)] = Field(
         default=1, description="Independent copies of the model."
     )

@@ -26,7 +26,9 @@ _LIVE = frozenset(
         "gateway.limits.max_prompt_tokens_waiting",
     }
 )
-_LIVE_OF_MODELS = frozenset({"replicas", "overflow", "overflow.to", "overflow.waiting"})
+_LIVE_OF_MODELS = frozenset(
+    {"replicas", "tool_call_parser", "overflow", "overflow.to", "overflow.waiting"}
+)
 _PATHS = frozenset({"path", "offload.disk_path"})
 _RENAME = (
     "give the entry another name: it starts beside the old one, which leaves when its entry is gone"

@@ -79,7 +79,7 @@ def leader_settings(drain_s: float) -> dict[str, float]:
 def replica_version(model: ModelPlan) -> str:
     """A digest of what each replica is built from; equal ones need no new processes."""
     fields = to_json(model)
-    for name in ("replicas", "overflow", "reasons", "nodes"):
+    for name in ("replicas", "tool_call_parser", "overflow", "reasons", "nodes"):
         del fields[name]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -49,6 +49,7 @@ def _follow(running: ModelPlan, planned: ModelPlan) -> ModelPlan:
         running,
         replicas=planned.replicas,
         overflow=planned.overflow,
+        tool_call_parser=planned.tool_call_parser,
         nodes=planned.nodes,
     )
 

@@ -31,7 +31,9 @@ def serve_config(plan: ClusterPlan, groups: dict[str, str]) -> dict[str, Any]:
 
 
 def _engine(plan: ClusterPlan, model: ModelPlan, group: str) -> dict[str, Any]:
-    built_from = dataclasses.replace(model, replicas=1, overflow=None, reasons={}, nodes=())
+    built_from = dataclasses.replace(
+        model, replicas=1, tool_call_parser="auto", overflow=None, reasons={}, nodes=()
+    )
     return {
         "name": names.engine_app(plan.name, model.name),
         "route_prefix": None,

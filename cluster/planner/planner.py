@@ -151,6 +151,7 @@ def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topolog
         quantization=spec.quantization,
         kernels=spec.kernels,
         attention_backend=spec.attention_backend,
+        tool_call_parser=spec.tool_call_parser,
         num_threads=compute.threads.value,
         cpus_per_rank=compute.cpus.value,
         gpus_per_rank=1.0 if draft.on_gpu else 0.0,

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import Template, TemplateError, TemplateSyntaxError
 from jinja2.exceptions import SecurityError
+from jinja2.meta import find_undeclared_variables
 
 from cluster.base.errors import ConfigError, CorruptWeightsError, InvalidRequestError
 from replicas.text.control_text import SpecialBreaker
@@ -33,6 +34,7 @@ class ChatTemplate:
         source: Jinja text.
         specials: the strings of all control tokens.
         variables: bos_token and its kin, as the template sees them.
+        tool_source: another template, for conversations in which tools are offered.
         max_render_s: CPU time one render may take.
 
     Raises:
@@ -45,19 +47,29 @@ class ChatTemplate:
         specials: Sequence[str],
         variables: Mapping[str, str],
         *,
+        tool_source: str | None = None,
         max_render_s: float = MAX_RENDER_S,
     ) -> None:
         self._environment = BoundedEnvironment()
         self._variables = dict(variables)
         self._max_render_s = max_render_s
         self._breaker = SpecialBreaker(specials)
+        self.tool_source = source if tool_source is None else tool_source
+        """The template that is used where tools are offered."""
+        self._template = self._compiled(source)
+        self._tool_template = self._template if tool_source is None else self._compiled(tool_source)
+        undeclared = find_undeclared_variables(self._environment.parse(self.tool_source))
+        self.takes_tools = "tools" in undeclared
+        """Whether it tells the model of tools."""
+        self._probe()
+
+    def _compiled(self, source: str) -> Template:
         try:
-            self._template = self._environment.from_string(source)
+            return self._environment.from_string(source)
         except (TemplateSyntaxError, SecurityError) as error:
             raise ConfigError(
                 f"The chat template is not valid: {error}.", "Mend the checkpoint's chat_template."
             ) from error
-        self._probe()
 
     @classmethod
     def from_directory(cls, path: str | Path) -> ChatTemplate | None:
@@ -70,21 +82,28 @@ class ChatTemplate:
             ConfigError, CorruptWeightsError: the template or a file is broken.
         """
         files = read_tokenizer_files(path)
-        source = _template_source(files)
+        source, tool_source = _template_sources(files)
         if source is None:
             return None
-        return cls(source, files.special_texts(), files.named)
+        return cls(source, files.special_texts(), files.named, tool_source=tool_source)
 
     def render(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The prompt of a conversation, for `Tokenizer.encode_template`.
+
+        Args:
+            messages: texts, and JSON in them such as calls of tools.
+            tools: what the model may call.
 
         Raises:
             InvalidRequestError: the template refuses the messages, or they make too large a prompt.
         """
         try:
-            return self._render(messages, add_generation_prompt)
+            return self._render(messages, add_generation_prompt, tools)
         except InvalidRequestError:
             raise
         except TemplateError as error:
@@ -97,25 +116,33 @@ class ChatTemplate:
                 param="messages",
             ) from error
 
-    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        breaker = self._breaker
-        safe = [
-            {key: breaker.break_specials(value) for key, value in message.items()}
-            for message in messages
-        ]
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         values: dict[str, Any] = {
             **self._variables,
-            "messages": safe,
-            "tools": None,
+            "messages": [self._safe(message) for message in messages],
+            "tools": [self._safe(tool) for tool in tools] or None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         budget = self._environment.budget
         token = budget.set(RenderBudget(MAX_PROMPT_CHARS, self._max_render_s))
         try:
-            return self._template.render(values)
+            return (self._tool_template if tools else self._template).render(values)
         finally:
             budget.reset(token)
+
+    def _safe(self, value: Any) -> Any:
+        """JSON in which no text holds a control token."""
+        if isinstance(value, str):
+            return self._breaker.break_specials(value)
+        if isinstance(value, Mapping):
+            return {self._safe(key): self._safe(entry) for key, entry in value.items()}
+        return [self._safe(entry) for entry in value] if isinstance(value, list | tuple) else value
 
     def _probe(self) -> None:
         try:
@@ -129,17 +156,18 @@ class ChatTemplate:
             return
 
 
-def _template_source(files: TokenizerFiles) -> str | None:
+def _template_sources(files: TokenizerFiles) -> tuple[str | None, str | None]:
+    """The template, and the one for tools where there are two."""
     path = files.directory / "chat_template.jinja"
     if path.is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8"), None
         except (OSError, UnicodeDecodeError) as error:
             raise CorruptWeightsError(f"{path} cannot be read: {error}.") from error
-    value = files.config.get("chat_template")
+    value, tool_use = files.config.get("chat_template"), None
     if isinstance(value, list):
         named = {entry.get("name"): entry.get("template") for entry in value if entry}
-        value = named.get("default")
-    if value is None or isinstance(value, str):
-        return value
+        value, tool_use = named.get("default"), named.get("tool_use")
+    if isinstance(value, str | None) and isinstance(tool_use, str | None):
+        return value, tool_use
     raise CorruptWeightsError(f"{files.directory}: chat_template must be text or named templates.")

@@ -76,7 +76,7 @@ class CompletionShape:
             "model": generation.model,
         }
         self._options = options
-        self._events = _EventParts(self._head, options.include_usage)
+        self._events = EventParts(self._head, options.include_usage)
         self._offsets: dict[int, CompletionLogprobs] = {}
 
     def whole(self, choices: Sequence[WholeChoice], usage: Usage) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class CompletionShape:
             "index": choice.index,
             "text": "".join(choice.text),
             "logprobs": CompletionLogprobs().format(scores) if self._options.logprobs else None,
-            **_ending(choice.finish_reason, choice.stop_reason),
+            **answer_ending(choice.finish_reason, choice.stop_reason),
         }
         if self._options.prompt_logprobs:
             body["prompt_logprobs"] = prompt_logprobs(choice.prompt_scores)
@@ -133,7 +133,7 @@ class ChatShape:
             "model": generation.model,
         }
         self._options = options
-        self._events = _EventParts(
+        self.events = EventParts(
             {**self._head, "object": "chat.completion.chunk"}, options.include_usage
         )
         self._introduced: set[int] = set()
@@ -157,16 +157,16 @@ class ChatShape:
             return opening
         delta = b'"delta":{"content":' + json_bytes(piece.text) + b"}" if piece.text else b""
         logprobs = json_bytes(chat_logprobs(scores)) if scores else _NULL
-        return opening + self._events.event(piece, delta or b'"delta":{}', logprobs)
+        return opening + self.events.event(piece, delta or b'"delta":{}', logprobs)
 
     def ending(self, usage: Usage) -> bytes:
         """Usage if asked for, and the end mark."""
-        return self._events.ending(usage)
+        return self.events.ending(usage)
 
     def _introduce(self, index: int) -> bytes:
         self._introduced.add(index)
         delta = b'"delta":{"role":"assistant","content":""}'
-        return self._events.event(Piece(index=index), delta, _NULL)
+        return self.events.event(Piece(index=index), delta, _NULL)
 
     def _whole_choice(self, choice: WholeChoice) -> dict[str, Any]:
         message = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
@@ -174,11 +174,11 @@ class ChatShape:
             "index": choice.index,
             "message": message,
             "logprobs": chat_logprobs(choice.scores) if self._options.logprobs else None,
-            **_ending(choice.finish_reason, choice.stop_reason),
+            **answer_ending(choice.finish_reason, choice.stop_reason),
         }
 
 
-class _EventParts:
+class EventParts:
     """The constant bytes around what changes from event to event."""
 
     def __init__(self, head: dict[str, Any], include_usage: bool) -> None:
@@ -186,12 +186,15 @@ class _EventParts:
         self._prefix = b"data: " + json_bytes(head)[:-1] + b',"choices":['
         self._suffix = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
 
-    def event(self, piece: Piece, content: bytes, logprobs: bytes) -> bytes:
+    def event(
+        self, piece: Piece, content: bytes, logprobs: bytes, *, has_called: bool = False
+    ) -> bytes:
         """One choice's event; `content` is its text or delta member."""
         if piece.finish_reason is None:
             tail = b',"finish_reason":null,"stop_reason":null}'
         else:
-            tail = b"," + json_bytes(_ending(piece.finish_reason, piece.stop_reason))[1:]
+            ending = answer_ending(piece.finish_reason, piece.stop_reason, has_called=has_called)
+            tail = b"," + json_bytes(ending)[1:]
         parts = (
             self._prefix,
             b'{"index":%d,' % piece.index,
@@ -220,8 +223,12 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _ending(reason: FinishReason | None, stop_reason: str) -> dict[str, str | None]:
+def answer_ending(
+    reason: FinishReason | None, stop_reason: str, *, has_called: bool = False
+) -> dict[str, str | None]:
+    """Why a choice ended; a model that chose to call something has stopped for that."""
+    value = None if reason is None else reason.value
     return {
-        "finish_reason": None if reason is None else reason.value,
+        "finish_reason": "tool_calls" if has_called and reason is FinishReason.STOP else value,
         "stop_reason": stop_reason or None,
     }

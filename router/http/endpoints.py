@@ -20,7 +20,6 @@ from router import field_checks as check
 from router.api import Generation, Handler, ModelInfo
 from router.http.answer_shapes import (
     AnswerShape,
-    ChatShape,
     CompletionShape,
     ShapeOptions,
     WholeChoice,
@@ -35,7 +34,14 @@ from router.http.limits import HttpLimits
 from router.http.piece_source import PieceSource, start_generations
 from router.http.request_head import request_id_of
 from router.http.response_format import output_names
-from router.http.wire_fields import DETOKENIZE_FIELDS, chat_names, check_fields, names_on_the_wire
+from router.http.tool_answer import chat_shape
+from router.http.wire_fields import (
+    DETOKENIZE_FIELDS,
+    chat_names,
+    check_fields,
+    names_on_the_wire,
+    tool_names,
+)
 
 _ShapeMaker = Callable[[Generation, ShapeOptions], AnswerShape]
 
@@ -65,8 +71,8 @@ class Endpoints:
         """POST /v1/chat/completions."""
         body = await self._body(request)
         job = chat_job(body, request_id_of(request.scope), _peer(request))
-        names = chat_names(body) | output_names(body)
-        return await self._generate(request, job, ChatShape, names)
+        names = chat_names(body) | output_names(body) | tool_names(body)
+        return await self._generate(request, job, chat_shape, names)
 
     async def embeddings(self, request: Request) -> ASGIApp:
         """POST /v1/embeddings."""

@@ -85,6 +85,9 @@ def chat_job(body: Mapping[str, Any], request_id: str, peer: str) -> GenerationJ
     sampling["logprobs"] = _chat_logprobs(body)
     request = GenerationInput(
         messages=chat_turns(body.get("messages")),
+        tools=body.get("tools"),
+        tool_choice=body.get("tool_choice"),
+        parallel_tool_calls=body.get("parallel_tool_calls"),
         sampling=sampling,
         request_id=request_id,
         **_common(body, peer),

@@ -48,6 +48,7 @@ _GENERATION = (
 COMPLETION_FIELDS = frozenset({*_GENERATION, "prompt", "logprobs", "echo", "best_of"})
 CHAT_FIELDS = frozenset(
     {*_GENERATION, "messages", "logprobs", "top_logprobs", "max_completion_tokens"}
+    | {"tools", "tool_choice", "parallel_tool_calls"}
 )
 EMBEDDING_FIELDS = frozenset(
     {"model", "input", "encoding_format", "dimensions", "user", "pooling", "normalize", "timeout"}
@@ -118,6 +119,12 @@ def chat_names(body: Mapping[str, Any]) -> dict[str, str]:
     """How errors name a chat body's own fields: as the client wrote them."""
     newer = body.get("max_completion_tokens") is not None
     return {"logprobs": "top_logprobs"} | ({"max_tokens": "max_completion_tokens"} if newer else {})
+
+
+def tool_names(body: Mapping[str, Any]) -> dict[str, str]:
+    """How errors name the form of an answer that tools ask for."""
+    is_asked = body.get("response_format") or body.get("structured_outputs")
+    return {"structured_output": "tools"} if body.get("tools") and not is_asked else {}
 
 
 @contextmanager

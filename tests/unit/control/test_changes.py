@@ -45,6 +45,7 @@ models:   # in another order
 def test_what_can_change_live(parse):
     text = BASE.replace("replicas: 2", "replicas: 3").replace("20s", "5s")
     text = text.replace("name: a, path: ckpt", "name: a, path: ckpt, overflow: {to: b}")
+    text = text.replace("    replicas: 3", "    replicas: 3\n    tool_call_parser: hermes")
     text += "gateway: {replicas: 2, limits: {max_active_requests: 9, default_timeout: 5m}}\n"
     assert labels(compare(parse(BASE), parse(text))) == [
         ("cluster.drain", "20s", "5s"),
@@ -53,6 +54,7 @@ def test_what_can_change_live(parse):
         ("gateway.limits.default_timeout", "its default", "5m"),
         ("a: overflow.to", "nothing", "b"),
         ("a: overflow.waiting", "nothing", "auto"),
+        ("b: tool_call_parser", "auto", "hermes"),
         ("b: replicas", "2", "3"),
     ]
 

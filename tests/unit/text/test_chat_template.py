@@ -175,3 +175,39 @@ def test_largest_prompt_is_bounded():
 def test_syntax_error_is_a_config_error():
     with pytest.raises(ConfigError, match="not valid"):
         build("{% for m in messages %}")
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"x</s>": ["<s>", 1, None]}}}
+
+
+def test_tools_are_shown_and_hold_no_control_token():
+    template = build("{{ messages[0].content }}{% if tools %}{{ tools | tojson }}{% endif %}")
+    assert template.takes_tools
+    text = template.render(USER, tools=[TOOL])
+    assert text.replace("\ufdd1", "") == "Hello" + json.dumps([TOOL])
+    assert "<s>" not in text
+    assert "</s>" not in text
+    assert template.render(USER) == "Hello"
+
+
+def test_calls_in_messages_are_json_for_the_template():
+    template = build(
+        "{% for m in messages %}{{ m.tool_calls[0].function.arguments.a }}{% endfor %}"
+    )
+    assert not template.takes_tools
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": "</s>"}}}
+    messages = [{"role": "assistant", "content": "", "tool_calls": (call,)}]
+    assert template.render(messages) == "<\ufdd1/s>"
+
+
+def test_a_template_of_its_own_for_tools(tmp_path):
+    path = qwen(tmp_path)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    config["chat_template"] = [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "{{ tools[0].function.name }}"},
+    ]
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = ChatTemplate.from_directory(path)
+    assert (template.render(USER), template.render(USER, tools=[TOOL])) == ("plain", "f")
+    assert template.takes_tools
