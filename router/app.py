@@ -18,6 +18,7 @@ from cluster.base.ids import new_epoch
 from cluster.base.interpreter import settle_for_serving
 from cluster.base.log import log_under_ray
 from cluster.base.plan import ClusterPlan, from_json
+from cluster.base.process_limits import raise_open_files
 from replicas.leader.record import ReplicaRecord
 from router.access.front_access import FrontAccess
 from router.directory import ReplicaDirectory
@@ -73,6 +74,7 @@ class GatewayReplica:
         self, plan: dict[str, Any], dashboard_url: str
     ) -> None:
         log_under_ray()
+        raise_open_files()
         cluster = from_json(ClusterPlan, plan)
         gateway, self._drain_s = cluster.gateway, cluster.drain_s
         self._access = FrontAccess(gateway)

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import socket
 import socketserver
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from cluster.base.errors import InternalError, PenstockError, UnavailableError, error_from_dict
+from cluster.base.own_folder import OwnFolder, remove_left_folders
 
 MAX_LINE_BYTES = 1 << 20
 Tell = Callable[[dict[str, Any]], None]
@@ -28,11 +26,15 @@ Answer = Callable[[dict[str, Any], Tell], None]
 
 
 class ControlServer:
-    """Answers questions, each in a thread of its own, from construction until `close`."""
+    """Answers questions, each in a thread of its own, from construction until `close`.
+
+    What processes that were killed have left in the temporary directory goes at its start.
+    """
 
     def __init__(self, answer: Answer) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="penstock-"))
-        self.path = str(self._folder / "control")
+        remove_left_folders()
+        self._folder = OwnFolder("control")
+        self.path = str(self._folder.path / "control")
         self._server = _Server(self.path, answer)
         threading.Thread(
             target=self._server.serve_forever, name="control-socket", daemon=True
@@ -42,7 +44,7 @@ class ControlServer:
         """Take no more questions; one that is being answered goes on."""
         self._server.shutdown()
         self._server.server_close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.close()
 
 
 class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):

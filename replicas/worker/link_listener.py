@@ -5,12 +5,11 @@ from __future__ import annotations
 import hmac
 import os
 import socket
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from cluster.base.errors import CollectiveTimeoutError, InternalError
+from cluster.base.own_folder import OwnFolder
 from replicas.worker import wire
 from replicas.worker.frames import FrameKind, FrameSocket, LinkAddress
 from replicas.worker.leader_link import LeaderLink
@@ -41,10 +40,10 @@ class LinkListener:
         self._nodes = tuple(nodes)
         self._epoch = epoch
         self.secret = secret
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: OwnFolder | None = None
         if host is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="penstock-link-")
-            path = str(Path(self._folder.name) / "leader.sock")
+            self._folder = OwnFolder("link")
+            path = str(self._folder.path / "leader.sock")
             self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._sock.bind(path)
             os.chmod(path, 0o600)
@@ -89,7 +88,7 @@ class LinkListener:
         """Stop listening; an accepted link stays open."""
         self._sock.close()
         if self._folder is not None:
-            self._folder.cleanup()
+            self._folder.close()
             self._folder = None
 
     def _accept(self, deadline_s: float) -> socket.socket | None:
