@@ -36,6 +36,8 @@ JITTER_SHARE = {1: 1.0, 2: 0.06}
 it with one slot; with two a late transfer is felt (measured 1 % on a quiet machine, 12-19 % on a
 loaded one); three or more absorb it."""
 
+BLOCK_TOKENS = 16
+"""Of a block of the KV cache, as they are unless the file says otherwise."""
 SLOTS_TO_DECODE = 3
 """With fewer slots a record is decoded and computed with in turn: the others are being read. With
 just these the disk has less to do at a time, as with two of records that need no decoding (measured
@@ -177,14 +179,20 @@ def _compute_s(model: ModelShape, placement: Placement, rates: Rates, load: Pass
     decode_s = read / (rates.attention_bytes_per_s or rates.memory_bytes_per_s)
     if placement.kv_home is KvHome.HOST and not rates.device_is_host:
         decode_s = 0.0
-    if placement.kv_home is KvHome.STREAMED and rates.device_is_host:
-        decode_s += load.kv_tokens * model.kv_bytes_per_token / rates.link_bytes_per_s
     pairs = load.prompt_tokens * load.prompt_context_tokens
     prompt_s = pairs * model.attention_flops_per_pair / rates.gemm[-1].flops_per_s
     count, tokens = placement.parts(load.tokens, load.kv_tokens)
+    if placement.kv_home is KvHome.STREAMED and rates.device_is_host:
+        # Back go the blocks that were written: a decoding row takes the rest of its block along.
+        moved = load.kv_tokens + load.rows * BLOCK_TOKENS + load.prompt_tokens
+        copied = moved * model.kv_bytes_per_token
+        decode_s += copied / (rates.kv_copy_bytes_per_s or rates.link_bytes_per_s)
+        decode_s += count * len(model.layers) * rates.kv_window_s
+    more_s = (count - 1) * (rates.part_overhead_s or rates.layer_overhead_s)
     one_s = sum(_layer_s(layer, placement.precision, rates, tokens) for layer in model.layers)
     return (
-        count * (one_s + rates.layer_overhead_s * len(model.layers))
+        count * one_s
+        + len(model.layers) * (rates.layer_overhead_s + more_s)
         + rates.gemm_s(model.head_weights, load.rows)
         + decode_s
         + prompt_s

@@ -26,11 +26,14 @@ from offload.rates import GemmPoint, Rates
 DEADLINE_S = 60.0
 """Measuring takes about 10 s; starting Python and torch on a cold disk can double that, and a busy
 machine multiplies it."""
-_VERSION = 7
+_VERSION = 8
 """Changes when the probe measures something else."""
 _GEMMS = ("gemm", "int8_gemm", "int4_gemm")
 _MAY_BE_ZERO = (
     "layer_overhead_s",
+    "part_overhead_s",
+    "kv_window_s",
+    "kv_copy_bytes_per_s",
     "row_value_s",
     "attention_bytes_per_s",
     "host_flops_per_s",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,13 +25,14 @@ from offload.precision import Precision
 from offload.probe_clock import Probe
 from offload.probe_decoding import measure_decoding
 from offload.probe_disk import measure_disk
+from offload.probe_parts import measure_parts
 from offload.probe_products import (
     host_flops_per_s,
     layer_work,
     measure_products,
     probe_weights,
 )
-from offload.probe_rows import measure_rows
+from offload.probe_rows import measure_rows, one_row_of
 from offload.rates import Rates
 from replicas.kernels.select import select_kernels
 from replicas.models.context import torch_dtype
@@ -53,6 +55,8 @@ def measure(probe: Probe, disk: Path) -> Rates:
     disk_rates = measure_disk(disk, layer_work(probe, weights) if is_host else None)
     decoding = measure_decoding(torch.get_num_threads())
     rows = measure_rows(probe.kernels, probe.device, probe.dtype, probe.cold_s)
+    products, one_row = _calls(probe), one_row_of(probe.kernels, probe.device, probe.dtype)
+    parts = measure_parts(probe, lambda: (products(), one_row()))
     return Rates(
         disk_bytes_per_s=disk_rates.bytes_per_s,
         compute_lost_to_reads=disk_rates.compute_lost,
@@ -63,7 +67,10 @@ def measure(probe: Probe, disk: Path) -> Rates:
         int4_gemm=points[Precision.INT4],
         host_memory_bytes_per_s=_memory(probe, torch.device("cpu")),
         host_flops_per_s=host_flops_per_s(probe, weights),
-        layer_overhead_s=_calls(probe) + rows.layer_s,
+        layer_overhead_s=probe.cold_s(products, 10) + rows.layer_s,
+        part_overhead_s=parts.layer_s,
+        kv_window_s=parts.window_s,
+        kv_copy_bytes_per_s=parts.copy_bytes_per_s,
         row_value_s=rows.value_s,
         attention_bytes_per_s=rows.attention_bytes_per_s,
         decode_bytes_per_s=decoding.decode_bytes_per_s,
@@ -84,7 +91,7 @@ def _memory(probe: Probe, device: torch.device) -> float:
     return READ_BYTES / probe.best_s(data.sum)
 
 
-def _calls(probe: Probe) -> float:
+def _calls(probe: Probe) -> Callable[[], object]:
     """A layer's products with matrices that are next to nothing: what remains is calls."""
     kernels = probe.kernels
     tiny = torch.ones((TINY, TINY), dtype=probe.dtype)
@@ -95,7 +102,7 @@ def _calls(probe: Probe) -> float:
         for _ in range(4):  # fused q/k/v, output, fused gate and up, down
             kernels.linear(hidden_TD, tensors, "w.weight")
 
-    return probe.cold_s(products, 10)
+    return products
 
 
 def main() -> None:

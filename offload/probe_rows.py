@@ -60,6 +60,11 @@ def measure_rows(
     )
 
 
+def one_row_of(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    """The same layer's work with one row and a short context."""
+    return _Layer(kernels, device, dtype).work(1, SHORT)
+
+
 class _Layer:
     """A layer without matrices."""
 

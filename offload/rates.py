@@ -46,8 +46,15 @@ class Rates:
     cores that compute."""
     layer_overhead_s: float = 0.0
     """What a layer takes beside its matrices: launching, norms, bookkeeping."""
+    part_overhead_s: float = 0.0
+    """The same for each micro-batch but the first, which finds the layer's code in the caches; 0:
+    as much."""
+    kv_window_s: float = 0.0
+    """What a layer takes for each micro-batch whose keys and values pass through a window."""
+    kv_copy_bytes_per_s: float = 0.0
+    """Of keys and values into a window by the host's cores; 0: as fast as the link."""
     row_value_s: float = 0.0
-    """The same for each further row, for each value that passes through (`layer_values`)."""
+    """What each further row takes, for each value that passes through (`layer_values`)."""
     attention_bytes_per_s: float = 0.0
     """Of keys and values, by what computes attention over them; 0: as fast as memory is read."""
     decode_bytes_per_s: float = 0.0

@@ -46,6 +46,37 @@ def test_micro_batches_move_the_weights_once_and_compute_each_part() -> None:
     assert dict(slow.seconds)[Resource.COMPUTE] > 10 * dict(fast.seconds)[Resource.COMPUTE]
 
 
+def test_what_micro_batches_and_windows_take_by_hand() -> None:
+    """40 layers; 8 micro-batches of 32 tokens. A whole step pays one layer's calls, cold."""
+    model = uniform_model(kv_bytes_per_token=10**6)
+    rates = replace(
+        machine(),
+        device_is_host=True,
+        layer_overhead_s=3e-4,
+        part_overhead_s=1e-4,
+        kv_window_s=2e-4,
+        kv_copy_bytes_per_s=5 * GB,
+    )
+    load = PassLoad(rows=1, context_tokens=0, prompt_tokens=255, prompt_context_tokens=1000)
+    streamed = {"kv_home": KvHome.STREAMED, "kv_windows": 2, "kv_window_tokens": 10_000}
+
+    def compute_s(**changes: Any) -> float:
+        placement = replace(STREAM_ALL, **changes)
+        return dict(pass_time(model, placement, rates, load).seconds)[Resource.COMPUTE]
+
+    whole, cut = compute_s(), compute_s(micro_batch_tokens=32)
+    assert cut - whole == pytest.approx(40 * 7 * 1e-4)
+    # Loaded what is attended to; stored a block of the decoding row, and the prompt.
+    copied = (1000 + 16 + 255) * 10**6 / (5 * GB)
+    assert compute_s(**streamed) - whole == pytest.approx(copied + 40 * 2e-4)
+    windows = compute_s(micro_batch_tokens=32, **streamed) - cut
+    assert windows == pytest.approx(copied + 40 * 8 * 2e-4)
+    unmeasured = replace(rates, part_overhead_s=0.0)
+    placement = replace(STREAM_ALL, micro_batch_tokens=32)
+    slower = dict(pass_time(model, placement, unmeasured, load).seconds)[Resource.COMPUTE]
+    assert slower - whole == pytest.approx(40 * 7 * 3e-4)
+
+
 @pytest.mark.parametrize(
     ("resident_layers", "rows", "published"), [(24, 64, 18), (20, 128, 32), (0, 256, 43)]
 )

@@ -112,4 +112,6 @@ def test_the_probe_measures_everything_it_reports(
     for points in (rates.gemm, rates.int8_gemm, rates.int4_gemm):
         assert [point.tokens for point in points] == list(probe_products.GEMM_TOKENS)
     assert 0 <= rates.compute_lost_to_reads < 1
+    assert rates.part_overhead_s > 0
+    assert rates.kv_copy_bytes_per_s > 0
     assert not list(tmp_path.iterdir())
