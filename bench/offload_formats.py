@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from bench.offload_rows import Setting, rates_of, step_s
-from bench.offload_run import Runner
+from bench.offload_run import Runner, all_streaming
 from bench.report import Row, Samples, compared, measured
 from offload.compression import Compression
 from offload.cost_model import PassLoad, pass_time
-from offload.homes import Placement
 from offload.precision import Precision
 
 AIM_OF_BATCHES = 60.0
@@ -28,7 +27,6 @@ def format_rows(
     done = [run for run in results if run is not None]
     if not done:
         raise RuntimeError(f"no result for {precision}: {runner.notes[-1]}")
-    disk = Samples(values=tuple(run.facts["disk_bytes_per_s"] / 1e9 for run in done))
     step_bytes = setting.shape.layer_bytes(precision)
     is_compressed = setting.compression_of(precision) is Compression.LOSSLESS
     share = setting.shape.stored_share if is_compressed else 1.0
@@ -37,6 +35,7 @@ def format_rows(
     for index, count in enumerate(batches):
         label = f"{precision.value}: batch {count}"
         each = [run.batches[index] for run in done]
+        disk = Samples(values=tuple(batch.disk_bytes_per_s / 1e9 for batch in each))
         row = measured(label, "rate", "tok/s", rates_of(each))
         if count > 1:
             is_last = precision is Precision.NATIVE and index == len(batches) - 1
@@ -65,13 +64,7 @@ def predicted_row(
 ) -> Row:
     """The cost model's figure with the disk as fast as it was in the run, against the run's."""
     speeds = dataclasses.replace(setting.rates, disk_bytes_per_s=disk_bytes_per_s)
-    placement = Placement(
-        resident_layers=0,
-        host_layers=0,
-        precision=precision,
-        compression=setting.compression_of(precision),
-        ring_slots=4 if setting.compression_of(precision) is Compression.LOSSLESS else 3,
-    )
+    placement = all_streaming(precision, setting.compression_of(precision))
     load = PassLoad(rows=rows, context_tokens=setting.context_tokens)
     predicted = rows / pass_time(setting.shape, placement, speeds, load).total_s
     near = min(predicted / rates.median, rates.median / predicted)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from bench.offload_child import BatchResult, ChildResult
-from bench.offload_run import Runner
+from bench.offload_run import Runner, all_streaming
 from bench.report import Row, Samples, compared, measured, not_measured
 from offload.compression import Compression
+from offload.cost_model import PassLoad, pass_time
+from offload.homes import Placement
 from offload.model_shape import ModelShape
 from offload.precision import Precision
 from offload.rates import Rates
 
+BATCH = 8
+"""Rows against peers."""
 RESIDENT_LAYERS = 6
 """What the limit leaves room for beside three slots, engine and Python; against peers, which use
-the same memory their own way. A fourth slot, to decode in, takes the place of one."""
+the same memory their own way. How ours uses it `Setting.keeping` finds."""
 WIDE_RESIDENT_LAYERS = 17
 """The same under `WIDE_LIMIT_BYTES`."""
 WIDE_LIMIT_BYTES = 2600 * 10**6
@@ -56,9 +60,21 @@ class Setting:
     compression: Compression
     """Of native records, as the planner would have them."""
 
-    def resident(self, layers: int) -> int:
-        """Layers that stay where `layers` do with three slots."""
-        return layers - (self.compression is Compression.LOSSLESS)
+    def keeping(self, layers: int) -> Placement:
+        """The fastest use of the memory of three slots and `layers` layers, as a planner finds it:
+        layers that stay, or parts of the records of all of them."""
+        layer_bytes = self.shape.layers[0].record_bytes(Precision.NATIVE)
+        load = PassLoad(rows=BATCH, context_tokens=self.context_tokens)
+
+        def uses() -> Iterator[Placement]:
+            for slots in (2, 3, 4):
+                kept = layers + 3 - slots
+                base = all_streaming(Precision.NATIVE, self.compression)
+                yield replace(base, ring_slots=slots, resident_layers=kept)
+                if self.compression is Compression.LOSSLESS:
+                    yield replace(base, ring_slots=slots, held_bytes=kept * layer_bytes)
+
+        return min(uses(), key=lambda use: pass_time(self.shape, use, self.rates, load).total_s)
 
     def compression_of(self, precision: Precision) -> Compression:
         """Codes get no smaller."""
@@ -73,9 +89,7 @@ def peer_rows(runner: Runner, engine: str, rounds: int, setting: Setting) -> lis
     theirs: list[ChildResult] = []
     wide: list[ChildResult] = []
     for _ in range(rounds):
-        if (
-            result := runner.run("ours", resident_layers=setting.resident(RESIDENT_LAYERS))
-        ) is not None:
+        if (result := runner.run("ours", placement=setting.keeping(RESIDENT_LAYERS))) is not None:
             ours.append(result)
         if (result := runner.run(engine, limit_bytes=limit_bytes)) is not None:
             theirs.append(result)
@@ -83,7 +97,7 @@ def peer_rows(runner: Runner, engine: str, rounds: int, setting: Setting) -> lis
             result = runner.run(
                 "ours",
                 limit_bytes=limit_bytes,
-                resident_layers=setting.resident(WIDE_RESIDENT_LAYERS),
+                placement=setting.keeping(WIDE_RESIDENT_LAYERS),
             )
             wide += [] if result is None else [result]
     label = f"{engine}: batch {ours[0].batches[0].rows}, model twice the memory"

@@ -14,9 +14,11 @@ from pathlib import Path
 from bench.memory_cgroup import MemoryCgroup
 from bench.offload_child import BatchResult, ChildResult, ChildTask
 from offload.compression import Compression
+from offload.homes import Placement
 from offload.precision import Precision
 
 TIMEOUT_S = 150.0
+_ATTEMPTS = 3
 ACCELERATE = "accelerate==1.15.0"
 
 
@@ -53,18 +55,19 @@ class Runner:
         precision: Precision = Precision.NATIVE,
         *,
         limit_bytes: int | None = None,
-        resident_layers: int = 0,
+        placement: Placement | None = None,
     ) -> ChildResult | None:
         """One child from start to end; None, and a note, when it failed.
 
         Args:
             limit_bytes: of memory; None: the limit of all.
-            resident_layers: as in `ChildTask`.
+            placement: what ours keeps and how it streams; None: as `all_streaming`.
         """
         if engine == "accelerate_disk" and self.accelerate is None:
             self._note("Accelerate could not be installed")
             return None
         compression = self.compression_of(engine, precision)
+        placement = placement or all_streaming(precision, compression)
         folder = self.stores[precision, compression]
         task = dataclasses.replace(
             self.task,
@@ -74,7 +77,11 @@ class Runner:
             batches=tuple(batches) or self.task.batches,
             precision=precision.value,
             compression=compression.value,
-            resident_layers=resident_layers,
+            resident_layers=placement.resident_layers,
+            held_bytes=placement.held_bytes,
+            ring_slots=placement.ring_slots,
+            # Against peers the engine is cold, and they have but one run too.
+            attempts=_ATTEMPTS if batches else 1,
         )
         for path in (*folder.glob("*.weights"), *Path(task.checkpoint).iterdir()):
             _drop_cache(path)
@@ -133,6 +140,17 @@ class Runner:
         head = text.partition(":")[0]
         self.notes[:] = [note for note in self.notes if not note.startswith(f"{head}:")]
         self.notes.append(text)
+
+
+def all_streaming(precision: Precision, compression: Compression) -> Placement:
+    """No layer in memory, through three slots; one more to decode in."""
+    return Placement(
+        resident_layers=0,
+        host_layers=0,
+        precision=precision,
+        compression=compression,
+        ring_slots=3 if compression is Compression.NONE else 4,
+    )
 
 
 def _result(line: str) -> ChildResult:

@@ -25,7 +25,7 @@ from cluster.base.env import default_cache_dir
 from cluster.base.plan import OffloadPlan
 from cluster.dist.communicator import SingleRank
 from offload.assembly import streamed_weights
-from offload.opening import Runtime
+from offload.runtime import Runtime
 from replicas.api import GenerationRequest, SamplingParams
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.scheduler_config import SchedulerConfig

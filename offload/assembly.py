@@ -18,13 +18,14 @@ from offload.checkpoint_store import READER, CheckpointStore
 from offload.compression import DTYPE, Compression, RecordCodec
 from offload.expert_cache import ExpertCache
 from offload.gathered_units import Residents, open_gathered, piece_of
+from offload.held_heads import open_heads
 from offload.homes import KvHome
 from offload.host_experts import HostExperts
 from offload.kv_windows import KvWindows
 from offload.layout import Store
 from offload.lockstep_ring import LockstepRing
 from offload.lossless_library import open_codec
-from offload.opening import Opening, Runtime
+from offload.opening import Opening
 from offload.pack import StoreRequest, ensure_store
 from offload.packers import NativePacker, Packer
 from offload.placement import Placement, place_units
@@ -35,6 +36,7 @@ from offload.quant_kernels import QuantKernels, QuantPacker
 from offload.readers.choose import OpenEngine, choose_reader, openers
 from offload.reservations import reserve_all
 from offload.ring import Ring
+from offload.runtime import Runtime
 from offload.schedule import build_schedule
 from offload.zigzag import ZigzagModel
 from replicas.kernels.ops import Kernels
@@ -187,7 +189,8 @@ def open_weights(
             num_slots = placement.ring_room.num_slots
             depth = min(plan.prefetch_depth, num_slots)
             schedule = build_schedule(placement.ring, num_slots, depth)
-            ring = Ring(schedule, opening.link(placement.ring_room, pinned))
+            heads = open_heads(placement.head_bytes)
+            ring = Ring(schedule, opening.link(placement.ring_room, pinned, heads))
         if placement.experts:
             link = opening.link(placement.expert_room, pinned)
             costs = plan.host_experts
@@ -211,7 +214,7 @@ def _routed(pinned: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
 def _log_placement(placement: Placement, reader: str) -> None:
     _log.info(
         "weights: %d units resident (%s), %d in host memory, %d streamed by %s through %d slots of "
-        "%s, %d experts through %d slots",
+        "%s beside %s of their records held, %d experts through %d slots",
         len(placement.resident),
         size_text(placement.resident_bytes),
         len(placement.host),
@@ -219,6 +222,7 @@ def _log_placement(placement: Placement, reader: str) -> None:
         reader,
         placement.ring_room.num_slots,
         size_text(placement.ring_room.slot_bytes),
+        size_text(placement.held_bytes),
         len(placement.experts),
         placement.expert_room.num_slots,
     )

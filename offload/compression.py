@@ -33,8 +33,25 @@ class RecordCodec(Protocol):
         """A shorter record for `image` (uint8, whole pages); None when there is none."""
         ...
 
-    def decode(self, memory: torch.Tensor, record_bytes: int) -> None:
+    def begin(self, memory: torch.Tensor, record_bytes: int, head: torch.Tensor) -> None:
+        """Make of the image what the record's beginning alone tells, while the rest may still be
+        arriving at the end of `memory`.
+
+        Args:
+            head: the first bytes of the record, wherever they lie.
+
+        Raises:
+            CorruptWeightsError: as `decode`.
+        """
+        ...
+
+    def decode(
+        self, memory: torch.Tensor, record_bytes: int, head: torch.Tensor | None = None
+    ) -> None:
         """Make the image of the record that lies at the end of `memory` (uint8); fills all of it.
+
+        Args:
+            head: its first bytes, if they lie elsewhere; `begin` has then made what they tell.
 
         Raises:
             CorruptWeightsError: the record is damaged; `memory` then holds neither.

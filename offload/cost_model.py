@@ -2,16 +2,16 @@
 
 Everything overlaps, so a pass takes as long as its busiest resource:
 
-    t = max( r S_disk / BW_disk, S_disk / BW_decode, S_link / BW_link, C,
+    t = max( (r S_disk - H) / BW_disk, S_disk / BW_decode, S_link / BW_link, C,
              KV_link / BW_link, A_host, E_host )
 
-S: bytes streamed in a pass after quantisation. r: what compression leaves of them on disk; one core
-decodes them, and where none is free it takes from those that compute. C: the device's own work, one
-thing after another: multiplications with weights as they are stored, attention over the KV cache it
-holds, and what each row takes beside its products (norms, heads, activations, sampling). A, E:
-attention and experts that the host computes. Where the host is the device, a share l of its
-computation is lost while the disk is read, and C is more by l r S_disk / BW_disk; nothing of it
-shows where reads last.
+S: bytes streamed in a pass after quantisation. r: what compression leaves of them on disk. H: what
+of that memory holds. One core decodes all of it, and where none is free it takes from those that
+compute. C: the device's own work, one thing after another: multiplications with weights as they are
+stored, attention over the KV cache it holds, and what each row takes beside its products (norms,
+heads, activations, sampling). A, E: attention and experts that the host computes. Where the host is
+the device, a share l of its computation is lost while the disk is read, and C is more by l times
+the disk's time; nothing of it shows where reads last.
 tokens/s = batch / t; with S / BW the largest term this is ZeRO-Inference's rule: throughput is
 batch x link / model.
 """
@@ -108,7 +108,7 @@ def pass_time(model: ModelShape, placement: Placement, rates: Rates, load: PassL
     overlaps = not rates.device_is_host
     left, experts_s = host_experts_share(model, placement, rates, load)
     decode_s = _decode_s(placement, rates, from_disk)
-    disk_s = from_disk * placement.stored_share(model) / rates.disk_bytes_per_s
+    disk_s = placement.read_bytes(model, from_disk) / rates.disk_bytes_per_s
     seconds = {
         Resource.DISK: disk_s,
         Resource.DECODE: decode_s,

@@ -38,6 +38,8 @@ class Placement:
     """Of all layers, wherever they are: answers do not depend on the budget."""
     compression: Compression = Compression.NONE
     """Of all records in the store; memory holds what they decode to."""
+    held_bytes: int = 0
+    """Of the streamed layers' compressed records, what stays in memory as it is stored."""
     ring_slots: int = 3
     bases_resident: bool = False
     """Of mixture layers that stream only the routed experts do; the rest of them stays."""
@@ -74,6 +76,10 @@ class Placement:
     def stored_share(self, model: ModelShape) -> float:
         """Of the bytes that come from disk, what is read."""
         return model.stored_share if self.compression is Compression.LOSSLESS else 1.0
+
+    def read_bytes(self, model: ModelShape, from_disk: float) -> float:
+        """What the disk is asked for when a pass brings `from_disk` bytes of weights from there."""
+        return max(0.0, from_disk * self.stored_share(model) - self.held_bytes)
 
     def streamed_bytes(self, model: ModelShape, tokens: int, kv_tokens: int = 0) -> tuple[int, int]:
         """Bytes that one pass of `tokens` tokens brings from (disk, host memory); see `parts`.
@@ -128,8 +134,9 @@ class Placement:
         return held + (model.fixed_bytes if self.fixed_resident else 0)
 
     def weight_bytes(self, model: ModelShape) -> int:
-        """Device bytes of resident weights, ring, expert slots and windows of the KV cache."""
-        slots = self.ring_slots * self.slot_bytes(model)
+        """Device bytes of resident weights, ring, what is held of records, expert slots and windows
+        of the KV cache."""
+        slots = self.ring_slots * self.slot_bytes(model) + self.held_bytes
         slots += self.expert_slots * self.expert_slot_bytes(model)
         return self.resident_bytes(model) + slots + self.window_bytes(model)
 

@@ -4,8 +4,8 @@ Nothing that was read is used before it is known to be whole (`offload/record_ch
 are computed and compressed records decoded by a thread of their own as records arrive, in the order
 of their reads, so that the computation waits for one only where it caught up with the disk. A
 compressed record is read to the end of its place in the slot and decoded there: it takes no memory
-beside. A read that failed is tried once more. A slow disk makes a slow step; a wrong byte makes an
-error.
+beside, but for the beginnings that stay (`offload/held_heads.py`) and are not read again. A read
+that failed is tried once more. A slow disk makes a slow step; a wrong byte makes an error.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 
 from cluster.base.errors import CorruptWeightsError, InternalError, PenstockError
 from offload.compression import RecordCodec
+from offload.held_heads import HeldHeads
 from offload.layout import PackedTensor, Record, Store
 from offload.link import POISON, LinkStats
 from offload.readers.engine import ReadEngine, ReadTimeoutError
@@ -39,6 +40,7 @@ class HostLink:
         slots: memory of each slot, from `engine.allocate`; a unit's image must fit its slot.
         check: of what was read; None: checksums at the first read of each record.
         codec: decodes compressed records; None: there are none.
+        heads: beginnings of compressed records that stay; None: none do.
         poison: overwrite evicted slots with NaN, so that a use after release shows.
     """
 
@@ -50,6 +52,7 @@ class HostLink:
         *,
         check: RecordCheck | None = None,
         codec: RecordCodec | None = None,
+        heads: HeldHeads | None = None,
         timeout_s: float = 30.0,
         poison: bool = False,
     ) -> None:
@@ -59,6 +62,7 @@ class HostLink:
         self._slots = list(slots)
         self._check = check or RecordCheck(store)
         self._codec = codec
+        self._heads = heads
         self._timeout_s = timeout_s
         self._poison = poison
         self._reading: list[Record | None] = [None] * len(slots)
@@ -118,42 +122,74 @@ class HostLink:
         self._views.clear()
 
     def _start(self, record: Record, slot: int) -> None:
-        buffer = self._place(record, slot)
-        self._check.spoil(record, buffer)
-        self._engine.submit(slot, buffer, record.offset)
+        head = self._head(record)
+        if (tail := self._tail(record, slot, head)).numel():
+            self._check.spoil(record, tail)
+            self._engine.submit(slot, tail, record.offset + record.num_bytes - tail.numel())
+            self.stats.num_reads += 1
+            self.stats.num_bytes += tail.numel()
         self._reading[slot] = record
-        self.stats.num_reads += 1
-        self.stats.num_bytes += record.num_bytes
         if record.compressed_from or self._check.needs_checksum(record):
-            self._checks[slot] = self._checker.submit(self._finish, record, slot)
+            self._checks[slot] = self._checker.submit(self._finish, record, slot, head)
 
     def _end(self, record: Record, slot: int) -> None:
         """Wait until the slot's read has ended and been checked, by this thread or the other."""
         check = self._checks.pop(slot, None)
         if check is None:
-            self._finish(record, slot)
+            self._finish(record, slot, None)
         else:
             check.result()
         self._reading[slot] = None
 
-    def _finish(self, record: Record, slot: int) -> None:
-        self._wait_for_read(slot)
-        self._check.check(record, self._place(record, slot))
-        if record.compressed_from:
-            if self._codec is None:
-                raise InternalError(f"{self._store.path} is compressed and there is no codec.")
-            try:
-                image = self._slots[slot][record.piece_at : record.piece_at + record.image_bytes]
-                self._codec.decode(image, record.num_bytes)
-            except CorruptWeightsError as error:
-                raise CorruptWeightsError(
-                    f"{self._store.path}: at {record.offset}: {error}", _PACK_AGAIN
-                ) from error
+    def _finish(self, record: Record, slot: int, head: torch.Tensor | None) -> None:
+        """Return when the slot holds the image; `head` is what was held when its read began."""
+        try:
+            self._bring(record, slot, head)
+        except PenstockError:
+            if head is not None and self._heads is not None:
+                self._heads.forget(record)  # the next read brings all of it
+            raise
 
-    def _place(self, record: Record, slot: int) -> torch.Tensor:
-        """Where in the slot the record is read to: the end of its image, for the codec's sake."""
+    def _bring(self, record: Record, slot: int, head: torch.Tensor | None) -> None:
+        tail = self._tail(record, slot, head)
+        try:
+            if head is not None:
+                self._decode(record, slot, head, is_here=False)
+        finally:
+            if tail.numel():
+                self._wait_for_read(slot)
+        self._check.check(record, tail, head)
+        if record.compressed_from:
+            if head is None and self._heads is not None:
+                self._heads.keep(record, tail)
+            self._decode(record, slot, head, is_here=True)
+
+    def _decode(
+        self, record: Record, slot: int, head: torch.Tensor | None, *, is_here: bool
+    ) -> None:
+        """What the record's head tells, or, once all of it `is_here`, the rest."""
+        if self._codec is None:
+            raise InternalError(f"{self._store.path} is compressed and there is no codec.")
+        image = self._slots[slot][record.piece_at : record.piece_at + record.image_bytes]
+        try:
+            if is_here:
+                self._codec.decode(image, record.num_bytes, head)
+            elif head is not None:
+                self._codec.begin(image, record.num_bytes, head)
+        except CorruptWeightsError as error:
+            raise CorruptWeightsError(
+                f"{self._store.path}: at {record.offset}: {error}", _PACK_AGAIN
+            ) from error
+
+    def _head(self, record: Record) -> torch.Tensor | None:
+        return None if self._heads is None else self._heads.of(record)
+
+    def _tail(self, record: Record, slot: int, head: torch.Tensor | None) -> torch.Tensor:
+        """Where in the slot what follows the head is read to: the end of the record's image, for
+        the codec's sake."""
         end = record.piece_at + record.image_bytes
-        return self._slots[slot][end - record.num_bytes : end]
+        held = 0 if head is None else head.numel()
+        return self._slots[slot][end - record.num_bytes + held : end]
 
     def _wait_for_read(self, slot: int) -> None:
         deadline_s = time.monotonic() + self._timeout_s

@@ -17,8 +17,9 @@ from offload.layout import PAGE_BYTES
 from replicas.kernels.build import BuildPlan, KernelsUnavailableError, build_library, find_compiler
 
 SOURCES = Path(__file__).parent / "lossless"
-_ABI = 1
+_ABI = 2
 _LINE_BYTES = 64
+_IN_HEAD, _THE_REST = 0, 1
 _P, _L, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
@@ -45,7 +46,7 @@ class LosslessLibrary:
         except (OSError, AttributeError) as error:
             raise KernelsUnavailableError(f"{path} cannot be loaded ({error})") from error
         self._encode.argtypes, self._encode.restype = [_P, _L, _P, _I], _L
-        self._decode.argtypes, self._decode.restype = [_P, _L, _L], _L
+        self._decode.argtypes, self._decode.restype = [_P, _L, _L, _P, _L, _I], _L
 
     def encode(self, image: torch.Tensor) -> torch.Tensor | None:
         """See `RecordCodec`."""
@@ -55,12 +56,26 @@ class LosslessLibrary:
         size = self._encode(image.data_ptr(), image.numel(), record.data_ptr(), threads)
         return record[:size] if size else None
 
-    def decode(self, memory: torch.Tensor, record_bytes: int) -> None:
+    def begin(self, memory: torch.Tensor, record_bytes: int, head: torch.Tensor) -> None:
         """See `RecordCodec`."""
+        self._decoded(memory, record_bytes, head, _IN_HEAD)
+
+    def decode(
+        self, memory: torch.Tensor, record_bytes: int, head: torch.Tensor | None = None
+    ) -> None:
+        """See `RecordCodec`."""
+        self._decoded(memory, record_bytes, head, _THE_REST)
+
+    def _decoded(
+        self, memory: torch.Tensor, record_bytes: int, head: torch.Tensor | None, part: int
+    ) -> None:
         _check_pages(memory)
         if not 0 < record_bytes <= memory.numel() or memory.data_ptr() % _LINE_BYTES:
             raise InternalError(f"{record_bytes} bytes are no record in {memory.numel()}.")
-        damaged = self._decode(memory.data_ptr(), memory.numel(), record_bytes)
+        at, size = (0, 0) if head is None else (head.data_ptr(), head.numel())
+        if at % _LINE_BYTES or size > record_bytes:
+            raise InternalError(f"{size} bytes are no beginning of {record_bytes}.")
+        damaged = self._decode(memory.data_ptr(), memory.numel(), record_bytes, at, size, part)
         if damaged:
             raise CorruptWeightsError(f"Block {damaged - 1} of a compressed record is damaged.")
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -17,8 +15,8 @@ from offload.awaited_units import Tensors, tensors_of
 from offload.checkpoint_store import READER
 from offload.device_copier import DeviceCopier
 from offload.device_link import DeviceLink
-from offload.device_streams import DeviceStreams, TorchStreams
 from offload.gathered_link import GatheredLink
+from offload.held_heads import HeldHeads
 from offload.host_link import HostLink
 from offload.layout import Store
 from offload.link import Link
@@ -28,32 +26,13 @@ from offload.readers.choose import OpenEngine
 from offload.readers.engine import ReadEngine, ReaderUnavailableError
 from offload.record_check import RecordCheck
 from offload.residents import ArrivingUnits, copy_records, read_records, record_numbers
+from offload.runtime import Runtime
 from offload.shared_units import SharedUnits
 from offload.staging import Staging
 from replicas.worker.assembly import WeightSharers
 from replicas.worker.device import pin_host_memory
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Runtime:
-    """What a plan leaves to the machine, and what tests want to see."""
-
-    cache_dir: Path
-    """Where compiled readers and the codec are kept."""
-    poison: bool = False
-    """Overwrite what was released with NaN."""
-    wrap_engine: Callable[[ReadEngine], ReadEngine] = lambda engine: engine
-    streams: Callable[[torch.device], DeviceStreams] | None = None
-    """What orders a second stage's copies with the computation; None: the device's own, and no
-    second stage on a CPU."""
-
-    def streams_of(self, device: torch.device) -> DeviceStreams | None:
-        """The queues of a second stage, from host to device slots; None: there is one memory."""
-        if self.streams is not None:
-            return self.streams(device)
-        return None if device.type == "cpu" else TorchStreams(device)
 
 
 class Opening:
@@ -145,15 +124,20 @@ class Opening:
             self._opened.callback(pin_host_memory(memory, self._device))
         return {unit: records[self._store.by_name[unit].record] for unit in units}
 
-    def link(self, slots: SlotRoom, pinned: Mapping[str, torch.Tensor]) -> Link:
-        """Slots where the rank computes, and what fills them.
+    def link(
+        self,
+        slots: SlotRoom,
+        pinned: Mapping[str, torch.Tensor],
+        heads: HeldHeads | None = None,
+    ) -> Link:
+        """Slots where the rank computes, and what fills them; on a CPU rank beside what is held.
 
         Raises:
             ConfigError: there is no memory for them.
         """
         streams = self._runtime.streams_of(self._device)
         if streams is None:
-            return self._host_link(slots.num_slots, slots.slot_bytes)
+            return self._host_link(slots.num_slots, slots.slot_bytes, heads)
         staging = None
         if slots.num_staging:
             host = self._host_link(slots.num_staging, slots.slot_bytes)
@@ -192,7 +176,9 @@ class Opening:
         self._opened.callback(link.close)
         return link
 
-    def _host_link(self, num_slots: int, slot_bytes: int) -> HostLink:
+    def _host_link(
+        self, num_slots: int, slot_bytes: int, heads: HeldHeads | None = None
+    ) -> HostLink:
         engine, memory = self._slots(num_slots, slot_bytes)
         host = HostLink(
             self._store,
@@ -200,6 +186,7 @@ class Opening:
             torch.split(memory, slot_bytes),
             check=RecordCheck(self._store, self._plan.verify),
             codec=self._codec,
+            heads=heads,
             timeout_s=self._plan.read_timeout_s,
             poison=self._runtime.poison,
         )

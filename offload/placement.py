@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from cluster.base.errors import ConfigError
 from cluster.base.plan import OffloadPlan
 from offload.homes import staging_slots
-from offload.layout import Record, Store
+from offload.layout import GUARD_STRIDE, Record, Store
 
 _ROUTED = re.compile(r"layer\.\d+\.expert\.\d+")
 
@@ -53,6 +53,13 @@ class Placement:
     resident_bytes: int
     largest_resident_bytes: int
     """Of one record: what a device's residents pass through on their way."""
+    head_bytes: Mapping[int, int] = field(default_factory=dict)
+    """What stays in memory of each record of the ring, as it is stored, by its offset."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Of all such beginnings."""
+        return sum(self.head_bytes.values())
 
 
 def is_routed(unit: str) -> bool:
@@ -94,6 +101,7 @@ def place_units(store: Store, plan: OffloadPlan) -> Placement:
         largest_resident_bytes=max(
             (store.records[number].image_bytes for number in kept), default=0
         ),
+        head_bytes=head_sizes([store.record_of(unit) for unit in ring], plan.held_bytes),
     )
 
 
@@ -121,3 +129,20 @@ def _room(store: Store, units: Sequence[str], wanted: int, on_host: Collection[i
 
 def _largest(store: Store, units: Iterable[str]) -> int:
     return max((store.record_of(unit).used_bytes for unit in units), default=0)
+
+
+def head_sizes(records: Sequence[Record], held_bytes: int) -> dict[int, int]:
+    """Bytes that are held of each record, by its place in the file; together at most `held_bytes`.
+
+    The same share of each, in whole strides of guard words; records that are not compressed have
+    none.
+    """
+    shorter = {record.offset: record.num_bytes for record in records if record.compressed_from}
+    total = sum(shorter.values())
+    if held_bytes >= total:
+        return shorter
+    sizes = {
+        offset: num_bytes * held_bytes // total // GUARD_STRIDE * GUARD_STRIDE
+        for offset, num_bytes in shorter.items()
+    }
+    return {offset: size for offset, size in sizes.items() if size}

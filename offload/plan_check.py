@@ -44,6 +44,7 @@ def check_plan(plan: OffloadPlan, request: WeightsRequest, *, has_stages: bool) 
             "Set compression to none, or share_resident to never.",
             param="share_resident",
         )
+    _check_held(plan, has_stages=has_stages)
     _check_kv(plan, request)
     adapted = isinstance(request.model.kernels, QuantKernels)
     if adapted != (plan.precision != Precision.NATIVE):
@@ -65,6 +66,24 @@ def check_plan(plan: OffloadPlan, request: WeightsRequest, *, has_stages: bool) 
             "No experts lie in host memory that could be computed there.",
             "Leave host_experts out.",
             param="host_experts",
+        )
+
+
+def _check_held(plan: OffloadPlan, *, has_stages: bool) -> None:
+    if not plan.held_bytes:
+        return
+    why = ""
+    if plan.compression == Compression.NONE:
+        why = "records that are not compressed are as short as what they are for"
+    elif has_stages:
+        why = "the ring is on a device, where records are not decoded"
+    elif plan.num_sharing > 1:
+        why = "ranks that read together keep whole layers"
+    if why:
+        raise ConfigError(
+            f"{plan.held_bytes} bytes of records are to stay as they are stored, and {why}.",
+            "Keep whole units in memory instead.",
+            param="held_bytes",
         )
 
 

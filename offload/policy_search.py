@@ -125,6 +125,7 @@ def _score(objective: Objective) -> Callable[[Candidate], tuple[float, ...]]:
             placement.host_experts,
             smallness,
             placement.ring_slots,
+            placement.held_bytes,
             placement.resident_layers,
         )
         if objective is Objective.LATENCY:

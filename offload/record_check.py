@@ -42,16 +42,19 @@ class RecordCheck:
         return self._always or record.offset not in self._verified
 
     def spoil(self, record: Record, buffer: torch.Tensor) -> None:
-        """Make `buffer` differ from the record in every guard word."""
+        """Make `buffer` differ from the record's end, or all of it, in every guard word."""
         if self._leaves_untouched or not record.guards:
             return
-        words, at = self._guard_words(record), record.num_bytes // GUARD_STRIDE
         strided, last = _guard_places(buffer)
-        strided.copy_(~words[:at])
-        last.copy_(~words[at:])
+        strided_words, last_words = self._guard_words(record, buffer)
+        strided.copy_(~strided_words)
+        last.copy_(~last_words)
 
-    def check(self, record: Record, buffer: torch.Tensor) -> None:
+    def check(self, record: Record, buffer: torch.Tensor, head: torch.Tensor | None = None) -> None:
         """Return when `buffer` holds the record.
+
+        Args:
+            head: its first bytes, whole strides or all of it, where `buffer` has only the others.
 
         Raises:
             WeightStreamError: it was not read whole.
@@ -59,16 +62,18 @@ class RecordCheck:
         """
         if not record.guards:
             return  # made from checked tensors, not read
-        words, at = self._guard_words(record), record.num_bytes // GUARD_STRIDE
-        strided, last = _guard_places(buffer)
-        if not (torch.equal(strided, words[:at]) and torch.equal(last, words[at:])):
-            raise WeightStreamError(
-                f"{self._path}: {record.num_bytes} bytes at {record.offset} were not read whole.",
-                "Look at the disk.",
-            )
+        if buffer.numel():
+            places, words = _guard_places(buffer), self._guard_words(record, buffer)
+            if not all(torch.equal(*each) for each in zip(places, words, strict=True)):
+                raise WeightStreamError(
+                    f"{self._path}: {record.num_bytes} bytes at {record.offset} were not read "
+                    "whole.",
+                    "Look at the disk.",
+                )
         if not self.needs_checksum(record):
             return
-        if zlib.crc32(buffer.numpy().data) != record.crc32:
+        before = 0 if head is None else zlib.crc32(head.numpy().data)
+        if zlib.crc32(buffer.numpy().data, before) != record.crc32:
             raise CorruptWeightsError(
                 f"{self._path}: {record.num_bytes} bytes at {record.offset} are not what was "
                 "packed.",
@@ -76,11 +81,16 @@ class RecordCheck:
             )
         self._verified.add(record.offset)
 
-    def _guard_words(self, record: Record) -> torch.Tensor:
+    def _guard_words(
+        self, record: Record, buffer: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the record's end that `buffer` is: as `_guard_places` has them."""
         if record.offset not in self._guards:
             words = torch.frombuffer(bytearray(record.guards), dtype=torch.int64)
             self._guards[record.offset] = words
-        return self._guards[record.offset]
+        words, strides = self._guards[record.offset], record.num_bytes // GUARD_STRIDE
+        missing = (record.num_bytes - buffer.numel()) // GUARD_STRIDE
+        return words[missing:strides], words[strides:]
 
 
 def _guard_places(buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

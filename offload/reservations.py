@@ -46,6 +46,8 @@ def reserve(budget: Budget, placement: Placement, plan: OffloadPlan) -> None:
     budget.reserve("workspace", plan.workspace_bytes)
     ring, experts = placement.ring_room, placement.expert_room
     budget.reserve(f"ring of {ring.num_slots} slots", ring.device_bytes)
+    if placement.held_bytes:
+        budget.reserve("beginnings of compressed records", placement.held_bytes)
     if placement.experts:
         budget.reserve(f"{experts.num_slots} expert slots", experts.device_bytes)
     budget.reserve("resident weights", placement.resident_bytes)

@@ -11,6 +11,7 @@ list out at their own pace keep out of each other's way is proved in `gather_che
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from offload.ops import Op, OpKind, Schedule
 
@@ -19,8 +20,16 @@ class ScheduleError(Exception):
     """What a schedule does wrong, and at which operation."""
 
 
+_NONE_HELD: Mapping[str, int] = MappingProxyType({})
+
+
 def check_schedule(
-    schedule: Schedule, sizes: Mapping[str, int], *, slot_bytes: int, budget_bytes: int
+    schedule: Schedule,
+    sizes: Mapping[str, int],
+    *,
+    slot_bytes: int,
+    budget_bytes: int,
+    held: Mapping[str, int] = _NONE_HELD,
 ) -> None:
     """Raise `ScheduleError` unless the schedule is safe.
 
@@ -28,11 +37,17 @@ def check_schedule(
         sizes: bytes of every streamed unit.
         slot_bytes: bytes of one slot.
         budget_bytes: what the ring may take.
+        held: bytes of each unit that stay beside the slots, as they are stored.
     """
-    if schedule.num_slots * slot_bytes > budget_bytes:
+    held_bytes = sum(held.values())
+    if schedule.num_slots * slot_bytes + held_bytes > budget_bytes:
         raise ScheduleError(
-            f"{schedule.num_slots} slots of {slot_bytes} bytes exceed {budget_bytes} bytes"
+            f"{schedule.num_slots} slots of {slot_bytes} bytes and {held_bytes} bytes of records "
+            f"exceed {budget_bytes} bytes"
         )
+    for unit, num_bytes in held.items():
+        if not 0 <= num_bytes <= sizes.get(unit, -1):
+            raise ScheduleError(f"{num_bytes} bytes are held of {unit}, which does not stream so")
     ring = _Ring(schedule, sizes, slot_bytes)
     for op in schedule.prologue:
         if op.kind is not OpKind.LOAD:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,6 @@ from bench.offload_engines.roofline import disk_bytes_per_s
 from cluster.base.plan import OffloadPlan
 from cluster.dist.communicator import SingleRank
 from offload.assembly import kernel_adapter, streamed_weights
-from offload.compression import Compression
 from offload.layout import Store, read_store
 from offload.provider import StreamedWeights
 from replicas.layers.weights import WeightProvider
@@ -40,23 +38,14 @@ def opened(task: ChildTask) -> Iterator[Engine]:
 
     generate = engine_of(task, plan, factory)
     store = store_of(task)
-    rates: list[float] = []
-
-    def measure() -> None:
-        """The disk alone, before and after each batch: it drifts."""
-        rates.append(disk_bytes_per_s(store, made[0].stats.reader))
-
     yield Engine(
         generate=generate,
-        facts=lambda: {"disk_bytes_per_s": statistics.median(rates)},
-        between=measure,
+        disk_bytes_per_s=lambda: disk_bytes_per_s(store, made[0].stats.reader),
     )
 
 
 def offload_plan(task: ChildTask) -> OffloadPlan:
-    """Three slots, one more to decode in; what is not a layer is resident, and the layers that the
-    task says."""
-    slots = 3 if task.compression == Compression.NONE else 4
+    """As the task says; what is not a layer is resident."""
     kept = (f"layer.{index}" for index in range(task.resident_layers))
     return OffloadPlan(
         disk_path=task.folder,
@@ -64,8 +53,9 @@ def offload_plan(task: ChildTask) -> OffloadPlan:
         host_bytes=0,
         workspace_bytes=0,
         resident_units=("embed", *kept, "norm", "head"),
-        ring_slots=slots,
-        prefetch_depth=slots,
+        held_bytes=task.held_bytes,
+        ring_slots=task.ring_slots,
+        prefetch_depth=task.ring_slots,
         precision=task.precision,
         compression=task.compression,
     )

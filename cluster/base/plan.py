@@ -110,6 +110,9 @@ class OffloadPlan:
     """Weight units that stay in host memory and are copied from there; none on a CPU rank."""
     is_packed: bool = True
     """False: records are made from the checkpoint's files each time; there is no store."""
+    held_bytes: int = 0
+    """Most bytes of streamed compressed records that stay in memory as they are stored: the same
+    share of each is not read again (CPU ranks)."""
     ring_slots: int = 3
     """Places for streamed units, each as large as the largest of them."""
     prefetch_depth: int = 3
@@ -167,6 +170,8 @@ class SpeedPoint:
     precision: str
     compression: str = "none"
     """How records lie on disk: `none` or `lossless`."""
+    held_bytes: int = 0
+    """Of streamed compressed records, what stays in memory as it is stored."""
     micro_batch_tokens: int
     """Most tokens that a layer computes at a time; 0: all of a step's."""
     kv_home: str

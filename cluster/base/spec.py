@@ -193,7 +193,8 @@ class OffloadSpec(Section):
     )
     resident: Annotated[int | Auto, Whole(0, 10_000, auto=True)] = Field(
         default="auto",
-        description="Layers that stay on the device. auto: what serves the objective best.",
+        description="Layers that stay on the device. auto: what serves the objective best; where "
+        "records are compressed, parts of them in place of layers.",
     )
     share_resident: Annotated[
         Literal["auto", "always", "never"], Choice(("auto", "always", "never"))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
 from cluster.base.plan import ModelPlan, SpeedPoint
-from cluster.planner.explain_streaming import format_text, micro_batch_text, seconds_text
+from cluster.planner.explain_streaming import format_text, held_text, micro_batch_text, seconds_text
 
 WIDTH, HEIGHT = 720, 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 30, 50, 60
@@ -92,6 +92,7 @@ def _mark(
     at_x, at_y = x(point.tpot_s), y(point.tokens_per_s)
     words = (
         f"{point.rows} requests, {point.resident_layers} resident layers, "
+        f"{held_text(point.held_bytes)} held of records, "
         f"{format_text(point.precision, point.compression)}, "
         f"{micro_batch_text(point.micro_batch_tokens)} at a time, cache {point.kv_home}"
     )

@@ -85,6 +85,7 @@ def frontier_tables(plan: ClusterPlan) -> tuple[Table, ...]:
                 "TOKENS/S",
                 "PER TOKEN",
                 "RESIDENT LAYERS",
+                "HELD",
                 "FORMAT",
                 "MICRO-BATCH",
                 "KV CACHE",
@@ -96,6 +97,7 @@ def frontier_tables(plan: ClusterPlan) -> tuple[Table, ...]:
                     f"{point.tokens_per_s:.3g}",
                     seconds_text(point.tpot_s),
                     str(point.resident_layers),
+                    held_text(point.held_bytes),
                     format_text(point.precision, point.compression),
                     micro_batch_text(point.micro_batch_tokens),
                     point.kv_home,
@@ -112,6 +114,11 @@ def frontier_tables(plan: ClusterPlan) -> tuple[Table, ...]:
 def micro_batch_text(tokens: int) -> str:
     """What a layer computes at a time."""
     return f"{tokens} tokens" if tokens else "the step"
+
+
+def held_text(held_bytes: int) -> str:
+    """What of the streamed records memory keeps."""
+    return size_text(held_bytes) if held_bytes else "none"
 
 
 def format_text(precision: str, compression: str, stored_share: float = 1.0) -> str:

@@ -84,6 +84,7 @@ class Streaming:
             share_resident=self.shares and bool(resident),
             num_sharing=self.num_sharing,
             host_units=tuple(host),
+            held_bytes=placement.held_bytes,
             ring_slots=placement.ring_slots,
             prefetch_depth=placement.ring_slots,
             expert_slots=placement.expert_slots,
@@ -104,7 +105,7 @@ class Streaming:
             ttft_s=self.found.ttft_s,
             prompt_tokens=self.demand.prompt_tokens,
             context_tokens=self.demand.context_tokens,
-            disk_bytes=round(disk_bytes * self.placement.stored_share(self.model)),
+            disk_bytes=round(self.placement.read_bytes(self.model, disk_bytes)),
             stored_share=self.placement.stored_share(self.model),
             host_bytes=host_bytes + self._streamed_kv_bytes,
             rates=self._speeds(),
@@ -166,6 +167,8 @@ class Streaming:
             where += f", keys and values in host memory{self._windows()}"
         if placement.compression is not Compression.NONE:
             where += f", records compressed to {self.model.stored_share:.0%} without loss"
+        if placement.held_bytes:
+            where += f", {size_text(placement.held_bytes)} of them held in memory as stored"
         if placement.micro_batch_tokens:
             where += f", computed in micro-batches of {placement.micro_batch_tokens} tokens"
         speed = (
@@ -219,6 +222,7 @@ def _point(candidate: Candidate) -> SpeedPoint:
         resident_layers=candidate.placement.resident_layers,
         precision=candidate.placement.precision.value,
         compression=candidate.placement.compression.value,
+        held_bytes=candidate.placement.held_bytes,
         micro_batch_tokens=candidate.placement.micro_batch_tokens,
         kv_home=candidate.placement.kv_home.value,
         bound=candidate.bound.value,

@@ -65,11 +65,19 @@ def open_choices(
     return Choices(
         precisions=precisions,
         compressions=compressions,
+        may_hold=_may_hold(draft, asked, model),
         ring_slots=slots,
         resident_layers=resident,
         kv_homes=_kv_homes(draft, asked),
         host_experts=_host_experts(draft, asked, model, precisions),
     )
+
+
+def _may_hold(draft: Draft, asked: OffloadSpec, model: ModelShape) -> bool:
+    """Of a dense model on a CPU rank of its own, unless the user says what stays."""
+    is_dense = not any(layer.experts for layer in model.layers)
+    is_free = isinstance(asked.resident, str) and draft.layout.dp_size == 1
+    return is_dense and is_free and not draft.on_gpu
 
 
 def _host_experts(

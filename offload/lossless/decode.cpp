@@ -1,4 +1,5 @@
-// Record -> image, in place: see block.h. A damaged record is an error, never a write elsewhere.
+// Record -> image, in place: see block.h. A damaged record is an error, never a write elsewhere. The
+// beginning of a record may lie in other memory, and is then decoded before the rest is there.
 
 #include <vector>
 
@@ -185,31 +186,62 @@ bool decode_block(const Entry& entry, const uint8_t* payload, uint16_t* to, long
   return decode_weights(entry, from, payload + before, to, count).are(entry);
 }
 
+// A record whose first bytes may lie elsewhere: `head` has so many of them, and what follows them
+// lies where it belongs, at the end of the image's memory.
+struct Source {
+  const uint8_t* head;
+  long head_bytes;
+  const uint8_t* record;  // where all of it would begin
+
+  // Bytes of the record in one piece: where they lie, or put together in `scratch`.
+  const uint8_t* at(long offset, long num_bytes, uint8_t* scratch) const {
+    if (offset >= head_bytes) return record + offset;
+    if (offset + num_bytes <= head_bytes) return head + offset;
+    const long in_head = head_bytes - offset;
+    std::memcpy(scratch, head + offset, in_head);
+    std::memcpy(scratch + in_head, record + head_bytes, num_bytes - in_head);
+    return scratch;
+  }
+};
+
+// Which blocks are decoded: those that the head alone tells, or the others.
+enum Part : int { kInHead = 0, kTheRest = 1 };
+
 }  // namespace
 
 extern "C" {
 
-// Decodes the record at the end of `memory` (image_bytes long) into all of it; 0, or what is wrong:
-// 1 + the first damaged block. `memory` is then neither.
-long pk_lossless_decode(uint8_t* memory, long image_bytes, long record_bytes) {
-  const long blocks = num_blocks(image_bytes), head = blocks * long(sizeof(Entry));
-  if (record_bytes >= image_bytes || head > record_bytes) return 1;
-  const uint8_t* record = memory + image_bytes - record_bytes;
+// Decodes blocks of the record at the end of `memory` (image_bytes long), whose first head_bytes lie
+// at `head` instead. kInHead needs nothing of `memory` and writes nothing where the rest belongs, so
+// that may still be on its way. 0, or what is wrong: 1 + the first damaged block; `memory` is then
+// neither.
+long pk_lossless_decode(uint8_t* memory, long image_bytes, long record_bytes, const uint8_t* head,
+                        long head_bytes, int part) {
+  const long blocks = num_blocks(image_bytes), entry_bytes = blocks * long(sizeof(Entry));
+  if (record_bytes >= image_bytes || entry_bytes > record_bytes) return 1;
+  if (head_bytes < 0 || head_bytes > record_bytes) return 1;
+  if (part == kInHead && head_bytes < entry_bytes) return 0;
+  const Source source{head, head_bytes, memory + image_bytes - record_bytes};
+  std::vector<uint8_t> copy(entry_bytes), scratch(kBlock + kSlack), joined_up(2 * kBlock);
   std::vector<Entry> entries(blocks);
-  std::memcpy(entries.data(), record, head);
+  std::memcpy(entries.data(), source.at(0, entry_bytes, copy.data()), entry_bytes);
   long total = 0;
   for (long block = 0; block < blocks; ++block) {
     if (!is_possible(entries[block], weights_of(image_bytes, block))) return 1 + block;
     total += entries[block].num_bytes;
   }
-  if (total > record_bytes - head) return 1;
-  std::vector<uint8_t> scratch(kBlock + kSlack);
-  const uint8_t* payload = memory + image_bytes - total;
+  if (total > record_bytes - entry_bytes) return 1;
+  const long in_head = head_bytes < entry_bytes ? 0 : head_bytes;
+  long offset = record_bytes - total;
   uint16_t* to = reinterpret_cast<uint16_t*>(memory);
   for (long block = 0; block < blocks; ++block) {
-    const long count = weights_of(image_bytes, block);
-    if (!decode_block(entries[block], payload, to, count, scratch.data())) return 1 + block;
-    payload += entries[block].num_bytes;
+    const Entry& entry = entries[block];
+    const long count = weights_of(image_bytes, block), end = offset + entry.num_bytes;
+    if ((end <= in_head) == (part == kInHead)) {
+      const uint8_t* payload = source.at(offset, entry.num_bytes, joined_up.data());
+      if (!decode_block(entry, payload, to, count, scratch.data())) return 1 + block;
+    }
+    offset = end;
     to += count;
   }
   return 0;

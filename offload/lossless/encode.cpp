@@ -167,7 +167,7 @@ class BlockEncoder {
 
 extern "C" {
 
-int pk_lossless_abi() { return 1; }
+int pk_lossless_abi() { return 2; }
 
 // Encodes an image of whole pages into `record` (as many bytes); the record's length, or 0 where it
 // would not be shorter.

@@ -14,7 +14,7 @@ from offload.assembly import kernel_adapter, streamed_weights
 from offload.device_copier import DeviceCopier
 from offload.device_streams import TorchStreams
 from offload.host_memory import block_on_demand
-from offload.opening import Runtime
+from offload.runtime import Runtime
 from replicas.worker.assembly import RankSpec, WeightsFactory, build_runner, resident_weights
 from replicas.worker.device import pin_host_memory, synchronize
 from tests.support.offload_engine import PLENTY, offload_plan

@@ -14,8 +14,8 @@ from cluster.base.env import default_cache_dir
 from cluster.base.errors import WeightStreamError
 from cluster.base.plan import OffloadPlan
 from offload.assembly import model_adapter, streamed_weights
-from offload.opening import Runtime
 from offload.readers.engine import ReadEngine, ReadTimeoutError
+from offload.runtime import Runtime
 from replicas.engine.sync_engine import SyncEngine
 from replicas.models.hf_config import arch_from_hf
 from replicas.models.weight_units import weight_units

@@ -19,9 +19,9 @@ from offload.device_copier import DeviceCopier
 from offload.device_link import DeviceLink
 from offload.host_link import HostLink
 from offload.layout import PackedTensor, Record, Store, StoredUnit, read_store
-from offload.opening import Runtime
 from offload.readers.choose import openers
 from offload.ring import Ring
+from offload.runtime import Runtime
 from offload.schedule import build_schedule
 from offload.staging import Staging
 from replicas.api import GenerationRequest, SamplingParams

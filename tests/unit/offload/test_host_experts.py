@@ -17,12 +17,12 @@ from cluster.base.plan import HostExpertsPlan
 from offload.assembly import open_weights
 from offload.expert_cache import ExpertCache
 from offload.expert_division import ExpertWork, compute_s, divide, fetch_s, num_for_host
-from offload.opening import Runtime
 from offload.pack import StoreRequest, ensure_store
 from offload.packers import NativePacker
 from offload.placement import place_units
 from offload.provider import StreamedWeights
 from offload.readers.choose import openers
+from offload.runtime import Runtime
 from replicas.api import GenerationRequest, SamplingParams
 from tests.support.fake_link import FakeLink
 from tests.support.fake_streams import FakeDevice

@@ -170,6 +170,44 @@ def test_each_damaged_bit_is_found(codec: LosslessLibrary) -> None:
     assert num_found > len(places) * used / len(record)
 
 
+@pytest.mark.parametrize("num_pages", [9, 17, 40])
+def test_a_beginning_that_lies_elsewhere(codec: LosslessLibrary, num_pages: int) -> None:
+    """Every cut at a page; `begin` writes nothing where the rest may still be arriving."""
+    image = normal(num_pages)
+    record = codec.encode(image)
+    assert record is not None
+    for cut in range(0, record.numel() + 1, PAGE_BYTES):
+        head = pages(cut // PAGE_BYTES)
+        head[:] = record[:cut]
+        memory = pages(num_pages).fill_(0xA5)
+        rest = memory[image.numel() - record.numel() + cut :]
+        codec.begin(memory, record.numel(), head)
+        assert (rest == 0xA5).all()
+        rest[:] = record[cut:]
+        codec.decode(memory, record.numel(), head)
+        assert torch.equal(memory, image)
+
+
+def test_a_damaged_beginning_is_found(native: LosslessLibrary) -> None:
+    image = normal(40)
+    record = native.encode(image)
+    assert record is not None
+    head = pages(20)
+    head[:] = record[: head.numel()]
+    memory = laid_in(record, image.numel())
+    for place in range(0, head.numel(), 997):
+        head[place] ^= 4
+        try:
+            native.begin(memory, record.numel(), head)
+            native.decode(memory, record.numel(), head)
+        except CorruptWeightsError:
+            memory = laid_in(record, image.numel())
+        else:  # zeros between entries and payloads
+            assert torch.equal(memory, image)
+            memory = laid_in(record, image.numel())
+        head[place] ^= 4
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_rubbish_is_refused_and_stays_in_its_memory(

@@ -12,8 +12,8 @@ from cluster.base.spec import ClusterSpec
 from cluster.dist.topology import Node, Topology
 from cluster.planner.planner import make_plan
 from offload.assembly import kernel_adapter, streamed_weights
-from offload.opening import Runtime
 from offload.provider import StreamedWeights
+from offload.runtime import Runtime
 from replicas.api import GenerationRequest, SamplingParams
 from tests.support.in_process_engine import in_process_engine
 from tests.unit.offload.offload_shapes import machine

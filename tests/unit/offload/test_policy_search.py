@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from offload_shapes import GB, machine, uniform_model
 
+from offload.compression import Compression
 from offload.cost_model import PassLoad, pass_time
 from offload.model_shape import ModelShape
 from offload.policy_search import Candidate, Found, Objective, search
@@ -27,11 +28,18 @@ def found(
     objective: Objective = Objective.THROUGHPUT,
     choices: Choices = NATIVE_RING,
     rates: Rates | None = None,
+    model: ModelShape = MODEL,
+    on_cpu: bool = False,
 ) -> Found:
     result = search(
-        MODEL,
+        model,
         rates or machine(),
-        Budgets(device_bytes=int(device_gb * GB), workspace_bytes=0, host_bytes=100 * GB),
+        Budgets(
+            device_bytes=int(device_gb * GB),
+            workspace_bytes=0,
+            host_bytes=0 if on_cpu else 100 * GB,
+            host_holds_weights=not on_cpu,
+        ),
         Demand(max_rows=max_rows, context_tokens=1000, max_context=1000),
         objective,
         choices,
@@ -53,6 +61,30 @@ def test_bounded_demand_gives_the_rest_to_resident_layers() -> None:
     best = found(23, 8).best
     assert best.rows == 8
     assert best.placement.resident_layers == 23 - 3 - 8
+
+
+@pytest.mark.parametrize(
+    ("decode_gb", "holds"), [(20, True), (8, True), (5, False)], ids=["disk", "even", "decoding"]
+)
+def test_what_memory_is_left_holds_records_unless_decoding_decides(
+    decode_gb: int, holds: bool
+) -> None:
+    """12 GB beside ring and cache: 14.8 GB of records to read where they hold records, and all 40
+    to decode; with 12 resident layers 18.8 and 28."""
+    rates = replace(machine(), decode_bytes_per_s=decode_gb * GB, device_is_host=True)
+    choices = replace(NATIVE_RING, compressions=(Compression.LOSSLESS,), may_hold=True)
+    model = replace(MODEL, stored_share=0.67)
+    best = found(23, 8, choices=choices, rates=rates, model=model, on_cpu=True).best.placement
+    assert (best.held_bytes, best.resident_layers) == ((12 * GB, 0) if holds else (0, 12))
+
+
+def test_more_is_never_held_than_there_is() -> None:
+    choices = replace(NATIVE_RING, compressions=(Compression.LOSSLESS,), may_hold=True)
+    rates = replace(machine(), decode_bytes_per_s=100 * GB, device_is_host=True)
+    model = replace(MODEL, stored_share=0.67)
+    searched = found(41, 1, choices=choices, rates=rates, model=model, on_cpu=True)
+    held = [point.placement.held_bytes for point in searched.frontier]
+    assert max(held) <= 0.67 * 40 * GB
 
 
 def test_latency_gives_all_but_one_request_to_resident_layers() -> None:

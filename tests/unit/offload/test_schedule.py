@@ -35,6 +35,22 @@ def test_every_ring_is_safe_and_every_pass_complete(ring, data) -> None:
 
 
 @given(ring=rings(), data=st.data())
+def test_what_is_held_beside_the_slots_counts(ring, data) -> None:
+    units, num_slots, depth = ring
+    sizes = {unit: data.draw(st.integers(1, 64)) for unit in units}
+    held = {unit: data.draw(st.integers(0, size)) for unit, size in sizes.items()}
+    schedule, room = build_schedule(units, num_slots, depth), 64 * num_slots + sum(held.values())
+    check_schedule(schedule, sizes, slot_bytes=64, budget_bytes=room, held=held)
+    for wrong, budget in (
+        (held, room - 1),
+        (held | {"other": 1}, room + 1),
+        (held | {unit: size + 1 for unit, size in sizes.items()} | {"": 0}, 2**20),
+    ):
+        with pytest.raises(ScheduleError):
+            check_schedule(schedule, sizes, slot_bytes=64, budget_bytes=budget, held=wrong)
+
+
+@given(ring=rings(), data=st.data())
 def test_a_damaged_schedule_is_refused(ring, data) -> None:
     units, num_slots, depth = ring
     assume(len(units) > num_slots)

@@ -69,6 +69,24 @@ def test_a_model_bound_by_the_disk_is_compressed_and_so_much_faster(tmp_path: Pa
     assert "offload.compression" not in none.reasons
 
 
+def test_memory_that_is_left_holds_parts_of_records(tmp_path: Path) -> None:
+    """Against any number of resident layers in the same memory; the plan tells it."""
+    room = {"device_memory": "6GiB", "objective": "latency", "compression": "lossless"}
+    fast = {"decode_bytes_per_s": 30e9}
+    plan = planned(tmp_path, offload=room, rates=fast)
+    held = only(plan)
+    assert held.offload.held_bytes > 2**30
+    assert not any("." in unit for unit in held.offload.resident_units)
+    for resident in range(10):
+        kept = only(planned(tmp_path, offload={**room, "resident": resident}, rates=fast))
+        assert kept.offload.held_bytes == 0
+        assert kept.speed.chosen.tokens_per_s < held.speed.chosen.tokens_per_s
+    assert "held in memory as stored" in held.reasons["engine"]
+    assert held.speed.chosen.held_bytes == held.offload.held_bytes
+    assert any("HELD" in table.columns for table in explain_reasons(plan))
+    assert held.memory.weights_bytes <= 6 * 2**30
+
+
 def test_a_codec_slower_than_the_disk_is_not_used(tmp_path: Path) -> None:
     model = only(planned(tmp_path, rates={"decode_bytes_per_s": 2e9}))
     assert model.offload.compression == "none"
