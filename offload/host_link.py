@@ -146,7 +146,7 @@ class HostLink:
         try:
             self._bring(record, slot, head)
         except PenstockError:
-            if head is not None and self._heads is not None:
+            if self._heads is not None:
                 self._heads.forget(record)  # the next read brings all of it
             raise
 
