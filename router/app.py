@@ -22,6 +22,7 @@ from cluster.base.process_limits import raise_open_files
 from replicas.leader.record import ReplicaRecord
 from router.access.front_access import FrontAccess
 from router.directory import ReplicaDirectory
+from router.dispatcher import Dispatcher
 from router.gateway_metrics import GatewayMetrics
 from router.grpc.server import GrpcFront
 from router.handler import GatewayHandler, GatewayIdentity
@@ -31,6 +32,7 @@ from router.http.server import serve_http
 from router.listen import listening_socket
 from router.measured_handler import MeasuredHandler
 from router.policies.prefix_affinity import PrefixAffinity
+from router.resume import Move
 from router.served_model import serve_models
 
 _CALL_MARGIN_S = 5.0
@@ -83,14 +85,14 @@ class GatewayReplica:
         self._directory = ReplicaDirectory(
             RayMembership(cluster.name),
             gateway_id=new_epoch("gateway"),
-            hop=HopSettings(stream_buffer_events=gateway.limits.stream_buffer_events),
+            hop=HopSettings(),
             on_gone=policy.forget,
         )
         self._handler = GatewayHandler(
             self._models,
             gateway.limits,
             self._directory,
-            policy,
+            Dispatcher(self._directory, policy, gateway.limits, self._note_move),
             GatewayIdentity(
                 cluster=cluster.name,
                 version=metadata.version("penstock"),
@@ -111,6 +113,9 @@ class GatewayReplica:
         settle_for_serving()
         await self._grpc.start()
         self._access.start()
+
+    def _note_move(self, move: Move) -> None:
+        self._metrics.note_move(move)
 
     async def reconfigure(self, plan: dict[str, Any]) -> None:
         """Follow another plan: its models, replica counts and limits; Serve's `user_config`.

@@ -3,7 +3,7 @@
 Membership comes from a `MembershipSource` (slow, may fail: the last answer stays in force), load
 from the replica streams themselves (one step old). The directory owns one `ReplicaStream` per
 listed (replica, epoch); a replica that is no longer listed finishes what it runs, one listed as
-failed ends its requests at once with the cause its leader gave.
+failed loses its requests at once, for the cause its leader gave.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class ReplicaDirectory:
         self._streams: dict[tuple[str, str], ReplicaStream] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self._news = asyncio.Event()
 
     def start(self) -> None:
         """Begin following the source; returns at once."""
@@ -115,10 +116,19 @@ class ReplicaDirectory:
                 views[member.record.replica_id] = (view, member.stream)
         return views
 
+    async def changed(self) -> None:
+        """Wait until a replica may have become ready that was not."""
+        await self._news.wait()
+
     async def cancel_named(self, request_id: str) -> bool:
         """End a request of that public id on whichever replica has it; whether one had."""
         asked = (stream.cancel_named(request_id) for stream in self._streams.values())
         return any(await asyncio.gather(*asked))
+
+    def _tell(self) -> None:
+        """Wake those who wait for a replica now, and nobody who comes later."""
+        self._news.set()
+        self._news.clear()
 
     async def _watch(self) -> None:
         while True:
@@ -147,10 +157,16 @@ class ReplicaDirectory:
             if stream.ended:
                 del self._streams[key]
                 self._on_gone(key[0])
+        self._tell()
 
     def _open(self, record: ReplicaRecord) -> ReplicaStream:
         stream = ReplicaStream(
-            record.endpoint, record.epoch, gateway_id=self._gateway_id, settings=self._hop
+            record.endpoint,
+            record.epoch,
+            gateway_id=self._gateway_id,
+            settings=self._hop,
+            version=record.version,
+            on_ready=self._tell,
         )
         stream.start()
         return stream
@@ -164,7 +180,7 @@ class ReplicaDirectory:
             if record.error is not None
             else WorkerDiedError(record.detail or "The replica failed.")
         )
-        closing = asyncio.create_task(stream.close(cause))
+        closing = asyncio.create_task(stream.lose(cause))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
         self._on_gone(key[0])

@@ -14,6 +14,7 @@ from cluster.base import metrics as table
 from cluster.base.errors import PenstockError
 from cluster.base.metrics import Metric
 from router.api import ModelInfo
+from router.resume import Move
 
 OK = "ok"
 _UNKNOWN = "unknown"
@@ -58,6 +59,8 @@ class GatewayMetrics:
         self.registry = CollectorRegistry()
         self.requests = self._counter(table.REQUESTS)
         self.overflows = self._counter(table.OVERFLOWS)
+        self._resumes = self._counter(table.RESUMES)
+        self._replayed_tokens = self._counter(table.REPLAYED_TOKENS)
         self.active = Gauge(
             table.ACTIVE_REQUESTS.name,
             table.ACTIVE_REQUESTS.help,
@@ -96,11 +99,20 @@ class GatewayMetrics:
 
     def of(self, model: object) -> ModelSeries:
         """The model's series; names nobody serves share one, so that labels stay bounded."""
-        label = model if isinstance(model, str) and model in self.known else _UNKNOWN
+        label = self._label(model)
         series = self._series.get(label)
         if series is None:
             series = self._series[label] = ModelSeries(self, label)
         return series
+
+    def note_move(self, move: Move) -> None:
+        """A request has lost its replica, and this became of it."""
+        model = self._label(move.model)
+        self._resumes.labels(model, move.reason.value, move.outcome.value).inc()
+        self._replayed_tokens.labels(model).inc(move.num_replayed_tokens)
+
+    def _label(self, model: object) -> str:
+        return model if isinstance(model, str) and model in self.known else _UNKNOWN
 
     def _counter(self, metric: Metric) -> Counter:
         return Counter(metric.name, metric.help, metric.labels, registry=self.registry)

@@ -38,7 +38,6 @@ from router.dispatcher import Dispatcher
 from router.fault_boundary import fault_boundary
 from router.generation_stream import GenerationStream
 from router.overflow import choose_tier, tier_of
-from router.policies.snapshot import Policy
 from router.prompt_encoder import encode_prompt, token_texts
 from router.running_requests import RunningRequest, RunningRequests
 from router.served_model import ServedModel
@@ -69,7 +68,7 @@ class GatewayHandler:
         models: Mapping[str, ServedModel],
         limits: LimitsPlan,
         directory: ReplicaDirectory,
-        policy: Policy,
+        dispatcher: Dispatcher,
         identity: GatewayIdentity,
         *,
         random_source: random.Random | None = None,
@@ -78,7 +77,7 @@ class GatewayHandler:
         self._random = random_source or secrets.SystemRandom()
         self._identity = identity
         self._directory = directory
-        self._dispatcher = Dispatcher(directory, policy)
+        self._dispatcher = dispatcher
         self._admission = Admission(limits, random_source=self._random)
         self._running = RunningRequests(self._admission)
         self.serve(models, limits)
@@ -87,6 +86,7 @@ class GatewayHandler:
         """Serve these models within these limits from now on; running requests are left alone."""
         self._models = dict(models)
         self._admission.set_limits(limits)
+        self._dispatcher.set_limits(limits)
         self._validator = Validator(
             self._models, limits, draw_seed=lambda: self._random.getrandbits(63)
         )
@@ -199,6 +199,7 @@ class GatewayHandler:
             "version": self._identity.version,
             **cluster_status(self._models, self._directory),
             "active_requests": len(self._running),
+            "resumed_requests": self._dispatcher.num_resumed,
             "gateway_pid": self._identity.pid,
             "dashboard_url": self._identity.dashboard_url,
         }

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 class HopSettings:
     """As a gateway keeps them."""
 
-    stream_buffer_events: int = 1024
-    """Unread deltas after which a slow client's request is ended."""
     silence_timeout_s: float = 10.0
     """No message for this long (a report is due every second) means the replica hangs."""
     beat_period_s: float = 2.0

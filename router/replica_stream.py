@@ -1,25 +1,19 @@
 """The gateway's end of the hop: one multiplexed stream to one replica, for all requests.
 
-Keeps the stream up while its member is listed (backoff between attempts), fans deltas out to the
-channels of their requests and keeps the newest load report. When the stream is lost, every request
-on it ends with a coded error at once; nothing is retried here. Silence counts as loss too: a
-stopped leader keeps its socket open, but it cannot keep its one report per second.
+Fans deltas out to the channels of their requests and keeps the newest load report. When the replica
+is lost, the stream lets go of every request at once; whether one goes on elsewhere is not decided
+here.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import logging
-import random
-import time
 from collections.abc import Callable
 
 from cluster.base.errors import PenstockError, UnavailableError, error_from_dict
 from replicas.api import GenerationRequest, ReplicaStats
 from replicas.leader.stream_codec import (
     HOP_VERSION,
-    Beat,
     Cancel,
     Cancelled,
     CancelNamed,
@@ -30,16 +24,21 @@ from replicas.leader.stream_codec import (
     Submit,
     delta_from_wire,
 )
-from router.hop_connection import HopConnection
+from router.hop_link import HopLink, LinkEvents
 from router.hop_settings import HopSettings
+from router.loss import Loss
 from router.open_questions import OpenQuestions
 from router.request_channel import RequestChannel
 
-log = logging.getLogger(__name__)
-
 
 class ReplicaStream:
-    """One replica as this gateway reaches it; all methods belong to the loop's thread."""
+    """One replica as this gateway reaches it; all methods belong to the loop's thread.
+
+    Args:
+        epoch: the leader's life that is meant.
+        version: what the replica was built from, see `cluster.base.replica_version`.
+        on_ready: called whenever requests can be submitted that could not before.
+    """
 
     def __init__(
         self,
@@ -48,30 +47,32 @@ class ReplicaStream:
         *,
         gateway_id: str,
         settings: HopSettings,
-        clock: Callable[[], float] = time.monotonic,
+        version: str = "",
+        on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self.endpoint = endpoint
         self.epoch = epoch
+        self.version = version
         self.stats = ReplicaStats()
         self.draining = False
         self.last_error = ""
-        self._gateway_id = gateway_id
         self._settings = settings
-        self._clock = clock
+        self._on_ready = on_ready
         self._keys = itertools.count(1)
         self._channels: dict[int, RequestChannel] = {}
         self._unstarted: dict[int, int] = {}
         self._questions = OpenQuestions()
-        self._connection: HopConnection | None = None
         self._connected = False
-        self._last_heard = clock()
+        self._failing = False
         self._retired = False
-        self._runner: asyncio.Task[None] | None = None
+        hello = Hello(HOP_VERSION, gateway_id, epoch)
+        events = LinkEvents(on_message=self._take, on_end=self._let_go)
+        self._link = HopLink(endpoint, hello, events, settings)
 
     @property
     def ready(self) -> bool:
         """Whether a request can be submitted now."""
-        return self._connected and not self.draining and not self._retired
+        return self._connected and not (self.draining or self._failing or self._retired)
 
     @property
     def connected(self) -> bool:
@@ -81,7 +82,7 @@ class ReplicaStream:
     @property
     def ended(self) -> bool:
         """Whether the stream is retired and idle: nothing will come of it any more."""
-        return self._retired and (self._runner is None or self._runner.done())
+        return self._retired and self._link.ended
 
     @property
     def num_in_flight(self) -> int:
@@ -90,16 +91,17 @@ class ReplicaStream:
 
     @property
     def unstarted_tokens(self) -> int:
-        """Prompt tokens submitted from here whose request has shown no delta yet."""
+        """Tokens submitted from here to be computed for requests that have shown no delta yet."""
         return sum(self._unstarted.values())
 
     def start(self) -> None:
         """Begin connecting; returns at once."""
-        self._runner = asyncio.create_task(self._run(), name=f"replica-stream {self.endpoint}")
+        self._link.start()
 
     def retire(self) -> None:
         """The member is no longer listed: finish what runs, reconnect no more."""
         self._retired = True
+        self._link.comes_back = False
         self._leave_if_done()
 
     def reinstate(self) -> bool:
@@ -107,18 +109,26 @@ class ReplicaStream:
         if self.ended:
             return False
         self._retired = False
+        self._link.comes_back = True
         return True
 
-    async def close(self, error: PenstockError) -> None:
-        """End the stream now; its requests end with `error`."""
+    async def lose(self, error: PenstockError) -> None:
+        """The replica is known to have failed: its requests lose it now, and the stream ends."""
         self._retired = True
-        self._lose(error)
-        if self._runner is not None:
-            self._runner.cancel()
-            await asyncio.gather(self._runner, return_exceptions=True)
+        self._let_go(error)
+        await self._link.close()
 
-    def submit(self, request: GenerationRequest) -> RequestChannel:
-        """Send a request; its deltas arrive in the channel.
+    async def close(self, error: PenstockError) -> None:
+        """The gateway leaves: its requests end with `error`, wherever else they could go on."""
+        self._retired = True
+        for channel in self._channels.values():
+            channel.carry(lambda index: None)
+            channel.fail(error)
+        self._let_go(error)
+        await self._link.close()
+
+    def submit(self, request: GenerationRequest, channel: RequestChannel) -> None:
+        """Send a request, or what is left of one; its deltas arrive in the channel.
 
         Raises:
             UnavailableError: the stream is down, draining or retired.
@@ -127,34 +137,24 @@ class ReplicaStream:
         if not self.ready:
             raise UnavailableError("The replica is not reachable now.", "Retry.")
         key = next(self._keys)
-        channel = RequestChannel(
-            request.request_id,
-            num_choices=1 if request.pooling is not None else request.params.n,
-            limit=self._settings.stream_buffer_events,
-            cancel=lambda index: self._cancel(key, index),
-        )
+        self._link.send(Submit(key, request))
         self._channels[key] = channel
-        self._unstarted[key] = len(request.prompt_token_ids)
-        try:
-            self._send(Submit(key, request))
-        except PenstockError:
-            self._forget(key)
-            raise
-        return channel
+        self._unstarted[key] = request.num_known_tokens
+        channel.carry(lambda index: self._cancel(key, index))
 
     async def cancel_named(self, request_id: str) -> bool:
         """End a request that any gateway submitted there; whether the replica had it."""
         if not self._connected:
             return False
         return await self._questions.ask(
-            lambda number: self._send(CancelNamed(number, request_id)),
+            lambda number: self._link.send(CancelNamed(number, request_id)),
             self._settings.answer_timeout_s,
         )
 
     def _cancel(self, key: int, index: int | None) -> None:
         if key not in self._channels:
             return
-        self._send(Cancel(key, index))
+        self._link.send(Cancel(key, index))
         if index is None:
             self._forget(key)
 
@@ -164,95 +164,51 @@ class ReplicaStream:
         self._leave_if_done()
 
     def _leave_if_done(self) -> None:
-        if self._retired and not self._channels and self._connection is not None:
-            self._connection.end(UnavailableError("The replica is no longer part of the cluster."))
-
-    def _send(self, message: Submit | Cancel | CancelNamed) -> None:
-        if self._connection is not None:
-            self._connection.send(message)
-
-    async def _run(self) -> None:
-        backoff_s = self._settings.backoff_initial_s
-        while not self._retired:
-            started = self._clock()
-            error = await self._connect_once()
-            self._lose(error)
-            self.last_error = error.cause
-            if self._clock() - started > self._settings.backoff_max_s:
-                backoff_s = self._settings.backoff_initial_s
-            if not self._retired:
-                await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
-            backoff_s = min(2 * backoff_s, self._settings.backoff_max_s)
-
-    async def _connect_once(self) -> PenstockError:
-        """Run one connection to its end; returns why it ended."""
-        host, _, port = self.endpoint.rpartition(":")
-        limit_s = self._settings.silence_timeout_s
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(limit_s):
-                _, connection = await loop.create_connection(
-                    lambda: HopConnection(self._take), host.strip("[]"), int(port)
-                )
-        except TimeoutError:
-            return _silent(limit_s)
-        except OSError as error:
-            return UnavailableError(f"The replica cannot be reached ({error}).")
-        self._connection = connection
-        self._last_heard = self._clock()
-        try:
-            connection.send(Hello(HOP_VERSION, self._gateway_id, self.epoch))
-            return await self._keep_up(connection)
-        finally:
-            self._connection = None
-            connection.end(UnavailableError("The gateway has left."))
-
-    async def _keep_up(self, connection: HopConnection) -> PenstockError:
-        """Beat, and listen for silence, until the connection ends; returns why it did."""
-        limit_s = self._settings.silence_timeout_s
-        pause_s = min(self._settings.beat_period_s, limit_s / 4)
-        while True:
-            done, _ = await asyncio.wait((connection.ended,), timeout=pause_s)
-            if done:
-                return connection.ended.result()
-            if self._clock() - self._last_heard > limit_s:
-                return _silent(limit_s)
-            connection.send(Beat())
+        if self._retired and not self._channels:
+            self._link.end(UnavailableError("The replica is no longer part of the cluster."))
 
     def _take(self, message: FromReplica) -> None:
-        self._last_heard = self._clock()
         if isinstance(message, Goodbye):
-            if self._connection is not None:
-                self._connection.end(error_from_dict(message.error))
+            self._link.end(error_from_dict(message.error))
             return
         if isinstance(message, Cancelled):
             self._questions.answer(message.question, message.found)
             return
+        was_ready = self.ready
         self.stats, self.draining = message.load, message.draining
         self._connected = True
         for delta in message.deltas:
             self._dispatch(delta)
+        if self.ready and not was_ready:
+            self._on_ready()
 
     def _dispatch(self, message: Delta) -> None:
         key = message.stream_key
         channel = self._channels.get(key)
         if channel is None:
             return
+        if message.whole is not None and message.whole.replica_lost:
+            # Nothing more is sent there: it would only lose the request once more.
+            self._failing = True
+            self._forget(key)
+            channel.lose(self._loss(error_from_dict(message.whole.error or {})))
+            return
         self._unstarted.pop(key, None)
         channel.push(delta_from_wire(message, channel.request_id))
         if channel.finished:
             self._forget(key)
 
-    def _lose(self, error: PenstockError) -> None:
-        """The connection is gone: end every request that was on it."""
-        self._connected = False
+    def _let_go(self, error: PenstockError) -> None:
+        """The connection is gone, and every request on it has lost its replica."""
+        self.last_error = error.cause
+        self._connected = self._failing = False
         self._questions.give_up()
         channels = list(self._channels.values())
         self._channels.clear()
         self._unstarted.clear()
+        loss = self._loss(error)
         for channel in channels:
-            channel.fail(error, tell_replica=False)
+            channel.lose(loss)
 
-
-def _silent(limit_s: float) -> PenstockError:
-    return UnavailableError(f"The replica was silent for {limit_s:g} s.")
+    def _loss(self, error: PenstockError) -> Loss:
+        return Loss.of(error, is_draining=self.draining)

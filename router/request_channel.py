@@ -1,38 +1,66 @@
-"""What one request has received from its replica and nobody has read yet: a bounded buffer.
+"""What one request has received from its replicas and nobody has read yet: a bounded buffer.
 
 One writer (the hop's reader task) and one reader (the request's stream) on one loop; no task and
 no queue object per token: a push sets a future that the reader may be waiting on. A reader that
-lags gets everything that waits at once; beyond `limit` unread deltas the request is ended.
+lags gets everything that waits at once; beyond `limit` unread deltas the request is ended. It stays
+the same when the request loses its replica and goes on with another: the reader sees a pause.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import TypeAlias
 
 from cluster.base.errors import OverloadedError, PenstockError
-from replicas.api import FinishReason, GenerationDelta
+from replicas.api import FinishReason, GenerationDelta, GenerationRequest
+from router.loss import Loss
+from router.token_log import TokenLog
+
+Cancel: TypeAlias = Callable[[int | None], None]
+"""Stops one choice of a request, by index, or all of it (None)."""
 
 
 class RequestChannel:
-    """Deltas of one request, on their way from a replica to a client."""
+    """Deltas of one request, on their way from a replica to a client.
+
+    Args:
+        limit: most unread deltas.
+        on_loss: called when its replica is lost before the request has ended; has it go on
+            elsewhere (`carry`) or fail.
+    """
 
     def __init__(
         self,
-        request_id: str,
+        request: GenerationRequest,
         *,
-        num_choices: int,
         limit: int,
-        cancel: Callable[[int | None], None],
+        on_loss: Callable[[RequestChannel, Loss], None],
     ) -> None:
-        """`cancel(index)` stops one choice at the replica, `cancel(None)` the whole request."""
-        self.request_id = request_id
-        self._open = set(range(num_choices))
+        self.request_id = request.request_id
+        self.log = TokenLog(request)
+        self._open = {choice.index for choice in request.choices}
         self._limit = limit
-        self._cancel = cancel
+        self._on_loss = on_loss
+        self._cancel: Cancel = _nobody
         self._unread: list[GenerationDelta] = []
         self._error: PenstockError | None = None
         self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def rest(self) -> GenerationRequest:
+        """What a replica that takes over has to do."""
+        return self.log.rest(self._open)
+
+    def carry(self, cancel: Cancel) -> None:
+        """Somebody works on the request from now on, and is told by `cancel` what to stop."""
+        self._cancel = cancel
+
+    def lose(self, loss: Loss) -> None:
+        """Nobody works on the request any more."""
+        self._cancel = _nobody
+        if not self.finished:
+            self._on_loss(self, loss)
 
     @property
     def finished(self) -> bool:
@@ -53,16 +81,16 @@ class RequestChannel:
             return
         if delta.finish_reason is not None:
             self._open.discard(delta.index)
+        self.log.add(delta)
         self._unread.append(delta)
         self._wake()
 
-    def fail(self, error: PenstockError, *, tell_replica: bool = True) -> None:
+    def fail(self, error: PenstockError) -> None:
         """End the request with `error`, which the reader gets after what it has not read."""
         if self.finished:
             return
         self._error = error
-        if tell_replica:
-            self._cancel(None)
+        self._cancel(None)
         self._wake()
 
     def abort(self) -> bool:
@@ -118,3 +146,7 @@ class RequestChannel:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _nobody(index: int | None) -> None:
+    """There is nothing to stop: no replica works on the request."""

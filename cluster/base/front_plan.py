@@ -22,6 +22,10 @@ class LimitsPlan:
     max_logit_bias: int
     default_timeout_s: float
     stream_buffer_events: int
+    max_resumes: int = 2
+    """Replicas that a request may lose and go on; 0: it ends with the first."""
+    resume_wait_s: float = 0.5
+    """Longest time that it waits for another one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

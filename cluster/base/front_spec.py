@@ -43,7 +43,7 @@ class DashboardSpec(Section):
 
 
 class GatewayLimitsSpec(Section):
-    """What one gateway accepts; a request over a limit is refused at once, never queued."""
+    """What one gateway accepts and bears; a request over a limit is refused, never queued."""
 
     max_active_requests: Annotated[int | Auto, Whole(1, 100_000, auto=True)] = Field(
         default="auto",
@@ -79,6 +79,16 @@ class GatewayLimitsSpec(Section):
     stream_buffer_events: Annotated[int, Whole(16, 65_536)] = Field(
         default=1024,
         description="Events kept for a client that reads slowly; past it the stream is closed.",
+    )
+    max_resumes: Annotated[int, Whole(0, 100)] = Field(
+        default=2,
+        description="Replicas that a request may lose and still go on with another one of its "
+        "model; 0: it ends with the first. Replicas that are taken away do not count.",
+    )
+    resume_wait: Annotated[float, Duration(0, 600)] = Field(
+        default=0.5,
+        description="Longest time that a request which lost its replica waits for another one. "
+        "With a single replica, the time of its restart lets requests survive that.",
     )
 
 

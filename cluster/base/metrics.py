@@ -87,6 +87,16 @@ OVERFLOWS = _counter(
     "Requests run by the model's overflow, by reason (too_long, busy, unavailable).",
     labels=("reason",),
 )  # fmt: skip
+RESUMES = _counter(
+    "resumes_total", _GATEWAY,
+    "Losses of a replica that a request met, by reason (failed, cut, drained) and outcome: resumed "
+    "on another one, or ended because of limit or no_replica.",
+    labels=("reason", "outcome"),
+)  # fmt: skip
+REPLAYED_TOKENS = _counter(
+    "replayed_tokens_total", _GATEWAY,
+    "Prompt and output tokens of resumed requests that another replica computed again.",
+)  # fmt: skip
 ACTIVE_REQUESTS = _gauge("active_requests", _GATEWAY, "Requests in the gateway now.")
 TTFT = _histogram(
     "ttft_seconds", _GATEWAY, "Time from arrival to the first token.", "seconds", SECONDS_TO_FIRST
@@ -201,6 +211,8 @@ EXPERT_IMBALANCE = Metric(
 METRICS: tuple[Metric, ...] = (
     REQUESTS,
     OVERFLOWS,
+    RESUMES,
+    REPLAYED_TOKENS,
     ACTIVE_REQUESTS,
     TTFT,
     TPOT,

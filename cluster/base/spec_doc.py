@@ -35,8 +35,8 @@ models:
 - `penstock apply FILE` brings a running cluster to the edited file. These keys can change live:
   `models` (entries come and go, in any order), `models[].replicas`, `models[].overflow`,
   `models[].tool_call_parser`, `gateway.replicas`, `cluster.drain` and of `gateway.limits`
-  `max_active_requests`, `max_prompt_tokens_waiting` and `default_timeout`. All others are refused
-  with their line.
+  `max_active_requests`, `max_prompt_tokens_waiting`, `default_timeout`, `max_resumes` and
+  `resume_wait`. All others are refused with their line.
 - Unknown keys, keys written twice and values of the wrong type are errors; all of them are
   reported at once, each with its line.
 - Plain words mean what YAML 1.2 says: `no` and `on` are text. Tags (`!...`) are refused; anchors,

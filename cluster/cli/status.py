@@ -37,7 +37,7 @@ def status(as_json: bool, timeout: float, **flags: Any) -> None:
             console.print(_loss(replica["replica_id"], loss), style="yellow", highlight=False)
     console.print(
         f"gateway pid {answer['gateway_pid']}, {answer['active_requests']} active request(s), "
-        f"dashboard {answer['dashboard_url'] or 'none'}",
+        f"{answer['resumed_requests']} resumed, dashboard {answer['dashboard_url'] or 'none'}",
         highlight=False,
     )
 

@@ -24,6 +24,8 @@ _LIVE = frozenset(
         "gateway.limits.default_timeout",
         "gateway.limits.max_active_requests",
         "gateway.limits.max_prompt_tokens_waiting",
+        "gateway.limits.max_resumes",
+        "gateway.limits.resume_wait",
     }
 )
 _LIVE_OF_MODELS = frozenset(

@@ -7,8 +7,6 @@ makes another version, which Serve answers with new processes.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 from ray import serve
@@ -16,6 +14,7 @@ from ray.serve.api import RunTarget
 
 from cluster.base import names
 from cluster.base.plan import ClusterPlan, EngineKind, ModelPlan, to_json
+from cluster.base.replica_version import replica_version
 from cluster.control.ray_runtime import RayRuntime
 from offload.actor import OffloadWorkerActor
 from replicas.leader.actor import LeaderReplica
@@ -74,14 +73,6 @@ def bind_leader(deployment: Any, model: ModelPlan, cluster: str, host: str) -> A
 def leader_settings(drain_s: float) -> dict[str, float]:
     """What leaders are told again whenever it changes."""
     return {"drain_s": drain_s}
-
-
-def replica_version(model: ModelPlan) -> str:
-    """A digest of what each replica is built from; equal ones need no new processes."""
-    fields = to_json(model)
-    for name in ("replicas", "tool_call_parser", "overflow", "reasons", "nodes"):
-        del fields[name]
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def gateway_target(plan: ClusterPlan, runtime: RayRuntime) -> RunTarget:

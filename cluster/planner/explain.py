@@ -172,6 +172,7 @@ def _limits(plan: ClusterPlan) -> Table:
         ("waiting prompt tokens", str(limits.max_prompt_tokens_waiting)),
         ("message size", size_text(limits.max_message_bytes)),
         ("default timeout", duration_text(limits.default_timeout_s)),
+        ("resumes of a request", str(limits.max_resumes)),
     )
     rows = [("each gateway", *row) for row in gateway]
     for model in plan.models:

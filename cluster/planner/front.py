@@ -56,6 +56,8 @@ def plan_gateway(
             max_logit_bias=limits.max_logit_bias,
             default_timeout_s=limits.default_timeout,
             stream_buffer_events=limits.stream_buffer_events,
+            max_resumes=limits.max_resumes,
+            resume_wait_s=limits.resume_wait,
         ),
     )
 

@@ -23,6 +23,7 @@ from cluster.base.ids import new_epoch
 from cluster.base.interpreter import settle_for_serving
 from cluster.base.log import log_under_ray
 from cluster.base.plan import ModelPlan, from_json
+from cluster.base.replica_version import replica_version
 from replicas.api import GenerationDelta, ReplicaStats
 from replicas.engine.engine_loop import Recovery
 from replicas.leader.engine_parts import AnyExecutor, make_engine
@@ -73,6 +74,7 @@ class LeaderReplica:
                 replica_id=replica_id,
                 model=self._plan.name,
                 epoch=epoch,
+                version=replica_version(self._plan),
                 state=ReplicaState.STARTING,
                 pid=os.getpid(),
                 node=host,

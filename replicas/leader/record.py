@@ -100,6 +100,8 @@ class ReplicaRecord:
     epoch: str
     """Changes with every start, so a late report of a dead predecessor matches nothing."""
     state: ReplicaState
+    version: str = ""
+    """What it was built from, see `cluster.base.replica_version`."""
     detail: str = ""
     """What it is doing (starting) or the root cause (failed)."""
     progress: float = 0.0

@@ -447,7 +447,7 @@ class ReplicaStatus(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., endpoint: _Optional[str] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., epoch: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., step: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., startup_s: _Optional[_Mapping[str, float]] = ..., generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., expert_layers: _Optional[_Iterable[_Union[ExpertLayerStatus, _Mapping]]] = ..., expert_rows_dropped: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[int] = ..., expert_table: _Optional[int] = ..., expert_moves: _Optional[int] = ..., loss: _Optional[_Union[ReplicaLoss, _Mapping]] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("cluster", "version", "replicas", "models", "active_requests", "gateway_pid", "dashboard_url")
+    __slots__ = ("cluster", "version", "replicas", "models", "active_requests", "gateway_pid", "dashboard_url", "resumed_requests")
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
@@ -455,6 +455,7 @@ class StatusResponse(_message.Message):
     ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_PID_FIELD_NUMBER: _ClassVar[int]
     DASHBOARD_URL_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     cluster: str
     version: str
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
@@ -462,4 +463,5 @@ class StatusResponse(_message.Message):
     active_requests: int
     gateway_pid: int
     dashboard_url: str
-    def __init__(self, cluster: _Optional[str] = ..., version: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., active_requests: _Optional[int] = ..., gateway_pid: _Optional[int] = ..., dashboard_url: _Optional[str] = ...) -> None: ...
+    resumed_requests: int
+    def __init__(self, cluster: _Optional[str] = ..., version: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., active_requests: _Optional[int] = ..., gateway_pid: _Optional[int] = ..., dashboard_url: _Optional[str] = ..., resumed_requests: _Optional[int] = ...) -> None: ...

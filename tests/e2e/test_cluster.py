@@ -5,10 +5,7 @@ The oracle is `transformers` on the same checkpoint in fp32.
 
 import concurrent.futures
 import json
-import os
 import re
-import signal
-import time
 from pathlib import Path
 
 import grpc
@@ -285,47 +282,6 @@ def test_command_line_talks_to_the_cluster(cluster, oracle):
     status = penstock("status", env=cluster.env)
     assert status.returncode == 0, status.stderr
     assert "2/2" in status.stdout
-
-
-def test_a_killed_worker_ends_its_streams_with_a_code_and_the_replica_comes_back(
-    cluster, stub, oracle
-):
-    before = cluster.replicas()
-    assert len(before) == 2
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        streams = [pool.submit(_until_end, stub, f"# {i}\n") for i in range(8)]
-        cluster.wait_for(lambda: all(r["num_running"] > 0 for r in cluster.replicas()), 20.0)
-        victim = before[0]
-        killed_s = time.monotonic()
-        os.kill(int(victim["workers"][1]["pid"]), signal.SIGKILL)
-        ends = [stream.result(timeout=60) for stream in streams]
-    failed = [end for end in ends if end[0] is not None]
-    assert failed, "the killed replica had requests"
-    assert len(failed) < len(ends), "the other replica's requests are untouched"
-    for code, penstock_code, ended_s in failed:
-        assert code is grpc.StatusCode.UNAVAILABLE
-        assert penstock_code == "worker_died"
-        assert ended_s - killed_s < 2.0
-    assert collect(stub.Generate(request(PROMPTS[0]), timeout=60)) == oracle(PROMPTS[0])
-    cluster.wait_for(
-        lambda: (
-            len(cluster.replicas()) == 2
-            and victim["epoch"] not in {r["epoch"] for r in cluster.replicas()}
-        ),
-        60.0,
-    )
-    runs = [collect(stub.Generate(request(PROMPTS[0]), timeout=60)) for _ in range(6)]
-    assert runs == [oracle(PROMPTS[0])] * 6
-
-
-def _until_end(stub, prompt: str):
-    try:
-        for _ in stub.Generate(request(prompt, max_tokens=600), timeout=60):
-            pass
-    except grpc.RpcError as error:
-        trailers = dict(error.trailing_metadata())
-        return error.code(), trailers.get("penstock-error-code"), time.monotonic()
-    return None, None, time.monotonic()
 
 
 def test_status_is_json_with_ranks_and_start_up_ledger(cluster):

@@ -4,11 +4,15 @@ One replica becomes two and one again while requests run; a model comes and goes
 live is refused and changes nothing.
 """
 
+import concurrent.futures
+import os
+import signal
 import threading
 import time
 
 import pytest
 
+from cluster.base.errors import PenstockError, WorkerDiedError
 from router.client import PenstockClient
 from tests.e2e.conftest import MIXTURE, MODEL, penstock, start_cluster, stop_cluster
 from tests.e2e.test_up_and_down import alive
@@ -114,6 +118,64 @@ def test_replicas_come_and_go_under_load_and_every_answer_is_whole(one):
     (model,) = cluster.status()["models"]
     assert (model["ready_replicas"], model["replicas"]) == (1, 1)
     assert file.read_text() == text.replace("# the demo", "# the demo\n    replicas: 1")
+
+
+def test_streams_that_outlast_the_drain_go_on_elsewhere(one):
+    cluster, file = one
+    text = file.read_text()
+    with PenstockClient(cluster.grpc) as client:
+        undisturbed = [long_answer(client, index) for index in range(6)]
+        before = cluster.status()["resumed_requests"]
+        single = text.replace("\n    replicas: 1", "").replace("60s", "100ms")
+        file.write_text(single.replace("# the demo", "# the demo\n    replicas: 2"))
+        grown = penstock("apply", str(file), env=cluster.env, timeout=120)
+        assert grown.returncode == 0, grown.stderr
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            streams = [pool.submit(long_answer, client, index) for index in range(6)]
+            cluster.wait_for(lambda: all(r["num_running"] > 1 for r in cluster.replicas()), 20.0)
+            scale = ("scale", "demo-dense", "--replicas", "1")
+            shrunk = penstock(*scale, env=cluster.env, timeout=120)
+            assert [stream.result(timeout=60) for stream in streams] == undisturbed
+    assert shrunk.returncode == 0, shrunk.stderr
+    assert cluster.status()["resumed_requests"] > before
+    file.write_text(text)
+    assert penstock("apply", str(file), env=cluster.env, timeout=120).returncode == 0
+
+
+def long_answer(client: PenstockClient, index: int) -> list[int]:
+    stream = client.generate(
+        MODEL.name, f"# {index}\n", temperature=0.9, seed=index, max_tokens=900, ignore_eos=True
+    )
+    return [token for piece in stream for token in piece.token_ids]
+
+
+def test_a_killed_worker_ends_its_streams_with_a_code_and_the_replica_comes_back(one):
+    cluster, _ = one
+    (victim,) = cluster.replicas()
+    with PenstockClient(cluster.grpc) as client, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        undisturbed = long_answer(client, 0)
+        streams = [pool.submit(end_of, client, index) for index in range(4)]
+        cluster.wait_for(lambda: cluster.replicas()[0]["num_running"] == 4, 20.0)
+        killed_s = time.monotonic()
+        os.kill(int(victim["workers"][0]["pid"]), signal.SIGKILL)
+        for stream in streams:
+            error, ended_s = stream.result(timeout=60)
+            assert isinstance(error, WorkerDiedError)
+            assert "No other replica could take the request" in error.cause
+            assert "output tokens were delivered" in error.cause
+            assert ended_s - killed_s < 2.0
+        cluster.wait_for(
+            lambda: [r["epoch"] for r in cluster.replicas()] not in ([], [victim["epoch"]])
+        )
+        assert long_answer(client, 0) == undisturbed
+
+
+def end_of(client: PenstockClient, index: int) -> tuple[Exception | None, float]:
+    try:
+        long_answer(client, index)
+    except PenstockError as error:
+        return error, time.monotonic()
+    return None, time.monotonic()
 
 
 def test_what_replicas_were_built_with_is_refused_by_key_and_line(one):

@@ -127,7 +127,14 @@ def test_metric_names_follow_the_rules():
         assert list(metric.buckets) == sorted(set(metric.buckets))
         if metric.unit:
             assert metric.unit in metric.name
-        assert set(metric.labels) <= {"model", "code", "reason", "layer", "expert"}
+        assert set(metric.labels) <= {
+            "model",
+            "code",
+            "reason",
+            "outcome",
+            "layer",
+            "expert",
+        }
 
 
 def test_prometheus_accepts_the_table():

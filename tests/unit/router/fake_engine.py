@@ -75,7 +75,11 @@ class FakeEngine:
             raise self.refuse
         with self._lock:
             self.requests.append(request)
-            left = {i: list(self.script(request, i)) for i in range(request.params.n)}
+            left = {}
+            for choice in request.choices:
+                script = list(self.script(request, choice.index))
+                assert script[: len(choice.token_ids)] == list(choice.token_ids)
+                left[choice.index] = script[len(choice.token_ids) :]
             self._running[request.request_id] = _Running(request, left)
 
     def abort(self, request_id: str, index: int | None = None) -> None:

@@ -20,10 +20,12 @@ from replicas.leader.record import ReplicaRecord, ReplicaState
 from replicas.leader.stream_server import ReplicaStreamServer
 from router.access.front_access import FrontAccess
 from router.directory import ReplicaDirectory
+from router.dispatcher import Dispatcher
 from router.grpc.server import GrpcFront
 from router.handler import GatewayHandler, GatewayIdentity
 from router.hop_settings import HopSettings
 from router.policies.prefix_affinity import PrefixAffinity
+from router.resume import Move
 from router.served_model import serve_models
 
 MODEL = "tiny"
@@ -167,6 +169,7 @@ class Gateway:
     replicas: list[FakeReplica]
     front: GrpcFront
     target: str
+    moves: list[Move]
 
     @property
     def engine(self) -> FakeEngine:
@@ -179,18 +182,19 @@ async def running_gateway(
     *,
     engines: list[FakeEngine] | None = None,
     hop: HopSettings | None = None,
+    plan: ModelPlan | None = None,
     plans: Sequence[ModelPlan] = (),
     front: Mapping[str, Any] = MappingProxyType({}),
     **limits,
 ) -> AsyncIterator[Gateway]:
-    """`plans`: other models than the usual one; then there is one of `engines` for each.
+    """`plan`: of the one model; `plans`: several, then there is one of `engines` for each.
 
     `front`: more fields of the gateway's plan.
     """
     plan_limits = replace(LIMITS, **limits)
     if hop is None:
-        hop = HopSettings(stream_buffer_events=plan_limits.stream_buffer_events)
-    plan = GatewayPlan(
+        hop = HopSettings()
+    gateway_plan = GatewayPlan(
         host="127.0.0.1", grpc_port=0, http_port=0, replicas=1, limits=plan_limits, **front
     )
     async with AsyncExitStack() as stack:
@@ -201,24 +205,24 @@ async def running_gateway(
             for at, engine in enumerate([FakeEngine()] if engines is None else engines)
         ]
         membership = FakeMembership()
-        policy = PrefixAffinity()
+        policy, moves = PrefixAffinity(), list[Move]()
         directory = ReplicaDirectory(membership, gateway_id="gw", hop=hop, on_gone=policy.forget)
         directory.start()
         stack.push_async_callback(directory.close)
         await membership.publish(*(replica.record for replica in replicas))
         handler = GatewayHandler(
-            serve_models(plans or (model_plan(checkpoint),)),
+            serve_models(plans or (plan or model_plan(checkpoint),)),
             plan_limits,
             directory,
-            policy,
+            Dispatcher(directory, policy, plan_limits, moves.append),
             GatewayIdentity(cluster="test", version="0.1.0"),
         )
-        server = GrpcFront(handler, plan, FrontAccess(plan))
+        server = GrpcFront(handler, gateway_plan, FrontAccess(gateway_plan))
         port = await server.start()
         stack.push_async_callback(server.stop, 0)
         if replicas:
             await until(handler.ready)
-        yield Gateway(handler, directory, membership, replicas, server, f"127.0.0.1:{port}")
+        yield Gateway(handler, directory, membership, replicas, server, f"127.0.0.1:{port}", moves)
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:

@@ -7,8 +7,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from cluster.base.errors import UnavailableError
+from replicas.api import GenerationRequest
 from router.hop_settings import HopSettings
+from router.loss import Loss
 from router.replica_stream import ReplicaStream
+from router.request_channel import RequestChannel
 
 FAST = HopSettings(backoff_initial_s=0.01, backoff_max_s=0.05, silence_timeout_s=5.0)
 
@@ -43,3 +46,14 @@ async def scripted_leader(*said: bytes) -> AsyncIterator[str]:
         yield f"{host}:{port}"
     finally:
         server.close()
+
+
+def submit(stream: ReplicaStream, request: GenerationRequest, limit: int = 1024) -> RequestChannel:
+    """A request that ends when its replica is lost."""
+    channel = RequestChannel(request, limit=limit, on_loss=_fail)
+    stream.submit(request, channel)
+    return channel
+
+
+def _fail(channel: RequestChannel, loss: Loss) -> None:
+    channel.fail(loss.error)

@@ -14,7 +14,7 @@ from gateway_harness import (
     until,
     write_checkpoint,
 )
-from hops import hop_to
+from hops import hop_to, submit
 
 from cluster.base.errors import OverloadedError, UnavailableError, UnknownModelError
 from replicas.api import GenerationRequest, SamplingParams
@@ -83,10 +83,10 @@ async def test_a_request_under_way_when_a_drain_begins_is_served():
         draining = asyncio.create_task(replica.server.drain(10.0))
         await asyncio.sleep(0)  # announced, and not yet heard here
         assert stream.ready
-        channel = stream.submit(request)
+        channel = submit(stream, request)
         await until(lambda: stream.draining)
         with pytest.raises(UnavailableError):
-            stream.submit(request)
+            submit(stream, request)
         tokens, reason = [], None
         while reason is None:
             for delta in await channel.receive():

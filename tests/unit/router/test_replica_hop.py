@@ -7,7 +7,7 @@ import time
 import pytest
 from fake_engine import FakeEngine
 from gateway_harness import fake_replica, until
-from hops import hop_to, scripted_leader
+from hops import hop_to, scripted_leader, submit
 
 from cluster.base.errors import (
     InternalError,
@@ -46,9 +46,9 @@ async def test_requests_with_one_id_from_two_gateways_do_not_mix():
     ):
         await until(lambda: first.ready and second.ready)
         channels = [
-            first.submit(a_request(6, prompt=(1, 2))),
-            second.submit(a_request(6, prompt=(7, 8))),
-            first.submit(a_request(6, prompt=(3, 4))),
+            submit(first, a_request(6, prompt=(1, 2))),
+            submit(second, a_request(6, prompt=(7, 8))),
+            submit(first, a_request(6, prompt=(3, 4))),
         ]
         answers = await asyncio.gather(*(read_all(channel) for channel in channels))
         assert [tokens(answer) for answer in answers] == [
@@ -63,7 +63,7 @@ async def test_requests_with_one_id_from_two_gateways_do_not_mix():
 async def test_every_choice_ends_once_and_load_is_reported():
     async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
-        deltas = await read_all(stream.submit(a_request(4, n=3)))
+        deltas = await read_all(submit(stream, a_request(4, n=3)))
         ends = [d.index for d in deltas if d.finish_reason is not None]
         assert sorted(ends) == [0, 1, 2]
         assert stream.stats.step > 0
@@ -72,7 +72,7 @@ async def test_every_choice_ends_once_and_load_is_reported():
 async def test_cancel_of_one_choice_leaves_the_others():
     async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
-        channel = stream.submit(a_request(60, n=2))
+        channel = submit(stream, a_request(60, n=2))
         await channel.receive()
         channel.cancel_choice(0)
         rest = await read_all(channel)
@@ -84,7 +84,7 @@ async def test_cancel_of_one_choice_leaves_the_others():
 async def test_cancelling_the_last_choice_cancels_the_request():
     async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
-        channel = stream.submit(a_request(10_000, n=2))
+        channel = submit(stream, a_request(10_000, n=2))
         await channel.receive()
         channel.cancel_choice(1)
         channel.cancel_choice(0)
@@ -97,7 +97,7 @@ async def test_cancelling_the_last_choice_cancels_the_request():
 async def test_loss_ends_every_request_within_milliseconds():
     async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
-        channels = [stream.submit(a_request(10_000)) for _ in range(20)]
+        channels = [submit(stream, a_request(10_000)) for _ in range(20)]
         for channel in channels:
             await channel.receive()
         started = time.monotonic()
@@ -107,7 +107,7 @@ async def test_loss_ends_every_request_within_milliseconds():
         assert [type(result) for result in results] == [UnavailableError] * 20
         assert elapsed_s < 0.5
         with pytest.raises(UnavailableError):
-            stream.submit(a_request())
+            submit(stream, a_request())
 
 
 async def test_leader_failure_carries_its_cause_to_every_gateway():
@@ -117,7 +117,7 @@ async def test_leader_failure_carries_its_cause_to_every_gateway():
         hop_to(replica.record.endpoint) as second,
     ):
         await until(lambda: first.ready and second.ready)
-        channels = [first.submit(a_request(10_000)), second.submit(a_request(10_000))]
+        channels = [submit(first, a_request(10_000)), submit(second, a_request(10_000))]
         replica.server.fail_all(WorkerDiedError("rank 1 was killed", "wait"))
         for channel in channels:
             with pytest.raises(WorkerDiedError, match="rank 1 was killed"):
@@ -142,16 +142,16 @@ async def test_reconnects_when_the_replica_is_back():
             link.say_goodbye(UnavailableError("restarting"))
         await until(lambda: not stream.connected)
         await until(lambda: stream.ready)
-        assert tokens(await read_all(stream.submit(a_request(2)))) == [1, 2]
+        assert tokens(await read_all(submit(stream, a_request(2)))) == [1, 2]
 
 
 async def test_gateway_disconnect_aborts_its_requests_only():
     async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stays:
         async with hop_to(replica.record.endpoint) as leaves:
             await until(lambda: stays.ready and leaves.ready)
-            kept = stays.submit(a_request(10_000))
-            leaves.submit(a_request(10_000))
-            leaves.submit(a_request(10_000))
+            kept = submit(stays, a_request(10_000))
+            submit(leaves, a_request(10_000))
+            submit(leaves, a_request(10_000))
             await until(lambda: replica.engine.num_running == 3)
         await until(lambda: replica.engine.num_running == 1)
         assert len(replica.engine.aborts) == 2
@@ -166,7 +166,7 @@ async def test_silent_replica_counts_as_lost():
     ):
         await until(lambda: stream.ready)
         replica.engine.paused.set()
-        channel = stream.submit(a_request(10))
+        channel = submit(stream, a_request(10))
         started = time.monotonic()
         with pytest.raises(UnavailableError, match="silent"):
             await read_all(channel)
@@ -186,14 +186,10 @@ async def test_idle_replica_keeps_reporting():
 
 
 async def test_slow_reader_is_bounded_and_cancelled():
-    settings = HopSettings(stream_buffer_events=50)
-    async with (
-        fake_replica(FakeEngine()) as replica,
-        hop_to(replica.record.endpoint, settings=settings) as stream,
-    ):
+    async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
-        channel = stream.submit(a_request(10_000))
-        other = stream.submit(a_request(100))
+        channel = submit(stream, a_request(10_000), limit=50)
+        other = submit(stream, a_request(100))
         reader = asyncio.create_task(read_all(other))
         await until(lambda: channel.finished)
         assert len(await channel.receive()) == 50
@@ -206,7 +202,7 @@ async def test_slow_reader_is_bounded_and_cancelled():
 async def test_abort_gives_every_open_choice_an_end():
     async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
-        channel = stream.submit(a_request(10_000, n=3))
+        channel = submit(stream, a_request(10_000, n=3))
         await channel.receive()
         assert channel.abort()
         assert not channel.abort()
@@ -218,13 +214,13 @@ async def test_abort_gives_every_open_choice_an_end():
 
 
 async def test_engine_refusal_reaches_the_request():
-    engine = FakeEngine(refuse=OverloadedError("256 requests are waiting"))
+    engine = FakeEngine(refuse=WorkerDiedError("rank 1 is gone"))
     async with fake_replica(engine) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
-        (delta,) = await read_all(stream.submit(a_request()))
-        assert delta.finish_reason is FinishReason.ERROR
-        assert delta.error["code"] == "overloaded"
+        with pytest.raises(WorkerDiedError, match="rank 1"):
+            await read_all(submit(stream, a_request()))
         assert replica.server.num_requests == 0
+        assert not stream.ready
 
 
 async def test_engine_fault_ends_one_request_without_its_text():
@@ -236,8 +232,8 @@ async def test_engine_fault_ends_one_request_without_its_text():
 
     async with fake_replica(Faulty()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
-        good = stream.submit(a_request(5))
-        (bad,) = await read_all(stream.submit(a_request(prompt=(9,))))
+        good = submit(stream, a_request(5))
+        (bad,) = await read_all(submit(stream, a_request(prompt=(9,))))
         assert bad.error["code"] == InternalError.code
         assert "secret" not in str(bad.error)
         assert tokens(await read_all(good)) == [1, 2, 3, 1, 2]
@@ -246,12 +242,12 @@ async def test_engine_fault_ends_one_request_without_its_text():
 async def test_drain_refuses_new_requests_and_waits_for_the_old():
     async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
-        channel = stream.submit(a_request(100))
+        channel = submit(stream, a_request(100))
         await channel.receive()
         draining = asyncio.create_task(replica.server.drain(5.0))
         await until(lambda: stream.draining)
         with pytest.raises(UnavailableError):
-            stream.submit(a_request())
+            submit(stream, a_request())
         assert len(tokens(await read_all(channel))) > 50
         assert await draining
 
@@ -259,7 +255,7 @@ async def test_drain_refuses_new_requests_and_waits_for_the_old():
 async def test_drain_gives_up_at_its_timeout():
     async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
-        stream.submit(a_request(100_000))
+        submit(stream, a_request(100_000))
         await until(lambda: replica.server.num_requests == 1)
         assert not await replica.server.drain(0.05)
 
@@ -267,7 +263,7 @@ async def test_drain_gives_up_at_its_timeout():
 async def test_retired_stream_finishes_what_runs_then_ends():
     async with fake_replica(FakeEngine()) as replica, hop_to(replica.record.endpoint) as stream:
         await until(lambda: stream.ready)
-        channel = stream.submit(a_request(50))
+        channel = submit(stream, a_request(50))
         stream.retire()
         assert not stream.ready
         assert len(tokens(await read_all(channel))) == 50
