@@ -92,10 +92,15 @@ async def the_busy_one(gateway: Gateway) -> FakeReplica:
 )
 async def test_no_byte_is_missing_or_said_twice_wherever_the_cut_is(checkpoint, sampling):
     fate, request = Fate(), a_request(sampling=sampling)
-    async with running_gateway(checkpoint, engines=mortals(fate), hop=FAST) as gateway:
+    engines = mortals(fate)
+    async with running_gateway(
+        checkpoint, engines=engines, hop=FAST, resume_wait_s=10.0
+    ) as gateway:
         undisturbed, _ = await read(gateway, request)
         num_choices = sampling.get("n", 1)
         for steps in range(41):
+            fate.plan(-1, deaths=0)
+            await until(lambda: not any(engine.num_running for engine in engines))
             await until(lambda: is_whole(gateway))
             fate.plan(steps)
             pieces, error = await read(gateway, request)

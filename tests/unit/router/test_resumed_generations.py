@@ -77,9 +77,12 @@ async def test_every_cut_of_every_kind_of_request(name: str, says_so: bool) -> N
     request, fate = CASES[name], Fate()
     engines = [MortalEngine(ModelEngine(DENSE, prefix_caching=False), fate) for _ in range(2)]
     plan = model_plan(DENSE, vocab_size=2048, eos_token_ids=(0, 2))
-    async with running_gateway(DENSE, engines=engines, plan=plan, hop=FAST) as gateway:
+    async with running_gateway(
+        DENSE, engines=engines, plan=plan, hop=FAST, resume_wait_s=10.0
+    ) as gateway:
         undisturbed = await answer(gateway, request)
         for steps in itertools.count():
+            await until(lambda: not any(engine.num_running for engine in engines))
             await whole(gateway)
             fate.plan(steps, says_so=says_so)
             assert await answer(gateway, request) == undisturbed, steps
