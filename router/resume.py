@@ -163,7 +163,7 @@ class Resumer:
     async def _go_on_in_time(self, trip: Trip, channel: RequestChannel, loss: Loss) -> None:
         try:
             async with asyncio.timeout(self._wait_s):
-                await self._changed()
+                # Asked again first: one may have become ready before this task began to listen.
                 while not self._go_on(trip, channel, loss):
                     await self._changed()
         except TimeoutError:

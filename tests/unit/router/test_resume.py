@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from fake_engine import FakeEngine
@@ -27,12 +29,13 @@ from cluster.base.errors import (
     UnavailableError,
     WorkerDiedError,
 )
-from replicas.api import FinishReason
+from replicas.api import ChoiceProgress, FinishReason, GenerationRequest
 from replicas.leader.record import ReplicaState
 from router.api import EmbedInput, GenerationInput, Piece, ScoreInput, TextOrIds
 from router.gateway_metrics import GatewayMetrics
-from router.loss import LossReason
-from router.resume import Move, Outcome
+from router.loss import Loss, LossReason
+from router.request_channel import RequestChannel
+from router.resume import Move, Outcome, Resumer, Trip
 from router.served_model import serve_models
 
 TEXT = "snow ⛄ and 雪, then STOP here and tail"
@@ -365,6 +368,21 @@ async def test_only_choices_that_have_not_ended_go_on(checkpoint):
         assert [said(pieces, index) for index in range(3)] == [
             said(undisturbed, index) for index in range(3)
         ]
+
+
+async def test_a_replica_that_is_ready_before_anybody_listens_is_not_missed():
+    submitted, moves = [], []
+    stream = SimpleNamespace(endpoint="r1", submit=lambda rest, channel: submitted.append(rest))
+    answers = iter([None, stream])
+    never = asyncio.Event()
+    resumer = Resumer(lambda *_: next(answers), never.wait, LIMITS, moves.append)
+    trip = Trip(model=MODEL, version="")
+    request = GenerationRequest(request_id="r", prompt_token_ids=(1, 2))
+    channel = RequestChannel(request, limit=16, on_loss=partial(resumer.lose, trip))
+    channel.lose(Loss.of(UnavailableError("cut"), is_draining=False))
+    await until(lambda: bool(submitted))
+    assert submitted[0].resumed == (ChoiceProgress(index=0),)
+    assert [move.outcome for move in moves] == [Outcome.RESUMED]
 
 
 def test_moves_are_counted_by_reason_and_outcome():
