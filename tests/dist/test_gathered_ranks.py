@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 
 from offload.layout import read_store
 from offload.placement import is_routed
 from replicas.api import FinishReason
 from tests.support.compiled_kernels import cpu_kernels
 from tests.support.lockstep_ranks import LockstepRanks, model_plan
-from tests.support.loop_run import LoopRun, greedy
+from tests.support.loop_run import (
+    LoopRun,
+    check_alone_and_together,
+    check_random_arrivals,
+    greedy,
+    said_by_transformers,
+)
 from tests.support.offload_engine import offload_plan, unit_names
 
 __all__ = ["cpu_kernels"]
@@ -53,31 +56,11 @@ def ranks(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def oracle() -> list[list[int]]:
-    return said_by_transformers(PROMPTS, NUM_TOKENS)
-
-
-def said_by_transformers(prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    answers = []
-    for prompt in prompts:
-        output = model.generate(
-            torch.tensor([prompt]),
-            do_sample=False,
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-        )
-        answers.append(output[0, len(prompt) :].tolist())
-    return answers
+    return said_by_transformers(MODEL, PROMPTS, NUM_TOKENS)
 
 
 def test_tokens_are_those_of_transformers_alone_and_together(ranks, oracle):
-    engine = ranks.engine()
-    # One at a time all groups but one idle; together no group does.
-    for number, prompt in enumerate(PROMPTS):
-        (alone,) = engine.generate([greedy(f"alone{number}", prompt)])
-        assert alone.token_ids == oracle[number]
-    together = engine.generate([greedy(f"all{n}", p) for n, p in enumerate(PROMPTS)])
-    assert [completion.token_ids for completion in together] == oracle
+    check_alone_and_together(ranks, PROMPTS, oracle)
 
 
 def test_requests_that_give_way_and_come_back_change_no_token(ranks):
@@ -86,25 +69,13 @@ def test_requests_that_give_way_and_come_back_change_no_token(ranks):
     engine = ranks.engine()
     completions = engine.generate([greedy(f"long{n}", p, 60) for n, p in enumerate(prompts)])
     assert engine.stats.num_preemptions > 0
-    assert [completion.token_ids for completion in completions] == said_by_transformers(prompts, 60)
+    assert [completion.token_ids for completion in completions] == said_by_transformers(
+        MODEL, prompts, 60
+    )
 
 
 def test_random_arrivals_aborts_and_idle_groups_change_no_token(ranks, oracle):
-    run, rng = LoopRun(ranks), random.Random(4)
-    for number in range(20):
-        index = rng.randrange(len(PROMPTS))
-        run.loop.add_request(greedy(f"{number} {index}", PROMPTS[index]))
-        if rng.random() < 0.2:
-            run.loop.abort(f"{number} {index}")
-        time.sleep(rng.choice((0.0, 0.0, 0.01, 0.05)))
-    run.drain()
-    assert run.fatal == []
-    assert len(run.ends) == 20
-    for name, reason in run.ends.items():
-        answer = oracle[int(name.split()[1])]
-        said = run.tokens[name]
-        assert said == answer[: len(said)]
-        assert reason is FinishReason.ABORT or said == answer
+    check_random_arrivals(ranks, PROMPTS, oracle, 20)
 
 
 def test_a_rank_stores_and_so_reads_its_part_only(ranks):

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 
 from cluster.base.errors import PenstockError
 from replicas.api import (
@@ -20,7 +17,13 @@ from replicas.api import (
 )
 from replicas.engine.engine_loop import Recovery
 from tests.support.lockstep_ranks import LockstepRanks, model_plan
-from tests.support.loop_run import LoopRun, greedy
+from tests.support.loop_run import (
+    LoopRun,
+    check_alone_and_together,
+    check_random_arrivals,
+    greedy,
+    said_by_transformers,
+)
 
 pytestmark = pytest.mark.dist
 
@@ -54,27 +57,11 @@ def two_groups():
 @pytest.fixture(scope="module")
 def oracle() -> list[list[int]]:
     """What transformers says to `PROMPTS`."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    answers = []
-    for prompt in PROMPTS:
-        output = model.generate(
-            torch.tensor([prompt]),
-            do_sample=False,
-            max_new_tokens=NUM_TOKENS,
-            min_new_tokens=NUM_TOKENS,
-        )
-        answers.append(output[0, len(prompt) :].tolist())
-    return answers
+    return said_by_transformers(MODEL, PROMPTS, NUM_TOKENS)
 
 
 def test_tokens_are_those_of_transformers_alone_and_together(ranks, oracle):
-    engine = ranks.engine()
-    # One at a time all groups but one idle; together no group does.
-    for number, prompt in enumerate(PROMPTS):
-        (alone,) = engine.generate([greedy(f"alone{number}", prompt)])
-        assert alone.token_ids == oracle[number]
-    together = engine.generate([greedy(f"all{n}", p) for n, p in enumerate(PROMPTS)])
-    assert [completion.token_ids for completion in together] == oracle
+    check_alone_and_together(ranks, PROMPTS, oracle)
 
 
 def test_every_routed_row_is_counted_once(ranks):
@@ -123,21 +110,7 @@ def test_capacity_drops_and_counts_what_is_beyond_it():
 
 
 def test_random_arrivals_with_idle_groups_neither_hang_nor_change_a_token(ranks, oracle):
-    run, rng = LoopRun(ranks), random.Random(4)
-    for number in range(24):
-        index = rng.randrange(len(PROMPTS))
-        run.loop.add_request(greedy(f"{number} {index}", PROMPTS[index]))
-        if rng.random() < 0.2:
-            run.loop.abort(f"{number} {index}")
-        time.sleep(rng.choice((0.0, 0.0, 0.01, 0.05)))
-    run.drain()
-    assert run.fatal == []
-    assert len(run.ends) == 24
-    for name, reason in run.ends.items():
-        answer = oracle[int(name.split()[1])]
-        said = run.tokens[name]
-        assert said == answer[: len(said)]
-        assert reason is FinishReason.ABORT or said == answer
+    check_random_arrivals(ranks, PROMPTS, oracle, 24)
 
 
 def test_idle_ranks_sleep(ranks):

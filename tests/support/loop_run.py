@@ -1,8 +1,13 @@
-"""An engine loop over rank processes, and what it said."""
+"""An engine loop over rank processes, what it said, and what transformers says."""
 
 from __future__ import annotations
 
+import random
 import time
+from pathlib import Path
+
+import torch
+import transformers
 
 from cluster.base.errors import PenstockError
 from replicas.api import (
@@ -62,3 +67,51 @@ class LoopRun:
         while len(self.tokens.get(name, ())) < count:
             assert time.monotonic() < deadline_s
             time.sleep(0.005)
+
+
+def said_by_transformers(model: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """Greedy answers of that many tokens, in fp32."""
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    answers = []
+    for prompt in prompts:
+        output = oracle.generate(
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+        )
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers
+
+
+def check_alone_and_together(
+    ranks: LockstepRanks, prompts: list[list[int]], oracle: list[list[int]]
+) -> None:
+    """One at a time all groups but one idle; together no group does."""
+    engine = ranks.engine()
+    for number, prompt in enumerate(prompts):
+        (alone,) = engine.generate([greedy(f"alone{number}", prompt)])
+        assert alone.token_ids == oracle[number]
+    together = engine.generate([greedy(f"all{n}", p) for n, p in enumerate(prompts)])
+    assert [completion.token_ids for completion in together] == oracle
+
+
+def check_random_arrivals(
+    ranks: LockstepRanks, prompts: list[list[int]], oracle: list[list[int]], count: int
+) -> None:
+    """Requests come at any time and a fifth is aborted: the others say what they would alone."""
+    run, rng = LoopRun(ranks), random.Random(4)
+    for number in range(count):
+        index = rng.randrange(len(prompts))
+        run.loop.add_request(greedy(f"{number} {index}", prompts[index]))
+        if rng.random() < 0.2:
+            run.loop.abort(f"{number} {index}")
+        time.sleep(rng.choice((0.0, 0.0, 0.01, 0.05)))
+    run.drain()
+    assert run.fatal == []
+    assert len(run.ends) == count
+    for name, reason in run.ends.items():
+        answer = oracle[int(name.split()[1])]
+        said = run.tokens[name]
+        assert said == answer[: len(said)]
+        assert reason is FinishReason.ABORT or said == answer
