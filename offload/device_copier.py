@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 import torch
 
-from offload.device_streams import DeviceStreams, Event
 from offload.link import POISON
+from replicas.worker.device_streams import DeviceStreams, Event
 
 Ended = Callable[[], None]
 """Returns when a copy has ended: its source may be overwritten."""

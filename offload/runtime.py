@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from offload.device_streams import DeviceStreams, TorchStreams
 from offload.readers.engine import ReadEngine
+from replicas.worker.device_streams import DeviceStreams, TorchStreams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

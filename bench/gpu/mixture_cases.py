@@ -12,12 +12,16 @@ from bench.gpu.cases import Case, Lab, Setting, one
 from bench.gpu.ceilings import seconds
 from bench.report import Row, compared, measured
 from moe.experts import DOWN, UP
+from moe.layout import AllHere
 from replicas.kernels.expert_ops import ExpertSet
 from replicas.kernels.triton_experts import TritonExperts
 from replicas.models.context import torch_dtype
+from replicas.worker.host_stage import seen_from
 
 _TOKENS = (1, 16, 128, 1024)
 _TOP_K = 8
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Hidden states, experts and gate weights."""
 
 
 def mixture_cases(setting: Setting) -> list[Case]:
@@ -29,10 +33,14 @@ def mixture_cases(setting: Setting) -> list[Case]:
             run=partial(_block, tokens),
         )
         for index, tokens in enumerate(_TOKENS[:2] if setting.is_tiny else _TOKENS)
+    ] + [
+        Case(name=f"experts-staged-{tokens}", about_s=5.0, run=partial(_staged, tokens))
+        for tokens in (_TOKENS[1:2] if setting.is_tiny else _TOKENS[1:3])
     ]
 
 
-def _block(tokens: int, lab: Lab) -> Iterator[Row]:
+def _layer(tokens: int, lab: Lab) -> tuple[tuple[dict[str, torch.Tensor], ...], Rows]:
+    """Random experts and routed rows."""
     experts, dim, ffn = (8, 64, 32) if lab.setting.is_tiny else (64, 2048, 768)
     dtype = torch_dtype(lab.setting.dtype)
     generator = torch.Generator(device=lab.device).manual_seed(0)
@@ -45,7 +53,38 @@ def _block(tokens: int, lab: Lab) -> Iterator[Row]:
     hidden_TD = random(tokens, dim)
     scores = torch.rand((tokens, experts), device=lab.device, generator=generator)
     weight_TK, slot_TK = scores.softmax(-1).topk(min(_TOP_K, experts // 2), dim=-1)
-    grouped = TritonExperts(ExpertSet(tensors=tensors, held=tuple(range(experts)), down_bias=False))
+    return tensors, (hidden_TD, slot_TK, weight_TK)
+
+
+def _grouped(tensors: tuple[dict[str, torch.Tensor], ...]) -> TritonExperts:
+    held = tuple(range(len(tensors)))
+    return TritonExperts(ExpertSet(tensors=tensors, held=held, down_bias=False))
+
+
+def _staged(tokens: int, lab: Lab) -> Iterator[Row]:
+    """What a rank of an expert-parallel replica adds to a layer: its rows through pinned memory."""
+    tensors, rows = _layer(tokens, lab)
+    grouped, experts = _grouped(tensors), len(tensors)
+    layout = seen_from(lab.device, AllHere({0: experts}))
+
+    def through_the_host() -> torch.Tensor:
+        exchange = layout.exchange(0)
+        arrived = exchange.dispatch(*rows).wait()
+        summed_AD = grouped.forward(arrived.hidden_AD, arrived.slot_AK, arrived.weight_AK)
+        return exchange.combine(summed_AD, arrived)
+
+    if not torch.equal(through_the_host(), grouped.forward(*rows).float()):
+        raise AssertionError("rows that passed through the host gave other sums")
+    ours_s = seconds(through_the_host, lab.device, 10)
+    there_s = seconds(lambda: grouped.forward(*rows).float(), lab.device, 10)
+    name = f"{experts} experts, {tokens} tokens through the host"
+    row = measured(name, "time", "ms", one(ours_s * 1e3))
+    yield compared(row, "on the device", one(there_s * 1e3), lower_is_better=True)
+
+
+def _block(tokens: int, lab: Lab) -> Iterator[Row]:
+    tensors, (hidden_TD, slot_TK, weight_TK) = _layer(tokens, lab)
+    grouped, experts = _grouped(tensors), len(tensors)
     expected_TD = _one_by_one(hidden_TD, slot_TK, weight_TK, tensors)
     actual_TD = grouped.forward(hidden_TD, slot_TK, weight_TK)
     error = float((actual_TD.float() - expected_TD).norm() / expected_TD.norm())

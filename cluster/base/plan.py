@@ -79,7 +79,8 @@ class MemoryPlan:
     shared_bytes: int = 0
     """Of the weights, what replicas on one node have in common: a node holds it once."""
     host_bytes: int = 0
-    """Of host memory beside a device: weights at home there, and slots that others pass through."""
+    """Of host memory beside a device: weights at home there, and slots that others pass through;
+    in an expert-parallel replica what rows pass through on their way to experts."""
 
     @property
     def total_bytes(self) -> int:

@@ -32,7 +32,8 @@ class Decision(Generic[ValueT]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceChoice:
-    """Where a model's ranks run; `nodes` is set for GPUs: the node index of each replica."""
+    """Where a model's ranks run; `nodes` is set for GPUs: the node index of each tensor-parallel
+    group, replica by replica."""
 
     device: str
     reason: str
@@ -54,7 +55,7 @@ def choose_devices(
     total = sum(free)
     choices: dict[int, DeviceChoice] = {}
     for index, model in sorted(enumerate(models), key=lambda item: item[1].device != "cuda"):
-        need = f"{_replicas_text(model)} needs {model.replicas * model.parallel.tp} GPUs"
+        need = f"{_replicas_text(model)} needs {_num_gpus(model)} GPUs"
         have = f"the cluster has {total}, {sum(free)} not taken by other models"
         bound = (on_cpus or {}).get(index, "")
         nodes = None if model.device == "cpu" or bound else _take_gpus(free, model)
@@ -65,8 +66,10 @@ def choose_devices(
             choices[index] = DeviceChoice(device="cuda", reason=reason, nodes=nodes)
         elif model.device == "cuda":
             raise ConfigError(
-                f"{need}, each replica's on one node; {have}.",
-                "Lower `replicas` or `parallel.tp`, or set `device: cpu`.",
+                f"{need}, each {'group' if model.parallel.dp > 1 else 'replica'}'s on one node; "
+                f"{have}.",
+                f"Lower `replicas` or `parallel.{'dp' if model.parallel.dp > 1 else 'tp'}`, or set "
+                "`device: cpu`.",
                 param=f"models[{index}].device",
             )
         else:
@@ -77,22 +80,40 @@ def choose_devices(
     return [choices[index] for index in range(len(models))]
 
 
+def why_experts_on_cpus(spec: ModelSpec) -> str:
+    """Why the ranks of an expert-parallel replica run on CPUs only; empty where they need not."""
+    if spec.engine == "offload":
+        return "groups that stream weights read them together into the host's memory"
+    if spec.parallel.tp > 1:
+        return "tensor-parallel ranks on GPUs meet in NCCL, where none can leave a lost peer"
+    return ""
+
+
 def _take_gpus(free: list[int], model: ModelSpec) -> tuple[int, ...] | None:
-    """Node of each replica, taken from `free`; None, and nothing taken, when they do not fit."""
+    """Node of each tensor-parallel group, taken from `free`; None, and nothing taken, when they do
+    not fit. Groups of a replica fill a node before they begin another."""
     left, nodes = list(free), []
     for _ in range(model.replicas):
-        node = max(range(len(left)), key=lambda index: left[index], default=-1)
-        if node < 0 or left[node] < model.parallel.tp:
-            return None
-        left[node] -= model.parallel.tp
-        nodes.append(node)
+        node = -1
+        for _ in range(model.parallel.dp):
+            if node < 0 or left[node] < model.parallel.tp:
+                node = max(range(len(left)), key=lambda index: left[index], default=-1)
+            if node < 0 or left[node] < model.parallel.tp:
+                return None
+            left[node] -= model.parallel.tp
+            nodes.append(node)
     free[:] = left
     return tuple(nodes)
 
 
+def _num_gpus(model: ModelSpec) -> int:
+    return model.replicas * model.parallel.dp * model.parallel.tp
+
+
 def _replicas_text(model: ModelSpec) -> str:
     word = "replica" if model.replicas == 1 else "replicas"
-    return f"{model.replicas} {word} of tp={model.parallel.tp}"
+    groups = f"dp={model.parallel.dp} x " if model.parallel.dp > 1 else ""
+    return f"{model.replicas} {word} of {groups}tp={model.parallel.tp}"
 
 
 def choose_dtype(

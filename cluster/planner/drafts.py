@@ -56,6 +56,20 @@ class Draft:
         return self.streaming.shared_bytes if self.streaming else 0
 
     @property
+    def booked_host_bytes(self) -> int:
+        """Host memory of one rank on a device: what it is bounded by, or needs."""
+        if not self.on_gpu:
+            return 0
+        return self.streaming.budgets.host_bytes if self.streaming else self.space.host_bytes
+
+    @property
+    def planned_host_bytes(self) -> int:
+        """The same, as far as it is expected to be used."""
+        if self.streaming is None or not self.on_gpu:
+            return self.booked_host_bytes
+        return self.streaming.found.best.host_bytes
+
+    @property
     def moves_weights(self) -> bool:
         """Whether every step passes weights through a window."""
         return self.streaming is not None or self.zero3 is not None

@@ -102,7 +102,7 @@ def _memory(plan: ClusterPlan) -> Table:
                 model.name,
                 _weights_text(model),
                 f"{size_text(model.memory.kv_bytes)} ({model.kv.num_blocks} blocks)",
-                size_text(model.memory.workspace_bytes),
+                _workspace_text(model),
                 size_text(model.memory.total_bytes),
                 size_text(model.memory.available_bytes),
             )
@@ -115,6 +115,13 @@ def _weights_text(model: ModelPlan) -> str:
     text = size_text(model.memory.weights_bytes)
     shared = model.memory.shared_bytes
     return f"{text} ({size_text(shared)} of it once per node)" if shared else text
+
+
+def _workspace_text(model: ModelPlan) -> str:
+    """With what rows of devices pass through in the host; streamed weights have a table."""
+    text = size_text(model.memory.workspace_bytes)
+    host = model.memory.host_bytes
+    return f"{text} ({size_text(host)} of the host beside)" if model.experts and host else text
 
 
 def _places(plan: ClusterPlan) -> Table:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from cluster.base.errors import ConfigError
 from cluster.base.moe_spec import MoeSectionSpec
 from cluster.base.spec import ModelSpec
+from cluster.planner.decisions import why_experts_on_cpus
 from cluster.planner.memory import expert_bytes
 from cluster.planner.streaming_groups import refuse_moves
 from moe.expert_table import ExpertTable, starting_tables
@@ -246,10 +247,9 @@ def _check_ep(spec: ModelSpec, ep: int, arch: ArchConfig, param: str) -> None:
             f"Use at most {most} ranks.",
             param=f"{param}.parallel",
         )
-    if ep > 1 and spec.device == "cuda":
+    if ep > 1 and spec.device == "cuda" and (why := why_experts_on_cpus(spec)):
         raise ConfigError(
-            "device is cuda, but the ranks of an expert-parallel replica exchange tokens through "
-            "host memory and run on CPUs only.",
-            "Set device: cpu, or ep: 1 with dp: 1.",
+            f"device is cuda, but this expert-parallel replica runs on CPUs only: {why}.",
+            f"Set device: cpu, or engine: expert_parallel with tp: 1 and dp: {ranks}.",
             param=f"{param}.device",
         )

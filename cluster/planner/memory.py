@@ -7,12 +7,13 @@ node's memory is shared. All figures are predictions; a worker reports what it m
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from cluster.base.amount_text import size_text
 from cluster.dist.topology import Node
 from replicas.models.arch import ArchConfig, LayerSpec
-from replicas.models.memory import DTYPE_BYTES
+from replicas.models.memory import DTYPE_BYTES, PINNED_SPARE
 
 CPU_USABLE = 0.9
 """Share of a node's memory that is planned with; the rest is the operating system's."""
@@ -44,6 +45,8 @@ class Workspace:
     process_bytes: int
     spare_bytes: int = 0
     """Kept free for experts of ranks that are lost."""
+    host_bytes: int = 0
+    """Beside a device, in the host's memory: what rows pass through on their way to experts."""
 
     @property
     def total_bytes(self) -> int:
@@ -99,13 +102,14 @@ def workspace(arch: ArchConfig, step: StepShape) -> Workspace:
     gathered = 2 * kv_heads * arch.head_dim * values
     mask = (1 + 4) * min(step.layer_tokens, step.max_context)
     on_gpu = step.device == "cuda"
-    moved = _exchange_bytes(arch, step) if step.ep_size > 1 else 0
+    moved, staged = _exchange_bytes(arch, step) if step.ep_size > 1 else (0, 0)
     moved += _fetched_bytes(arch, step) if step.max_moves else 0
     return Workspace(
         activations_bytes=(step.layer_tokens * per_token + waiting) * values + moved,
         logits_bytes=rows * arch.vocab_size * LOGIT_WORDS * 4,
         context_bytes=step.max_context * (gathered + mask),
         process_bytes=CUDA_CONTEXT_BYTES if on_gpu else RANK_PROCESS_BYTES,
+        host_bytes=staged,
     )
 
 
@@ -118,16 +122,29 @@ def _feed_forward_values(arch: ArchConfig, layer: LayerSpec, tp_size: int) -> in
     return inner + arch.model_dim + fp32_words
 
 
-def _exchange_bytes(arch: ArchConfig, step: StepShape) -> int:
-    """What an expert-parallel rank holds of others' rows: dropless, so of all ranks at worst.
+def _exchange_bytes(arch: ArchConfig, step: StepShape) -> tuple[int, int]:
+    """What an expert-parallel rank holds of others' rows where it computes, and in the host beside
+    a device: dropless, so of all ranks at worst, A = ranks x ceil(T / tp) rows.
 
-    A x (D as sent and D as received, D fp32 sums of its own and as sent) and the inner values of
-    one expert, A x 3 F, for A = ranks x ceil(T / tp) rows.
+    host: A x (D as sent and D as received, D fp32 sums of its own and as sent).
+    On the CPU: that, and the inner values of one expert, A x 3 F.
+    On a device: A x (D as received, D fp64 sums) and for each of a row's K experts D fp32 products,
+        F inner values and six numbers of the sorted pairs; D fp32 sums of its own rows. The host
+        has besides what copies pass through (`replicas/worker/host_stage.py`).
     """
-    ffn_dim = max(layer.moe.ffn_dim for layer in arch.layers if layer.moe)
-    rows = step.ep_size * -(-step.max_step_tokens // step.tp_size)
-    values = DTYPE_BYTES[step.dtype]
-    return rows * (arch.model_dim * (2 * values + 2 * 4) + 3 * ffn_dim * values)
+    moes = [layer.moe for layer in arch.layers if layer.moe]
+    ffn_dim, top_k = max(moe.ffn_dim for moe in moes), max(moe.gate.top_k for moe in moes)
+    own = -(-step.max_step_tokens // step.tp_size)
+    rows, dim, values = step.ep_size * own, arch.model_dim, DTYPE_BYTES[step.dtype]
+    host = rows * dim * (2 * values + 2 * 4)
+    if step.device != "cuda":
+        return host + rows * 3 * ffn_dim * values, 0
+    routed = dim * values + top_k * (8 + 4)  # with ids and weights
+    down = max(own * routed, rows * dim * 8)
+    up = max(rows * routed, own * dim * 4)
+    pairs = rows * top_k * (dim * 4 + ffn_dim * values + 6 * 8)
+    device = rows * (routed + dim * 8) + pairs + own * dim * 4
+    return device, host + math.ceil(PINNED_SPARE * (down + up))
 
 
 def _fetched_bytes(arch: ArchConfig, step: StepShape) -> int:

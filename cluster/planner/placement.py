@@ -21,7 +21,7 @@ from cluster.planner.memory import (
     gpu_budget_bytes,
 )
 from cluster.planner.packing import NodeLoad, RankNeed, fewest_nodes, least_loaded
-from cluster.planner.refusal import device_full, node_full, nodes_full
+from cluster.planner.refusal import device_full, host_full, node_full, nodes_full
 from cluster.planner.sources import ModelSource
 from cluster.planner.streaming import Streamer
 from cluster.planner.streaming_room import Room, least_draft
@@ -191,14 +191,19 @@ def place(draft: Draft, loads: Sequence[NodeLoad], topology: Topology) -> Placed
 
 
 def _place_on_gpus(draft: Draft, loads: Sequence[NodeLoad], topology: Topology) -> tuple[int, ...]:
-    for index in draft.device.nodes:
-        node = topology.nodes[index]
+    """Groups on the nodes whose devices were chosen; a replica's first brings its leader."""
+    beside = draft.tp_size * draft.booked_host_bytes
+    for group, index in enumerate(draft.device.nodes):
+        node, load = topology.nodes[index], loads[index]
         budget = gpu_budget_bytes(node)
         if draft.fixed_bytes > budget:
             raise device_full(draft, budget, len(node.devices))
-        loads[index].add_replica(draft.source.index, draft.tp_size, None)
-        if draft.streaming is not None:
-            loads[index].free_bytes -= draft.tp_size * draft.streaming.budgets.host_bytes
+        if group % draft.layout.dp_size == 0:
+            load.add_leader()
+        load.add_ranks(draft.source.index, draft.tp_size, None)
+        if draft.layout.spreads_experts and beside > load.free_bytes:
+            raise host_full(draft, load.free_bytes)
+        load.free_bytes -= beside
     return draft.device.nodes
 
 

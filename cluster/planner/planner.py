@@ -25,7 +25,7 @@ from cluster.base.spec import ClusterSpec, SpeculationSpec
 from cluster.dist.topology import Topology
 from cluster.planner.caches import Cache, size_caches
 from cluster.planner.cpus import Compute, CpuDemand, front_share, share_cpus
-from cluster.planner.decisions import Decision, choose_devices, choose_threads
+from cluster.planner.decisions import Decision, choose_devices, choose_threads, why_experts_on_cpus
 from cluster.planner.drafts import Draft
 from cluster.planner.foreign_source import InspectSource, inspected
 from cluster.planner.front import plan_gateway
@@ -87,7 +87,7 @@ def make_plan(
 
 def _why_on_cpus(source: ModelSource) -> str:
     if source.layout.spreads_experts:
-        return "ranks that exchange tokens do so through host memory"
+        return why_experts_on_cpus(source.spec)
     return "transformers' own code is served on the CPU" if source.foreign else ""
 
 
@@ -179,7 +179,7 @@ def _plan_model(model: Placed, compute: Compute, cache: Cache, topology: Topolog
             workspace_bytes=draft.space.total_bytes,
             available_bytes=cache.available_bytes,
             shared_bytes=draft.shared_bytes,
-            host_bytes=streaming.found.best.host_bytes if streaming and draft.on_gpu else 0,
+            host_bytes=draft.planned_host_bytes,
         ),
         reasons=reasons_of(draft, compute, cache),
         leader_cpus=compute.leader_cpus,

@@ -26,6 +26,7 @@ def reasons_of(draft: Draft, compute: Compute, cache: Cache) -> dict[str, str]:
         "engine": _engine_reason(draft),
         **_step_reasons(draft),
         "experts.lost_groups": _failover_reason(draft),
+        "experts.exchange": _exchange_reason(draft),
         "device": draft.device.reason,
         "dtype": draft.dtype.reason,
         "offload.compression": _compression_reason(draft),
@@ -60,6 +61,16 @@ def _failover_reason(draft: Draft) -> str:
     if draft.layout.lost_groups:
         return f"{size_text(draft.space.spare_bytes)} per rank fit twice beside the weights"
     return "the memory does not hold twice the experts that each rank would take in"
+
+
+def _exchange_reason(draft: Draft) -> str:
+    """How rows get from one device to another, and what that rules out."""
+    if not (draft.layout.spreads_experts and draft.on_gpu):
+        return ""
+    return (
+        "rows of devices pass through pinned host memory, where the host waits for them twice a "
+        "layer; no step with an exchange is captured as a graph"
+    )
 
 
 def _decoding_reason(draft: Draft) -> str:

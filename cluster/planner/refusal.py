@@ -90,13 +90,32 @@ def device_full(draft: Draft, budget_bytes: int, num_devices: int) -> ConfigErro
     wider = (
         tp
         for tp in possible_tp_sizes(draft.source.arch)
-        if draft.tp_size < tp <= num_devices
+        if not draft.layout.spreads_experts
+        and draft.tp_size < tp <= num_devices
         and redraft(draft, tp_size=tp).fixed_bytes <= budget_bytes
     )
     remedies = [f"raise parallel.tp to {tp}" for tp in list(wider)[:1]]
     remedies += list(_lighter(draft, budget_bytes))
     remedies = remedies[:2] or ["use more or larger GPUs, or set device: cpu"]
-    return ConfigError(cause, f"{_sentence(remedies)}.", param=draft.source.param("parallel.tp"))
+    key = "dp" if draft.layout.spreads_experts else "tp"
+    return ConfigError(
+        cause, f"{_sentence(remedies)}.", param=draft.source.param(f"parallel.{key}")
+    )
+
+
+def host_full(draft: Draft, room_bytes: int) -> ConfigError:
+    """The host has no room for what a group's rows pass through on their way between devices.
+
+    Args:
+        room_bytes: what is left on the node.
+    """
+    return ConfigError(
+        f"Not enough host memory: the rows of {draft.tp_size} rank(s) on GPUs pass through "
+        f"{size_text(draft.space.host_bytes)} each on their way to their experts, and "
+        f"{size_text(max(0, room_bytes))} of the node are left.",
+        "Lower limits.max_step_tokens, or use nodes with more memory.",
+        param=draft.source.param("limits.max_step_tokens"),
+    )
 
 
 def _lighter(draft: Draft, rank_bytes: int) -> Iterator[str]:

@@ -46,10 +46,10 @@ def bundles(plan: ModelPlan) -> list[dict[str, float]]:
 def rank_bytes(plan: ModelPlan) -> int:
     """What one rank takes of its node's memory; of what replicas share, nothing.
 
-    On a device: only what is pinned in the host beside it.
+    On a device: only what it takes of the host beside it.
     """
     if plan.device == "cuda":
-        return plan.offload.host_bytes if plan.offload is not None else 0
+        return plan.offload.host_bytes if plan.offload else plan.memory.host_bytes
     return plan.memory.total_bytes - plan.memory.shared_bytes
 
 

@@ -17,6 +17,8 @@ from replicas.models.arch import ArchConfig
 from replicas.models.weight_units import weight_units
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PINNED_SPARE = 1.25
+"""Pinned host memory that rows pass through, over the most that was ever asked of it at once."""
 
 
 def weight_bytes_per_rank(

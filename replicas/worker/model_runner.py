@@ -202,7 +202,7 @@ class ModelRunner:
         Raises:
             CollectiveTimeoutError, WorkerDiedError: a peer is late or gone.
         """
-        started_s = self._clock()
+        started_s, self._ended = self._clock(), None  # not idle: it computes for others
         self._apply(plan)
         self._model.forward_idle(self._weights)
         return StepOutput(step=plan.step, duration_s=self._clock() - started_s)
@@ -227,7 +227,7 @@ class ModelRunner:
         newest: DeviceTokens,
         started_s: float,
     ) -> PendingStep:
-        """Enqueue a whole step; nothing here may wait for the device."""
+        """Enqueue a whole step; nothing but an exchange of rows may wait for the device here."""
         began = device.mark()
         inputs = build_step_input(plan, self._rows, self._block_size, self._device, newest)
         built_s = self._clock()

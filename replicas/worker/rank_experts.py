@@ -77,6 +77,9 @@ def expert_reader(plan: WorkerPlan, runner: ModelRunner) -> ReadExpert:
 
     def read(layer: int, expert: int) -> Mapping[str, torch.Tensor]:
         unit = expert_unit(arch, layer, expert)
-        return load_unit(plan.model_path, unit, dtype=plan.dtype, kernels=kernels)
+        tensors = load_unit(plan.model_path, unit, dtype=plan.dtype, kernels=kernels)
+        if plan.device == "cpu":
+            return tensors
+        return {name: tensor.to(plan.device) for name, tensor in tensors.items()}
 
     return read

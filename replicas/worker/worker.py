@@ -27,6 +27,7 @@ from replicas.worker.assembly import (
 )
 from replicas.worker.expert_state import ExpertState
 from replicas.worker.frames import LinkAddress
+from replicas.worker.host_stage import seen_from
 from replicas.worker.lockstep_groups import LockstepGroups, first_gathering
 from replicas.worker.lockstep_rank import LockstepRank
 from replicas.worker.order_loop import OrderLoop
@@ -160,7 +161,7 @@ class Worker:
             on_loaded,
             self._weights_factory,
             self._adapt_kernels,
-            expert_layout=experts,
+            expert_layout=seen_from(device, experts) if experts is not None else None,
             adapt_model=self._adapt_model,
             sharers=groups.weight_sharers() if groups is not None and plan.offload else None,
         )

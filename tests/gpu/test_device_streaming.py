@@ -12,11 +12,11 @@ from cluster.base.env import default_cache_dir
 from cluster.dist.communicator import SingleRank
 from offload.assembly import kernel_adapter, streamed_weights
 from offload.device_copier import DeviceCopier
-from offload.device_streams import TorchStreams
 from offload.host_memory import block_on_demand
 from offload.runtime import Runtime
 from replicas.worker.assembly import RankSpec, WeightsFactory, build_runner, resident_weights
 from replicas.worker.device import pin_host_memory, synchronize
+from replicas.worker.device_streams import TorchStreams
 from tests.support.offload_engine import PLENTY, offload_plan
 from tests.support.tiny_models import prompt_tokens, write_checkpoint
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from offload.device_streams import Event
 from offload.readers.engine import ReadEngine
+from replicas.worker.device_streams import Event, WorkQueue
 
 
 @dataclass(eq=False)
@@ -49,6 +49,9 @@ class FakeQueue:
 
     def fill(self, target: torch.Tensor, value: int) -> None:
         self.work(lambda: target.fill_(value))
+
+    def new(self, like: torch.Tensor, user: WorkQueue) -> torch.Tensor:
+        return torch.full_like(like, -77)
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, FakeEvent)

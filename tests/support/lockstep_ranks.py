@@ -70,6 +70,7 @@ def model_plan(
     lost_groups: int = 0,
     dtype: str = "float32",
     offload: OffloadPlan | None = None,
+    device: str = "cpu",
     **limits: int,
 ) -> ModelPlan:
     """A plan as the planner would make it, small."""
@@ -95,7 +96,7 @@ def model_plan(
             survives=survives,
             lost_groups=lost_groups,
         ),
-        device="cpu",
+        device=device,
         dtype=dtype,
         num_threads=1,
         cpus_per_rank=1.0,

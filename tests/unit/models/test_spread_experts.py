@@ -18,13 +18,17 @@ import torch
 from cluster.dist.rank_topology import RankTopology
 from moe.exchange.exchanges import Exchanges
 from moe.exchange.schemes import Scheme
+from moe.exchange.staged import StagedExperts
 from moe.exchange.wire import WireFormat
 from moe.expert_table import starting_tables
+from moe.layout import ExpertLayout
 from moe.spread_experts import SpreadExperts
 from replicas.kernels.cpu_ops import CpuKernels
 from replicas.models.arch import ArchConfig
 from replicas.models.context import torch_dtype
 from replicas.models.hf_config import arch_from_hf
+from replicas.worker.host_stage import HostStage
+from tests.support.fake_streams import FakeDevice
 from tests.support.stepping import Stepper
 from tests.support.thread_peers import Hub, ThreadPeers, on_threads
 from tests.support.tiny_models import prompt_tokens, reference_greedy, tiny_model
@@ -75,15 +79,16 @@ def _arch(path: Path) -> ArchConfig:
     return arch_from_hf(json.loads((path / "config.json").read_text()))
 
 
-@pytest.mark.parametrize("ep_size", LAYOUTS)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_greedy_tokens_at_any_number_of_ranks(checkpoint: Checkpoint, name: str, ep_size: int):
-    path, topology = checkpoint(name), RankTopology.regular(*LAYOUTS[ep_size])
+def _greedy_tokens(
+    path: Path, ep_size: int, seen: Callable[[ExpertLayout], ExpertLayout]
+) -> list[list[int]]:
+    """What each rank's request gives; `seen`: the layout as the model takes it."""
+    topology = RankTopology.regular(*LAYOUTS[ep_size])
 
     def body(rank: int, peers: ThreadPeers) -> list[int]:
         layout = _layout(_arch(path), peers, topology, rank, torch.float32)
         layout.exchanges.use(SCHEMES[topology.num_ranks])
-        stepper = Stepper.load(path, expert_layout=layout)
+        stepper = Stepper.load(path, expert_layout=seen(layout))
         tokens, fed = [], prompt_tokens(9 + rank, rank)
         for _ in range(NUM_STEPS):
             if len(tokens) == _length(rank):
@@ -93,8 +98,28 @@ def test_greedy_tokens_at_any_number_of_ranks(checkpoint: Checkpoint, name: str,
             fed = tokens[-1:]
         return tokens
 
-    answers = on_threads(Hub(topology), body)
+    return on_threads(Hub(topology), body)
+
+
+@pytest.mark.parametrize("ep_size", LAYOUTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_at_any_number_of_ranks(checkpoint: Checkpoint, name: str, ep_size: int):
+    answers = _greedy_tokens(checkpoint(name), ep_size, lambda layout: layout)
     assert answers == [_expected(name, rank) for rank in range(ep_size)]
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2_moe", "deepseek_v3", "gpt_oss", "mixtral_uneven", "pr_moe"]
+)
+def test_greedy_tokens_with_experts_behind_copies(checkpoint: Checkpoint, name: str):
+    """As ranks on devices have them; the copies are done as late as events allow."""
+
+    def staged(layout: ExpertLayout) -> ExpertLayout:
+        device = FakeDevice(computes_at_once=True)
+        return StagedExperts(layout, HostStage(device, lambda memory: lambda: None))
+
+    answers = _greedy_tokens(checkpoint(name), 4, staged)
+    assert answers == [_expected(name, rank) for rank in range(4)]
 
 
 def _logits_of_rank_0(

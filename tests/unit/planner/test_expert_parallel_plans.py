@@ -199,7 +199,7 @@ def test_the_kind_of_engine_follows_the_layout(tmp_path: Path, parallel, engine,
             "parallel.dp",
             "dp is 2, but engine is tensor_parallel",
         ),
-        ({"device": "cuda", "parallel": {"dp": 2}}, "device", "run on CPUs only"),
+        ({"device": "cuda", "parallel": {"dp": 2, "tp": 2}}, "device", "meet in NCCL"),
         ({"parallel": {"dp": 2, "tp": 3}}, "parallel.tp", "8 attention heads are not divisible"),
         ({"moe": {"exchange": "flat"}}, "moe", "not expert-parallel"),
     ],
@@ -236,10 +236,10 @@ def test_a_dense_model_has_no_experts_to_share(tmp_path: Path, model, param):
     assert "no experts" in error.cause
 
 
-def test_ranks_stay_on_cpus_and_say_why(tmp_path: Path):
-    plan = planned(tmp_path, GPU_BOX, parallel={"dp": 2})
+def test_split_groups_stay_on_cpus_and_say_why(tmp_path: Path):
+    plan = planned(tmp_path, GPU_BOX, parallel={"dp": 2, "tp": 2})
     assert plan.device == "cpu"
-    assert "host memory" in plan.reasons["device"]
+    assert "NCCL" in plan.reasons["device"]
 
 
 def test_groups_fill_few_nodes_up_to_a_rank_per_core(tmp_path: Path):

@@ -25,11 +25,22 @@ class WorkQueue(Protocol):
     """Work of a device that is done in the order in which it was given."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy from host memory to the device; the source stays as it is until that is done."""
+        """Copy between host memory and the device, either way.
+
+        The source stays as it is until that is done, and nobody looks at the target before.
+        """
         ...
 
     def fill(self, target: torch.Tensor, value: int) -> None:
         """Overwrite memory of the device."""
+        ...
+
+    def new(self, like: torch.Tensor, user: WorkQueue) -> torch.Tensor:
+        """Memory of the device, of a tensor's shape and dtype, that this queue may write at once.
+
+        Args:
+            user: another queue that works with it, until it is let go.
+        """
         ...
 
     def wait(self, event: Event) -> None:
@@ -60,7 +71,7 @@ class TorchQueue:
         self._stream = stream
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """See `WorkQueue.copy`; in the background where the source is pinned."""
+        """See `WorkQueue.copy`; in the background where the host's memory is pinned."""
         with self._stream:
             target.copy_(source, non_blocking=True)
 
@@ -68,6 +79,16 @@ class TorchQueue:
         """See `WorkQueue.fill`."""
         with self._stream:
             target.fill_(value)
+
+    def new(self, like: torch.Tensor, user: WorkQueue) -> torch.Tensor:
+        """See `WorkQueue.new`."""
+        if not isinstance(user, TorchQueue):
+            raise InternalError(f"{user} is none of this device.")
+        # Taken from this stream's memory: else it might still be in use by what `user` was given.
+        with self._stream:
+            made = torch.empty(like.shape, dtype=like.dtype, device=self._stream.device)
+        made.record_stream(user._stream)
+        return made
 
     def wait(self, event: Event) -> None:
         """See `WorkQueue.wait`."""
