@@ -181,12 +181,12 @@ def _notes(arguments: argparse.Namespace, setting: Setting) -> list[str]:
 
 def _kept(setting: Setting, layers: int) -> str:
     use = setting.keeping(layers)
-    what = (
-        f"{use.held_bytes / 1e6:.0f} MB of the layers' records"
-        if use.held_bytes
-        else f"{use.resident_layers} of 28 layers"
-    )
-    return f"{what} in memory beside {use.ring_slots} slots"
+    kept = []
+    if use.resident_layers:
+        kept.append(f"{use.resident_layers} of 28 layers")
+    if use.held_bytes:
+        kept.append(f"{use.held_bytes / 1e6:.0f} MB of the streamed layers' records")
+    return f"{' and '.join(kept) or 'no layer'} in memory beside {use.ring_slots} slots"
 
 
 def _per_s(points: Sequence[GemmPoint]) -> str:

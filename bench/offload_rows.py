@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from bench.offload_child import BatchResult, ChildResult
-from bench.offload_run import Runner, all_streaming
+from bench.offload_run import Runner
 from bench.report import Row, Samples, compared, measured, not_measured
 from offload.compression import Compression
 from offload.cost_model import PassLoad, pass_time
@@ -15,6 +15,7 @@ from offload.homes import Placement
 from offload.model_shape import ModelShape
 from offload.precision import Precision
 from offload.rates import Rates
+from offload.search_space import Budgets, Choices, Demand, placements
 
 BATCH = 8
 """Rows against peers."""
@@ -63,18 +64,17 @@ class Setting:
     def keeping(self, layers: int) -> Placement:
         """The fastest use of the memory of three slots and `layers` layers, as a planner finds it:
         layers that stay, or parts of the records of all of them."""
-        layer_bytes = self.shape.layers[0].record_bytes(Precision.NATIVE)
         load = PassLoad(rows=BATCH, context_tokens=self.context_tokens)
-
-        def uses() -> Iterator[Placement]:
-            for slots in (2, 3, 4):
-                kept = layers + 3 - slots
-                base = all_streaming(Precision.NATIVE, self.compression)
-                yield replace(base, ring_slots=slots, resident_layers=kept)
-                if self.compression is Compression.LOSSLESS:
-                    yield replace(base, ring_slots=slots, held_bytes=kept * layer_bytes)
-
-        return min(uses(), key=lambda use: pass_time(self.shape, use, self.rates, load).total_s)
+        budgets = Budgets(device_bytes=0, workspace_bytes=0, host_bytes=0, host_holds_weights=False)
+        choices = Choices(compressions=(self.compression,), may_hold=True)
+        demand = Demand(max_rows=BATCH, context_tokens=0, max_context=0)
+        room = Placement(resident_layers=layers, host_layers=0).weight_bytes(self.shape)
+        uses = [
+            use
+            for use in placements(self.shape, budgets, demand, choices)
+            if use.fixed_resident and use.weight_bytes(self.shape) <= room
+        ]
+        return min(uses, key=lambda use: pass_time(self.shape, use, self.rates, load).total_s)
 
     def compression_of(self, precision: Precision) -> Compression:
         """Codes get no smaller."""

@@ -13,6 +13,8 @@ from offload.precision import Precision
 
 MAX_RESIDENT_CHOICES = 65
 """Deep models are tried with so many numbers of resident layers, evenly spread."""
+HELD_PARTS = 4
+"""Of the memory of layers that stay, none or so many parts are tried for compressed records."""
 KV_WINDOWS = 2
 """One micro-batch computes while the next one's keys and values arrive."""
 
@@ -64,7 +66,7 @@ class Choices:
     compressions: tuple[Compression, ...] = (Compression.NONE,)
     """Of native records; codes get no smaller."""
     may_hold: bool = False
-    """Whether parts of compressed records may stay in memory instead of whole layers."""
+    """Whether parts of compressed records may stay in memory in place of whole layers."""
     ring_slots: tuple[int, ...] = (2, 3, 4)
     expert_shares: tuple[float, ...] = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0625, 0.0)
     """Parts of the streamed routed experts that slots are tried for."""
@@ -115,20 +117,23 @@ def _weight_homes(model: ModelShape, choices: Choices) -> Iterator[Placement]:
             )
             if slots <= layers - resident:
                 yield from _expert_homes(model, base, choices)
-            if choices.may_hold and resident and slots <= layers:
+            if choices.may_hold:
                 yield from _held(model, base)
 
 
 def _held(model: ModelShape, base: Placement) -> Iterator[Placement]:
-    """The memory of the layers that stay, for a part of every layer's record instead: a third less
-    to read, and all of it to decode."""
+    """The memory of some or all layers that stay, for a part of each other layer's record instead:
+    a third less to read, and more to decode."""
     if base.compression is Compression.NONE:
         return
-    layers = model.layers[: base.resident_layers]
-    room = sum(layer.record_bytes(base.precision) for layer in layers)
-    streaming = replace(base, resident_layers=0)
-    if room <= streaming.stored_share(model) * streaming.streamed_bytes(model, 1)[0]:
-        yield replace(streaming, held_bytes=room)
+    stays = {base.resident_layers * part // HELD_PARTS for part in range(HELD_PARTS)}
+    for resident in sorted(stays - {base.resident_layers}):
+        streaming = replace(base, resident_layers=resident)
+        layers = model.layers[resident : base.resident_layers]
+        room = sum(layer.record_bytes(base.precision) for layer in layers)
+        most = streaming.read_bytes(model, streaming.streamed_bytes(model, 1)[0])
+        if room <= most and base.ring_slots <= len(model.layers) - resident:
+            yield replace(streaming, held_bytes=room)
 
 
 def _formats(choices: Choices) -> Iterator[tuple[Precision, Compression]]:

@@ -64,10 +64,12 @@ def test_bounded_demand_gives_the_rest_to_resident_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("decode_gb", "holds"), [(20, True), (8, True), (5, False)], ids=["disk", "even", "decoding"]
+    ("decode_gb", "held_gb"),
+    [(20, 12), (8, 12), (5, 3), (4, 0)],
+    ids=["disk", "even", "both", "core"],
 )
 def test_what_memory_is_left_holds_records_unless_decoding_decides(
-    decode_gb: int, holds: bool
+    decode_gb: int, held_gb: int
 ) -> None:
     """12 GB beside ring and cache: 14.8 GB of records to read where they hold records, and all 40
     to decode; with 12 resident layers 18.8 and 28."""
@@ -75,7 +77,7 @@ def test_what_memory_is_left_holds_records_unless_decoding_decides(
     choices = replace(NATIVE_RING, compressions=(Compression.LOSSLESS,), may_hold=True)
     model = replace(MODEL, stored_share=0.67)
     best = found(23, 8, choices=choices, rates=rates, model=model, on_cpu=True).best.placement
-    assert (best.held_bytes, best.resident_layers) == ((12 * GB, 0) if holds else (0, 12))
+    assert (best.held_bytes, best.resident_layers) == (held_gb * GB, 12 - held_gb)
 
 
 def test_more_is_never_held_than_there_is() -> None:
