@@ -59,6 +59,7 @@ async def read(gateway: Gateway, request: GenerationInput) -> tuple[list[Piece],
 
 
 def said(pieces: list[Piece], index: int = 0) -> tuple[object, ...]:
+    """All that concerns a choice, and the usage of the request, which rides on any one's last."""
     mine = [piece for piece in pieces if piece.index == index]
     return (
         "".join(piece.text for piece in mine),
@@ -66,7 +67,7 @@ def said(pieces: list[Piece], index: int = 0) -> tuple[object, ...]:
         [score for piece in mine for score in piece.logprobs],
         [piece.finish_reason for piece in mine if piece.finish_reason],
         [piece.stop_reason for piece in mine if piece.stop_reason],
-        [piece.usage for piece in mine if piece.usage],
+        [piece.usage for piece in pieces if piece.usage],
     )
 
 
