@@ -46,17 +46,18 @@ inline const float* as_numbers(const Rows<Bf16>& x) {
   return numbers;
 }
 
-// One depth tile of kColumns columns: sums[column][row] += x w.
+// One depth tile of kColumns columns: sums[column][row] += x w. Meanwhile as many bytes from `ahead` on are
+// asked for.
 template <long kRows, long kColumns, bool kFetch>
-inline void add_depth_tile(const float* x, const char* const* w, Vec (*sums)[kRows]) {
-  constexpr long kAhead = 1024;
+inline void add_depth_tile(const float* x, const char* const* w, const char* const* ahead,
+                           Vec (*sums)[kRows]) {
   Vec even[kColumns][kRows] = {}, odd[kColumns][kRows] = {};
 #pragma GCC unroll 16
   for (long word = 0; word < 16; ++word)
 #pragma GCC unroll 4
     for (long column = 0; column < kColumns; ++column) {
       const char* at = w[column] + word * 64;
-      if (kFetch) _mm_prefetch(at + kAhead, _MM_HINT_T0);
+      if (kFetch) _mm_prefetch(ahead[column] + word * 64, _MM_HINT_T0);
       const WordVec words = load_as<WordVec>(at);
       const Vec low = (Vec)(words << 16), high = (Vec)(words & 0xffff0000u);
       for (long row = 0; row < kRows; ++row) {
@@ -69,21 +70,26 @@ inline void add_depth_tile(const float* x, const char* const* w, Vec (*sums)[kRo
       sums[column][row] += even[column][row] + odd[column][row];
 }
 
-// kRows rows against pairs of columns, the whole depth. `sums`: [pair][row][32].
+// kRows rows against pairs of columns, the whole depth. `sums`: [pair][row][32]. `following`: the columns that
+// are probably next; their first tiles are fetched with the last ones of these, or each column would begin
+// with a wait for memory.
 template <long kRows, long kPairs>
-void multiply_vectors(const float* x, const Column* columns, long depth_tiles, float* sums) {
+void multiply_vectors(const float* x, const Column* columns, const Column* following,
+                      long depth_tiles, float* sums) {
   constexpr long kColumns = 2 * kPairs;
   const TileRounding rounding;
   Vec totals[kColumns][kRows] = {};
-  const char* at[kColumns];
+  const char *at[kColumns], *ahead[kColumns];
   for (long column = 0; column < kColumns; ++column) at[column] = columns[column].whole;
   for (long t = 0; t < depth_tiles; ++t, x += kRows * 32) {
-    add_depth_tile<kRows, kColumns, true>(x, at, totals);
+    for (long column = 0; column < kColumns; ++column)
+      ahead[column] = t + 1 < depth_tiles ? at[column] + kTileBytes : following[column].whole;
+    add_depth_tile<kRows, kColumns, true>(x, at, ahead, totals);
     for (const char*& next : at) next += kTileBytes;
   }
   if (columns[0].rest != nullptr) {
     for (long column = 0; column < kColumns; ++column) at[column] = columns[column].rest;
-    add_depth_tile<kRows, kColumns, false>(x, at, totals);
+    add_depth_tile<kRows, kColumns, false>(x, at, at, totals);
   }
   for (long column = 0; column < kColumns; ++column)
     for (long row = 0; row < kRows; ++row)
@@ -91,12 +97,12 @@ void multiply_vectors(const float* x, const Column* columns, long depth_tiles, f
 }
 
 // The same of one pair or two.
-inline void multiply_vectors(const float* x, long rows, const Column* columns, long pairs,
-                             long depth_tiles, float* sums) {
+inline void multiply_vectors(const float* x, long rows, const Column* columns,
+                             const Column* following, long pairs, long depth_tiles, float* sums) {
   static_assert(kVectorRows == 2, "one case for each number of rows");
   const auto multiply = rows == 1 ? (pairs == 1 ? multiply_vectors<1, 1> : multiply_vectors<1, 2>)
                                   : (pairs == 1 ? multiply_vectors<2, 1> : multiply_vectors<2, 2>);
-  multiply(x, columns, depth_tiles, sums);
+  multiply(x, columns, following, depth_tiles, sums);
 }
 
 }  // namespace penstock

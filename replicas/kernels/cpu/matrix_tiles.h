@@ -65,19 +65,29 @@ inline void columns_of(const Output& output, long pair, long depth, Column* colu
   }
 }
 
+// Where the columns of a pair begin, as far as there is such a pair.
+template <typename Output>
+inline void begins_of(const Output& output, long pair, Column* columns) {
+  for (long side = 0; side < 2; ++side)
+    columns[side].whole = reinterpret_cast<const char*>(
+        output.block(std::min(pair, output.pairs() - 1), side));
+}
+
 // Two pairs of columns at a time, whichever come: four streams from memory.
 template <typename Output>
 void multiply_very_few(const Rows<Bf16>& x, const Output& output, Part part) {
   alignas(64) float sums[2 * kVectorRows * 32];
   alignas(64) char rest[4 * kTileBytes];
-  Column columns[4];
+  Column columns[4], following[4];
   const float* numbers = as_numbers(x);
   Units units(output.pairs(), part);
   for (long pair = units.next(); pair >= 0; pair = units.next()) {
     const long other = units.next(), pairs = other >= 0 ? 2 : 1;
     columns_of(output, pair, 0, columns, rest);
     if (pairs == 2) columns_of(output, other, 0, columns + 2, rest + 2 * kTileBytes);
-    multiply_vectors(numbers, x.rows, columns, pairs, output.w.k / kTileDepth, sums);
+    begins_of(output, pair + 2, following);
+    begins_of(output, other + 2, following + 2);
+    multiply_vectors(numbers, x.rows, columns, following, pairs, output.w.k / kTileDepth, sums);
     output.write(sums, 32, 0, x.rows, pair, pair + 1);
     if (pairs == 2) output.write(sums + x.rows * 32, 32, 0, x.rows, other, other + 1);
   }
