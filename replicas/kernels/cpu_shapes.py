@@ -54,6 +54,20 @@ class InputsShape(ctypes.Structure):
     )
 
 
+class HeadShape(ctypes.Structure):
+    """The C side's `Head`: what greedy decoding wants behind the layers, and where it goes."""
+
+    _fields_ = (
+        ("packed", _P),
+        ("places", _P),
+        ("sign", _P),
+        ("n", _L),
+        ("count", _L),
+        ("are_finite", ctypes.c_int64),
+        ("seconds", ctypes.c_double),
+    )
+
+
 class BlockShape(ctypes.Structure):
     """The C side's `Block`: one layer's attention, its packed weights and what surrounds them."""
 

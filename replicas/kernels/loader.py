@@ -21,7 +21,7 @@ from replicas.kernels.memory import HugePages, ScratchMemory
 
 PACKED = ".packed"
 """Suffix of the tensor with a packed weight's bytes, in its unit."""
-_ABI = 6
+_ABI = 7
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _SIGNATURES = {
@@ -35,7 +35,7 @@ _SIGNATURES = {
     "write_slots": [_P, _P, _L, _P, _L, _P, _L, _L, _I],
     "attention": [_P, _P, _P, _P, _P, _I],
     "attention_block": [_P, _P, _P, _P, _P, _P, _I],
-    "layers": [_P, _P, _P, _P, _P, _I],
+    "layers": [_P, _P, _P, _P, _P, _P, _I],
     "layers_bytes": [_P, _L, _L],
 }
 _RESULTS = {"layers": ctypes.c_bool, "layers_bytes": _L}

@@ -23,7 +23,13 @@ from replicas.attention.cpu_block import (
     address,
     block_shape,
 )
-from replicas.kernels.cpu_shapes import LAYER_PARTS, InputsShape, LayerShape, StackShape
+from replicas.kernels.cpu_shapes import (
+    LAYER_PARTS,
+    HeadShape,
+    InputsShape,
+    LayerShape,
+    StackShape,
+)
 from replicas.kernels.loader import PACKED, CpuLibrary
 from replicas.layers.cpu_mixture import CpuMixture
 from replicas.layers.rotary import Rotary
@@ -84,8 +90,12 @@ class CpuLayerStack:
         rotary: Rotary,
         weights: WeightProvider,
         kv_caches: Sequence[torch.Tensor],
+        head: HeadShape | None = None,
     ) -> torch.Tensor | None:
         """Hidden states after the last norm, (T, D); writes this step's keys and values.
+
+        Args:
+            head: as wide as the layers and of their dtype; filled in, one place for each row.
 
         Returns:
             None when weights or caches do not lie as this needs them: nothing was done.
@@ -110,6 +120,7 @@ class CpuLayerStack:
             addressof(step.shape),
             addressof(inputs),
             output_TD.data_ptr(),
+            None if head is None else addressof(head),
             scratch,
             threads,
         )

@@ -8,6 +8,7 @@ transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +23,9 @@ from replicas.models.arch import ArchConfig
 from replicas.models.context import ModelContext
 from replicas.models.decoder import ForwardBatch
 from replicas.models.pre_norm import PreNormDecoder, PreNormLayer
+
+if TYPE_CHECKING:
+    from replicas.kernels.cpu_shapes import HeadShape
 
 
 class LlamaLayer(PreNormLayer[RmsNorm]):
@@ -101,11 +105,19 @@ class LlamaModel(PreNormDecoder[LlamaLayer, RmsNorm]):
         return {} if self._stack is None else self._stack.seconds
 
     def forward(
-        self, batch: ForwardBatch, weights: WeightProvider, kv_caches: Sequence[torch.Tensor]
+        self,
+        batch: ForwardBatch,
+        weights: WeightProvider,
+        kv_caches: Sequence[torch.Tensor],
+        head: HeadShape | None = None,
     ) -> torch.Tensor:
-        """Hidden states after the final norm, (T, D)."""
+        """Hidden states after the final norm, (T, D).
+
+        Args:
+            head: filled in where all layers are one call; else it stays as it is.
+        """
         if self._stack is not None:
-            output_TD = self._stack.forward(batch, self._rotary, weights, kv_caches)
+            output_TD = self._stack.forward(batch, self._rotary, weights, kv_caches, head)
             if output_TD is not None:
                 return output_TD
         hidden_TD, context = self.begin(batch, weights)

@@ -54,6 +54,7 @@ class ParamsTable:
         self._columns = np.zeros(num_slots, dtype=_COLUMNS)
         self._logit_bias: dict[int, BiasEntry] = {}
         self._min_token_ids: dict[int, IntArray] = {}
+        self._not_plain: set[int] = set()  # slots that want more than their largest logit
 
     def grow(self, num_slots: int) -> None:
         """Make room for more slots; entries stay."""
@@ -89,6 +90,8 @@ class ParamsTable:
             _is_plain_greedy(params),
             _defers(params),
         )
+        if not _is_plain_greedy(params):
+            self._not_plain.add(slot)
         if params.logit_bias:
             ids, values = zip(*params.logit_bias, strict=True)
             self._logit_bias[slot] = (np.array(ids, np.int64), np.array(values, np.float32))
@@ -99,6 +102,7 @@ class ParamsTable:
         """Forget what `slot` held."""
         self._logit_bias.pop(slot, None)
         self._min_token_ids.pop(slot, None)
+        self._not_plain.discard(slot)
 
     def defers(self, slots_R: IntArray) -> bool:
         """Whether all of these rows can be sampled without the tokens before and without a look at
@@ -112,7 +116,7 @@ class ParamsTable:
 
     def all_plain_greedy(self, slots_R: IntArray) -> bool:
         """Whether each of these slots wants its largest logit and nothing else."""
-        return bool(self._columns["is_plain_greedy"][slots_R].all())
+        return not self._not_plain or self._not_plain.isdisjoint(slots_R.tolist())
 
     def gather(
         self,

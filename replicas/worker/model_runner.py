@@ -26,17 +26,12 @@ from replicas.engine.scheduler_output import SchedulerOutput, StepOutput
 from replicas.engine.weight_traffic import traffic_of
 from replicas.layers.weights import WeightProvider
 from replicas.models.decoder import DecoderModel
+from replicas.worker.ahead_steps import AheadSteps
 from replicas.worker.decode_graphs import GraphedModel
 from replicas.worker.device import out_of_memory_as_error
 from replicas.worker.input_batch import build_step_input
 from replicas.worker.kv_tensors import copy_blocks
-from replicas.worker.pending_step import (
-    AsyncDevice,
-    DeviceTokens,
-    LaunchedStep,
-    Mark,
-    PendingStep,
-)
+from replicas.worker.pending_step import AsyncDevice, LaunchedStep
 from replicas.worker.prompt_outputs import PromptOutputs
 from replicas.worker.request_rows import RequestRows
 from replicas.worker.row_sampling import RowSampling
@@ -84,7 +79,6 @@ class ModelRunner:
         self._block_size = block_size
         self._is_output_rank = is_output_rank
         self._clock = clock
-        self._ended: Mark | None = None
         self._max_context = max_context
         self._grammars = grammars
         self.forget_rows()
@@ -92,7 +86,6 @@ class ModelRunner:
     def forget_rows(self) -> None:
         """Drop all live requests, steps in flight too; what is in the cache stays."""
         self._in_flight: list[LaunchedStep] = []
-        self._newest = DeviceTokens(self._device) if self._async else None
         self._prompts = PromptOutputs(
             self._model, self._weights, is_output_rank=self._is_output_rank
         )
@@ -108,6 +101,17 @@ class ModelRunner:
         self._sampling = RowSampling(
             self._model, self._weights, self._rows, is_output_rank=self._is_output_rank
         )
+        self._ahead = None
+        if self._async is not None:
+            self._ahead = AheadSteps(
+                self._async,
+                self._model,
+                self._weights,
+                self._kv_caches,
+                rows=self._rows,
+                sampling=self._sampling,
+                clock=self._clock,
+            )
 
     @property
     def model(self) -> DecoderModel:
@@ -172,8 +176,8 @@ class ModelRunner:
             raise InternalError("Two steps are in flight and a third one is launched.")
         started_s = self._clock()
         self._apply(plan)
-        if self._async and self._newest and plan.keys and self._needs_no_look(plan):
-            step = LaunchedStep(pending=self._give(plan, self._async, self._newest, started_s))
+        if self._ahead is not None and self._ahead.takes(plan):
+            step = LaunchedStep(pending=self._ahead.give(plan, started_s))
         else:
             for ahead in self._in_flight:
                 self._complete(ahead)
@@ -202,7 +206,8 @@ class ModelRunner:
         Raises:
             CollectiveTimeoutError, WorkerDiedError: a peer is late or gone.
         """
-        started_s, self._ended = self._clock(), None  # not idle: it computes for others
+        started_s = self._clock()
+        self._note_gap()  # not idle: it computes for others
         self._apply(plan)
         self._model.forward_idle(self._weights)
         return StepOutput(step=plan.step, duration_s=self._clock() - started_s)
@@ -214,75 +219,36 @@ class ModelRunner:
         if plan.block_copies:
             copy_blocks(self._kv_caches, plan.block_copies)
 
-    def _needs_no_look(self, plan: SchedulerOutput) -> bool:
-        """Whether the device can do the whole step without the host reading a number of it."""
-        if plan.draft_token_ids or self._rows.pooling:
-            return False
-        return self._rows.defers(self._rows.slots(plan.keys))
-
-    def _give(
-        self,
-        plan: SchedulerOutput,
-        device: AsyncDevice,
-        newest: DeviceTokens,
-        started_s: float,
-    ) -> PendingStep:
-        """Enqueue a whole step; nothing but an exchange of rows may wait for the device here."""
-        began = device.mark()
-        inputs = build_step_input(plan, self._rows, self._block_size, self._device, newest)
-        built_s = self._clock()
-        with out_of_memory_as_error("launching a step"):
-            hidden_TD = self._model.forward(inputs.forward, self._weights, self._kv_caches)
-            tokens = self._sampling.later(inputs, hidden_TD, newest, device)
-        return PendingStep(
-            plan=plan,
-            tokens=tokens,
-            began=began,
-            ended=device.mark(),
-            host_s={"input_build": built_s - started_s, "launch": self._clock() - built_s},
-        )
+    def _note_gap(self) -> None:
+        if self._ahead is not None:
+            self._ahead.note_gap()
 
     def _complete(self, step: LaunchedStep) -> StepOutput:
         """The output of a step in flight; waits for it, the first time."""
         if step.pending is not None:
-            step.output, step.pending = self._collect(step.pending), None
+            assert self._ahead is not None
+            answers = self._answers(step.pending.plan)
+            step.output, step.pending = self._ahead.collect(step.pending, answers), None
         assert step.output is not None
         return step.output
-
-    @torch.inference_mode()
-    def _collect(self, pending: PendingStep) -> StepOutput:
-        pending.ended.wait()
-        plan, answers = pending.plan, self._answers(pending.plan)
-        self._sampling.learn(pending, answers)
-        before, self._ended = self._ended, pending.ended
-        return StepOutput(
-            step=plan.step,
-            results=answers.results(),
-            duration_s=pending.ended.seconds_since(pending.began),
-            idle_s=0.0 if before is None else pending.began.seconds_since(before),
-            timings_s=pending.host_s,
-            traffic=traffic_of(self._weights),
-        )
 
     def _run(
         self, plan: SchedulerOutput, started_s: float, on_nearly_done: SayDone | None, idle_s: float
     ) -> StepOutput:
         """A whole step, from its inputs to its answers; on a device the time of the forward pass
         shows up where the host first waits for it, under `sample`."""
-        self._ended = None
+        self._note_gap()
         if not plan.keys:
             duration_s = self._clock() - started_s
             return StepOutput(step=plan.step, duration_s=duration_s, idle_s=idle_s)
         inputs = build_step_input(plan, self._rows, self._block_size, self._device)
         built_s = self._clock()
         with out_of_memory_as_error("running a step"):
-            hidden_TD = self._model.forward(inputs.forward, self._weights, self._kv_caches)
-            computed_s = self._clock()
-            if on_nearly_done is not None:
-                on_nearly_done()
+            forwarded = self._sampling.forward(inputs, self._kv_caches, on_nearly_done)
+            hidden_TD, computed_s = forwarded.hidden_TD, self._clock() - forwarded.head_s
             answers = self._answers(plan)
             self._prompts.score(plan, inputs, hidden_TD, answers)
-            self._sampling.now(plan, inputs, hidden_TD, answers)
+            self._sampling.now(plan, inputs, forwarded, answers)
             self._prompts.pool(plan, inputs, hidden_TD, self._rows, answers)
         ended_s = self._clock()
         return StepOutput(

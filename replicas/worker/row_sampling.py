@@ -5,7 +5,7 @@ Every rank does it, from equal logits; only the output rank tells.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from replicas.kernels.select import compiled_draws
 from replicas.kernels.uploads import on_device
 from replicas.layers.weights import WeightProvider
 from replicas.models.decoder import DecoderModel
-from replicas.models.greedy_head import GreedyHead
+from replicas.models.greedy_head import Forwarded, GreedyHead
 from replicas.sampling.acceptance import verdicts
 from replicas.sampling.params_batch import ParamsBatch
 from replicas.sampling.sampler import SampledRow, Sampler
@@ -48,20 +48,39 @@ class RowSampling:
         self._sampler = Sampler(compiled_draws(model.kernels))
         self._greedy = GreedyHead.of(model)
 
+    def forward(
+        self,
+        inputs: StepInput,
+        kv_caches: Sequence[torch.Tensor],
+        on_computed: Callable[[], None] | None,
+    ) -> Forwarded:
+        """The model's forward pass; with tokens where every row is to get its largest logit's.
+
+        Args:
+            on_computed: called once, when the layers are computed.
+        """
+        batch = inputs.forward
+        if self._greedy is not None and self._wants_all_largest(inputs):
+            return self._greedy.forward(self._model, batch, self._weights, kv_caches, on_computed)
+        hidden_TD = self._model.forward(batch, self._weights, kv_caches)
+        if on_computed is not None:
+            on_computed()
+        return Forwarded(hidden_TD=hidden_TD)
+
     def now(
         self,
         plan: SchedulerOutput,
         inputs: StepInput,
-        hidden_TD: torch.Tensor,
+        forwarded: Forwarded,
         answers: StepAnswers,
     ) -> None:
         """Tokens of the rows that sample, drafts checked; waits for the device."""
         sampling = inputs.sampling
         if not sampling.size:
             return
-        sampled = self._greedy_rows(inputs, hidden_TD)
+        sampled = self._greedy_rows(inputs, forwarded)
         if sampled is None:
-            sampled = self._sampler.sample(*self._logits(inputs, hidden_TD))
+            sampled = self._sampler.sample(*self._logits(inputs, forwarded.hidden_TD))
         indices = sampling.tolist()
         drafts = [plan.draft(index) for index in indices] if plan.draft_token_ids else ()
         found = list(verdicts(drafts, sampled))
@@ -124,12 +143,21 @@ class RowSampling:
         if self._is_output_rank:
             answers.add_sampled(key, verdict)
 
-    def _greedy_rows(self, inputs: StepInput, hidden_TD: torch.Tensor) -> list[SampledRow] | None:
+    def _wants_all_largest(self, inputs: StepInput) -> bool:
+        """Whether each row of the step samples, and wants its largest logit and nothing else."""
+        request = inputs.sampled.request
+        return len(request) == len(inputs.forward.positions_T) and (
+            self._rows.params.all_plain_greedy(inputs.slots[request])
+        )
+
+    def _greedy_rows(self, inputs: StepInput, forwarded: Forwarded) -> list[SampledRow] | None:
         """Tokens without logits; None where these have to say."""
-        slots = inputs.slots[inputs.sampled.request]
-        if self._greedy is None or not self._rows.params.all_plain_greedy(slots):
-            return None
-        tokens = self._greedy.tokens(_wanted(inputs, hidden_TD), self._weights)
+        tokens = forwarded.tokens
+        if tokens is None:
+            slots = inputs.slots[inputs.sampled.request]
+            if self._greedy is None or not self._rows.params.all_plain_greedy(slots):
+                return None
+            tokens = self._greedy.tokens(_wanted(inputs, forwarded.hidden_TD), self._weights)
         return None if tokens is None else [SampledRow(token_id=token_id) for token_id in tokens]
 
     def _logits(

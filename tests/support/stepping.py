@@ -107,6 +107,13 @@ class Stepper:
     @torch.inference_mode()
     def step(self, work: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
         """Feed each request some tokens, all in one batch; logits of each, (tokens, V)."""
+        hidden_TD = self._model.forward(self.batch(work), self._weights, self._kv)
+        logits_TV = self._model.logits(hidden_TD, self._weights)
+        sizes = [len(tokens) for tokens in work.values()]
+        return dict(zip(work, logits_TV.split(sizes), strict=True))
+
+    def batch(self, work: Mapping[str, Sequence[int]]) -> ForwardBatch:
+        """The batch of a step that feeds each request some tokens; it must be run once."""
         positions: list[int] = []
         for name, tokens in work.items():
             start = self._lens.get(name, 0)
@@ -116,7 +123,7 @@ class Stepper:
             while len(table) * BLOCK_SIZE < self._lens[name]:
                 table.append(self._free.pop())
         sizes = [len(tokens) for tokens in work.values()]
-        batch = ForwardBatch(
+        return ForwardBatch(
             token_ids_T=torch.tensor([token for tokens in work.values() for token in tokens]),
             positions_T=torch.tensor(positions),
             attention=metadata_for(
@@ -126,9 +133,6 @@ class Stepper:
                 BLOCK_SIZE,
             ),
         )
-        hidden_TD = self._model.forward(batch, self._weights, self._kv)
-        logits_TV = self._model.logits(hidden_TD, self._weights)
-        return dict(zip(work, logits_TV.split(sizes), strict=True))
 
     def idle(self) -> None:
         """A step in which this rank has no tokens."""

@@ -6,8 +6,10 @@
 
 #include "block.h"
 #include "inputs.h"
+#include "largest.h"
 #include "mixture.h"
 #include "mlp.h"
+#include "residual.h"
 
 namespace penstock {
 namespace {
@@ -37,80 +39,45 @@ struct Stack {
   }
 };
 
+// What greedy decoding wants behind the layers, see `HeadShape` in Python: of the first `count` columns of
+// a packed (n, width) weight each row's largest. `sign` is called when the layers are computed; `seconds`:
+// what came after that.
+template <typename S>
+struct Head {
+  const S* packed;
+  int64_t* places;
+  void (*sign)();
+  long n, count;
+  int64_t are_finite;
+  double seconds;
+
+  Matrix<S> matrix(long width) const { return {packed, nullptr, n, width}; }
+};
+
+inline double seconds_now() {
+  using Clock = std::chrono::steady_clock;
+  return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
+}
+
 enum Kind { kNorms, kQkv, kAttention, kOut, kUp, kDown, kRoutes };
 
 // Time since the last call, on the thread that began it.
 class Watch {
  public:
   Watch(double* seconds, bool runs) : seconds_(seconds), runs_(runs) {
-    if (runs_) last_ = Clock::now();
+    if (runs_) last_s_ = seconds_now();
   }
   void count(Kind kind) {
     if (!runs_) return;
-    const Clock::time_point now = Clock::now();
-    seconds_[kind] += std::chrono::duration<double>(now - last_).count();
-    last_ = now;
+    const double now_s = seconds_now();
+    seconds_[kind] += now_s - last_s_;
+    last_s_ = now_s;
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
   double* seconds_;
   bool runs_;
-  Clock::time_point last_;
-};
-
-constexpr long kOwnRows = 2;  // rows that every thread norms for itself, rather than wait
-
-// The residual stream of a step and its norms. Of few rows every thread has its own copy.
-template <typename S>
-class Residual {
- public:
-  Residual(S* hidden, const Rows<S>& normed, Part part)
-      : hidden_(hidden), normed_(normed), part_(part), shared_(normed.rows > kOwnRows) {
-    if (!shared_) {
-      const long values = normed.rows * normed.k;
-      char* memory = thread_scratch_of<Residual>(2 * round_up(values * sizeof(S), 64) +
-                                                 normed.values(normed.rows, normed.k) * sizeof(S));
-      Workspace own(memory);
-      hidden_ = own.take<S>(values);
-      std::memcpy(static_cast<void*>(hidden_), hidden, values * sizeof(S));
-      normed_.data = own.take<S>(normed.values(normed.rows, normed.k));
-    }
-    own_ = shared_ ? share(normed.rows, part) : Range{0, normed.rows};
-  }
-
-  // The norm of hidden + delta, the new hidden; all of it is there on return.
-  const Rows<S>& add_norm(const S* delta, const S* weight, float eps) {
-    const long dim = normed_.k;
-    S* line = reinterpret_cast<S*>(thread_scratch_of<Layer<S>>(dim * sizeof(S)));
-    for (long row = own_.begin; row < own_.end; ++row) {
-      S* hidden = hidden_ + row * dim;
-      norm_sum_row(hidden, delta ? delta + row * dim : nullptr, weight, hidden, line, dim, eps);
-      arrange_row(line, normed_, row);
-    }
-    if (shared_) wait(part_);
-    return normed_;
-  }
-
-  // Whether every thread has its own copy, and the rows that are this thread's.
-  bool alone() const { return !shared_; }
-  Range own() const { return own_; }
-
-  // The same into plain rows, which end up shared.
-  void last_norm(const S* delta, const S* weight, float eps, S* y) {
-    const long dim = normed_.k;
-    const Range rows = share(normed_.rows, part_);
-    for (long row = rows.begin; row < rows.end; ++row)
-      norm_sum_row(hidden_ + row * dim, delta + row * dim, weight, hidden_ + row * dim,
-                   y + row * dim, dim, eps);
-  }
-
- private:
-  S* hidden_;
-  Rows<S> normed_;
-  Part part_;
-  bool shared_;
-  Range own_;
+  double last_s_ = 0.0;
 };
 
 // Memory of a step between its products, shared by the threads.
@@ -177,14 +144,32 @@ const S* run_mixture(const Mixture<S>& mixture, const Rows<S>& input, const Step
   return output;
 }
 
+// From the shared rows `y` to this thread's finds. The thread that called gives the sign; until it is back
+// the others go on with its share.
 template <typename S>
-void run_layers(const Stack<S>& stack, Step step, const Inputs<S>& inputs, S* y, void* workspace,
-                int threads) {
+void run_head(const Head<S>& head, const S* y, const Rows<S>& arranged, Largest* found, Part part,
+              double& computed_s) {
+  const Matrix<S> weight = head.matrix(arranged.k);
+  arrange(y, arranged.k, arranged, part);
+  wait(part, EarlyReads(weight, part));
+  if (part.index == 0) {
+    computed_s = seconds_now();
+    if (head.sign != nullptr) head.sign();
+  }
+  find_own_largest(arranged, weight, head.count, found + part.index * arranged.rows, part);
+}
+
+// `head`: null where hidden states are all that is wanted.
+template <typename S>
+void run_layers(const Stack<S>& stack, Step step, const Inputs<S>& inputs, S* y, Head<S>* head,
+                void* workspace, int threads) {
   Workspace pieces(workspace);
   const StepMemory<S> memory(stack, step.rows, threads, pieces);
   step.cos = inputs.cos == nullptr ? nullptr : memory.cos;
   step.sin = inputs.cos == nullptr ? nullptr : memory.sin;
   const std::vector<Task> tasks = tasks_of(stack.layers[0].block.shape, step, threads);
+  double computed_s = 0.0;
+  std::vector<Largest> found(head == nullptr ? 0 : threads * step.rows);
   Team team(threads);
 #pragma omp parallel num_threads(threads)
   {
@@ -211,7 +196,11 @@ void run_layers(const Stack<S>& stack, Step step, const Inputs<S>& inputs, S* y,
     }
     residual.last_norm(added, stack.last_norm, stack.eps, y);
     watch.count(kNorms);
+    if (head != nullptr) run_head(*head, y, memory.normed, found.data(), part, computed_s);
   }
+  if (head == nullptr) return;
+  head->are_finite = settle_largest(found, step.rows, head->places);
+  head->seconds = seconds_now() - computed_s;
 }
 
 template <typename S>
@@ -231,9 +220,9 @@ using penstock::Step;
 
 #define PK_LAYERS(suffix, S)                                                                       \
   bool pk_layers_##suffix(const Stack<S>* stack, const Step* step, const Inputs<S>* inputs, S* y,  \
-                          void* workspace, int threads) {                                          \
+                          penstock::Head<S>* head, void* workspace, int threads) {                 \
     if (!inputs->known(step->rows)) return false;                                                  \
-    penstock::run_layers(*stack, *step, *inputs, y, workspace, threads);                           \
+    penstock::run_layers(*stack, *step, *inputs, y, head, workspace, threads);                     \
     return true;                                                                                   \
   }                                                                                                \
   long pk_layers_bytes_##suffix(const Stack<S>* stack, long rows, long threads) {                  \

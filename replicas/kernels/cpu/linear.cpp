@@ -101,7 +101,7 @@ using penstock::Matrix;
 
 extern "C" {
 
-int pk_abi() { return 6; }
+int pk_abi() { return 7; }
 
 // Makes the process ready. False: the system keeps the matrix tiles, that this library was built for,
 // to itself.
