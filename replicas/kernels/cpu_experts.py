@@ -14,9 +14,10 @@ import torch
 
 from cluster.base.errors import InternalError
 from moe.experts import DOWN, DOWN_BIAS, UP, UP_BIAS
+from replicas.kernels.cpu_calls import SUFFIX
 from replicas.kernels.cpu_shapes import ExpertsShape
 from replicas.kernels.expert_ops import ExpertSet
-from replicas.kernels.loader import PACKED, SUFFIX, CpuLibrary
+from replicas.kernels.loader import PACKED, CpuLibrary
 
 _P, _L, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _SIGNATURE = [_P, _P, _P, _L, _L, _P, _P, _P, _I]

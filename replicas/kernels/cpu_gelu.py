@@ -10,7 +10,8 @@ import ctypes
 import torch
 
 from cluster.base.errors import InternalError
-from replicas.kernels.loader import SUFFIX, CpuLibrary
+from replicas.kernels.cpu_calls import SUFFIX
+from replicas.kernels.loader import CpuLibrary
 
 _P, _L, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 

@@ -13,11 +13,12 @@ import torch
 
 from moe.experts import GroupedExperts
 from moe.spec import GateSpec
+from replicas.kernels.cpu_calls import DTYPES
 from replicas.kernels.cpu_experts import CpuExperts
 from replicas.kernels.cpu_gates import CpuGates
 from replicas.kernels.cpu_gelu import CpuGelu
 from replicas.kernels.expert_ops import ExpertSet
-from replicas.kernels.loader import DTYPES, PACKED, CpuLibrary, PackedLinear
+from replicas.kernels.loader import PACKED, CpuLibrary, PackedLinear
 from replicas.kernels.ops import HeadShape, HeadTensors, MlpNames
 from replicas.kernels.torch_ops import TORCH_KERNELS, silu_mlp_in_steps, split_heads
 

@@ -17,32 +17,11 @@ import torch
 
 from cluster.base.errors import InternalError
 from replicas.kernels.build import KernelsUnavailableError
+from replicas.kernels.cpu_calls import ABI, SUFFIX, Calls, calls_of, typed_function
 from replicas.kernels.memory import HugePages, ScratchMemory
 
 PACKED = ".packed"
 """Suffix of the tensor with a packed weight's bytes, in its unit."""
-_ABI = 7
-_P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
-SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
-_SIGNATURES = {
-    "pack": [_P, _L, _L, _P, _I],
-    "linear": [_P, _P, _P, _P, _L, _L, _L, _P, _I],
-    "gated_mlp": [_P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _P, _I],
-    "embed": [_P, _P, _P, _L, _L, _I],
-    "rms_norm": [_P, _P, _P, _P, _P, _L, _L, _F, _I],
-    "prepare_heads": [_P, _P, _P, _P, _P, _L, _L, _L, _L, _F, _I],
-    "silu_mul": [_P, _P, _L, _L, _I],
-    "write_slots": [_P, _P, _L, _P, _L, _P, _L, _L, _I],
-    "attention": [_P, _P, _P, _P, _P, _I],
-    "attention_block": [_P, _P, _P, _P, _P, _P, _I],
-    "layers": [_P, _P, _P, _P, _P, _P, _I],
-    "layers_bytes": [_P, _L, _L],
-}
-_RESULTS = {"layers": ctypes.c_bool, "layers_bytes": _L}
-DTYPES = tuple(SUFFIX)
-_Call = Callable[..., None]
-_Count = Callable[..., int]
-_Check = Callable[..., bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,24 +31,6 @@ class PackedLinear:
     packed: torch.Tensor
     shape: torch.Size
     bias_O: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calls:
-    """The functions for one dtype, as C declares them."""
-
-    pack: _Call
-    linear: _Call
-    gated_mlp: _Call
-    embed: _Call
-    rms_norm: _Call
-    prepare_heads: _Call
-    silu_mul: _Call
-    write_slots: _Call
-    attention: _Call
-    attention_block: _Call
-    layers: _Check
-    layers_bytes: _Count
 
 
 class TilesRefusedError(KernelsUnavailableError):
@@ -86,13 +47,13 @@ class CpuLibrary:
     def __init__(self, path: Path) -> None:
         try:
             library = ctypes.CDLL(str(path))
-            if library.pk_abi() != _ABI:
+            if library.pk_abi() != ABI:
                 raise KernelsUnavailableError(f"{path} has another interface")
             if not library.pk_start():
                 raise TilesRefusedError("the system does not grant matrix tiles")
             self._library = library
-            self._calls = {dtype: _calls(library, suffix) for dtype, suffix in SUFFIX.items()}
-            self._linear_wide: _Call = _function(library, "linear", "bf16_f32")
+            self._calls = {dtype: calls_of(library, suffix) for dtype, suffix in SUFFIX.items()}
+            self._linear_wide = typed_function(library, "linear", "bf16_f32")
             library.pk_isa.restype = ctypes.c_char_p
             self.isa: str = library.pk_isa().decode()
             self.width: int = library.pk_block_width()
@@ -262,18 +223,6 @@ class CpuLibrary:
 def scratch_bytes(num_rows: int, *widths: int) -> int:
     """Room for `num_rows` rows of each width, in tiles (whole ones, at most fp32) and aligned."""
     return 4 * (num_rows + 31) * (sum(widths) + 32 * len(widths)) + 4096
-
-
-def _calls(library: ctypes.CDLL, suffix: str) -> Calls:
-    return Calls(**{name: _function(library, name, suffix) for name in _SIGNATURES})
-
-
-def _function(library: ctypes.CDLL, name: str, suffix: str) -> Callable[..., Any]:
-    function = getattr(library, f"pk_{name}_{suffix}")
-    function.argtypes = _SIGNATURES[name]
-    function.restype = _RESULTS.get(name)
-    call: Callable[..., Any] = function
-    return call
 
 
 def _check(tensor: torch.Tensor, *, dim: int) -> None:

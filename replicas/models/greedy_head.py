@@ -16,9 +16,10 @@ from typing import Self
 import numpy as np
 import torch
 
+from replicas.kernels.cpu_calls import SUFFIX
 from replicas.kernels.cpu_ops import CpuKernels
 from replicas.kernels.cpu_shapes import HeadShape
-from replicas.kernels.loader import PACKED, SUFFIX, CpuLibrary, scratch_bytes
+from replicas.kernels.loader import PACKED, CpuLibrary, scratch_bytes
 from replicas.layers.weights import ResidentWeights, WeightProvider
 from replicas.models.decoder import DecoderModel, ForwardBatch
 from replicas.models.llama import LlamaModel
