@@ -25,7 +25,7 @@ from replicas.models.memory import PINNED_SPARE
 from replicas.worker.device import pin_host_memory
 from replicas.worker.device_streams import DeviceStreams, Event, TorchStreams
 
-Unpin = Callable[[], None]
+Unpin = Callable[[], object]
 Pin = Callable[[torch.Tensor], Unpin]
 """Pins host memory; what undoes it."""
 _ALIGN = 64

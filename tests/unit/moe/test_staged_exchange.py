@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -25,8 +26,9 @@ from moe.spread_experts import SpreadExperts
 from replicas.kernels.triton_ops import TritonKernels
 from replicas.layers.mixture import ExpertUnits, KernelMath
 from replicas.layers.weights import ResidentWeights
+from replicas.worker.device_streams import Event
 from replicas.worker.host_stage import HostStage
-from tests.support.fake_streams import FakeDevice
+from tests.support.fake_streams import FakeDevice, FakeEvent
 from tests.support.plain_mixture import HeldExperts, SiluMath, random_experts
 from tests.support.pretend_device import DEVICE, PretendDevice, PretendTensor, pretend_device
 from tests.support.routed_rows import (
@@ -52,33 +54,30 @@ def spread(peers: ThreadPeers, rank: int, kind: str = "replicated") -> SpreadExp
     return SpreadExperts([table], Exchanges(peers, TOPOLOGY, WIRE, slot_rows=3), rank)
 
 
-def not_pinned(memory: torch.Tensor):
+def not_pinned(memory: torch.Tensor) -> Callable[[], object]:
+    """Zeros, which are ids of experts too: whoever reads too early goes on with them."""
+    memory.zero_()
     return lambda: memory.fill_(0xA5)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("scheme", Scheme)
-def test_nothing_is_read_before_the_copy_or_the_computation_that_makes_it(
-    scheme: Scheme, seed: int
-) -> None:
-    """Every rank's device does its work as late and as oddly as its events allow."""
+def sums_of_devices(
+    scheme: Scheme, seed: int, spoil: Callable[[HostStage, FakeDevice], None] | None = None
+) -> list[list[torch.Tensor]]:
+    """What three layers give each rank, whose device does its work as late as events allow."""
     slots = placement("replicated", TOPOLOGY)
-    given = [rows_of_rank(rank, count, "random", whole=False) for rank, count in enumerate(ROWS)]
-    inputs = [(h, physical(slots, TOPOLOGY, r, e), w) for r, (h, e, w) in enumerate(given)]
-    expected = reference_sums(inputs, functools.partial(expert, slots))
 
     def body(rank: int, peers: ThreadPeers) -> list[torch.Tensor]:
         device = FakeDevice(seed=10 * seed + rank)
         stage = HostStage(device, not_pinned)
-        experts = StagedExperts(spread(peers, rank), stage)
-        experts._host.exchanges.use(scheme)
-        queue, sums = device.computing(), []
-        for _ in range(3):
-            routed = [torch.full_like(tensor, -55) for tensor in given[rank]]
-            queue.work(
-                lambda into=routed: [a.copy_(b) for a, b in zip(into, given[rank], strict=True)]
-            )
-            exchange = experts.exchange(0)
+        if spoil is not None:
+            spoil(stage, device)
+        host = spread(peers, rank)
+        host.exchanges.use(scheme)
+        exchange, queue, sums = StagedExperts(host, stage).exchange(0), device.computing(), []
+        for turn in range(3):
+            rows = given(rank, turn)
+            routed = [torch.full_like(tensor, 1) for tensor in rows]
+            queue.work(functools.partial(copy_all, routed, rows))
             arrivals = exchange.dispatch(*routed).wait()
             partial_AD = torch.full(arrivals.hidden_AD.shape, -66.0, dtype=torch.float64)
             compute = functools.partial(
@@ -87,12 +86,80 @@ def test_nothing_is_read_before_the_copy_or_the_computation_that_makes_it(
             queue.work(lambda into=partial_AD, compute=compute: into.copy_(compute()))
             home_TD = exchange.combine(partial_AD, arrivals)
             sums.append(torch.full_like(home_TD, -77.0))
-            queue.work(lambda into=sums[-1], home=home_TD: into.copy_(home))
+            queue.work(functools.partial(copy_all, sums[-1:], [home_TD]))
         device.finish()
         return sums
 
-    for rank, sums in enumerate(on_threads(Hub(TOPOLOGY), body)):
-        assert all(torch.equal(each, expected[rank]) for each in sums)
+    return on_threads(Hub(TOPOLOGY), body)
+
+
+def given(rank: int, turn: int) -> list[torch.Tensor]:
+    """A rank's rows in a layer."""
+    hidden, ids, weight = rows_of_rank(rank, ROWS[rank], "random", whole=False)
+    return [hidden + turn, ids, weight]
+
+
+def copy_all(into: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    for target, source in zip(into, values, strict=True):
+        target.copy_(source)
+
+
+@functools.cache
+def expected_sums() -> list[list[torch.Tensor]]:
+    slots, by_turn = placement("replicated", TOPOLOGY), []
+    for turn in range(3):
+        inputs = []
+        for rank in range(TOPOLOGY.num_ranks):
+            hidden, ids, weight = given(rank, turn)
+            inputs.append((hidden, physical(slots, TOPOLOGY, rank, ids), weight))
+        by_turn.append(reference_sums(inputs, functools.partial(expert, slots)))
+    return [list(of_rank) for of_rank in zip(*by_turn, strict=True)]
+
+
+def is_right(sums: list[list[torch.Tensor]]) -> bool:
+    pairs = zip(itertools.chain(*sums), itertools.chain(*expected_sums()), strict=True)
+    return all(torch.equal(actual, wanted) for actual, wanted in pairs)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("scheme", Scheme)
+def test_nothing_is_read_before_the_copy_or_the_computation_that_makes_it(
+    scheme: Scheme, seed: int
+) -> None:
+    assert is_right(sums_of_devices(scheme, seed))
+
+
+def copies_at_once(stage: HostStage, device: FakeDevice) -> None:
+    """Forgets that rows and sums have to be computed before they are copied."""
+    stage._copying.wait = lambda event: None
+
+
+def computes_at_once(stage: HostStage, device: FakeDevice) -> None:
+    """Forgets that what arrives has to be copied before it is computed with."""
+    device.computing().wait = lambda event: None
+
+
+def reads_at_once(stage: HostStage, device: FakeDevice) -> None:
+    """Forgets to wait on the host: for copies that it reads, and for those it writes over."""
+
+    class Ignored(FakeEvent):
+        def synchronize(self) -> None:
+            """Goes on."""
+
+    record = stage._copying.record
+
+    def recorded() -> Event:
+        event = record()
+        event.__class__ = Ignored
+        return event
+
+    stage._copying.record = recorded
+
+
+@pytest.mark.parametrize("spoil", [copies_at_once, computes_at_once, reads_at_once])
+def test_each_rule_of_the_stage_is_needed(spoil) -> None:
+    """Else the test above would prove nothing."""
+    assert not all(is_right(sums_of_devices(Scheme.FLAT, seed, spoil)) for seed in range(4))
 
 
 class PretendStage:
@@ -114,8 +181,7 @@ def test_a_block_keeps_what_is_on_the_device_apart_from_what_the_host_has() -> N
     spec = MoeSpec(gate=GateSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, normalise=True), ffn_dim=8)
     router = torch.randn((NUM_EXPERTS, DIM), generator=torch.Generator().manual_seed(3))
     weights = random_experts(spec, DIM)
-    given = [rows_of_rank(rank, count, "random", whole=False) for rank, count in enumerate(ROWS)]
-    inputs = [hidden for hidden, _, _ in given]
+    inputs = [given(rank, 0)[0] for rank in range(TOPOLOGY.num_ranks)]
 
     def layer(layout, rows_TD, tensors, experts):
         parts = BlockParts(
@@ -155,7 +221,7 @@ def test_grouped_kernels_give_the_same_bits_wherever_experts_are(kind: str) -> N
     units = ResidentWeights({f"layer.0.expert.{e}": tensors[e] for e in tensors})
     assert set(tensors[0]) == {UP, DOWN}
     runner = ExpertRunner(KernelMath(TritonKernels(), spec, "silu"))
-    given = [rows_of_rank(rank, count, "random", whole=False) for rank, count in enumerate(ROWS)]
+    routed = [given(rank, 0) for rank in range(TOPOLOGY.num_ranks)]
     one_at_a_time = threading.Lock()  # Triton's interpreter is one per process
 
     def computed(arrivals: Arrivals, held: tuple[int, ...]) -> torch.Tensor:
@@ -167,9 +233,9 @@ def test_grouped_kernels_give_the_same_bits_wherever_experts_are(kind: str) -> N
         host.exchanges.use(Scheme.HIERARCHICAL)
         stage = HostStage(FakeDevice(computes_at_once=True), not_pinned)
         exchange = StagedExperts(host, stage).exchange(0)
-        arrivals = exchange.dispatch(*given[rank]).wait()
+        arrivals = exchange.dispatch(*routed[rank]).wait()
         return exchange.combine(computed(arrivals, host.held(0)), arrivals)
 
-    for (hidden, ids, weight), home_TD in zip(given, on_threads(Hub(TOPOLOGY), body), strict=True):
+    for (hidden, ids, weight), home_TD in zip(routed, on_threads(Hub(TOPOLOGY), body), strict=True):
         alone = Arrivals(hidden_AD=hidden, slot_AK=ids, weight_AK=weight, num_local=NUM_EXPERTS)
         assert torch.equal(home_TD, computed(alone, tuple(range(NUM_EXPERTS))).float())
