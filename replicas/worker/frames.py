@@ -44,6 +44,13 @@ class FrameKind(enum.IntEnum):
     """A rank is in it."""
 
 
+# What every step has: an enumeration looks each of its names up by a function of Python's.
+PLAN, RESULT, STOP, NEARLY_DONE = (
+    FrameKind.PLAN,
+    FrameKind.RESULT,
+    FrameKind.STOP,
+    FrameKind.NEARLY_DONE,
+)
 _KINDS = {kind.value: kind for kind in FrameKind}
 
 

@@ -18,7 +18,7 @@ from cluster.base.errors import (
     error_from_dict,
 )
 from replicas.worker import wire
-from replicas.worker.frames import FrameKind, FrameSocket, Payload
+from replicas.worker.frames import NEARLY_DONE, PLAN, RESULT, FrameKind, FrameSocket, Payload
 
 _ACCOUNT_S = 1.0
 _NAP_S = 100e-6
@@ -106,7 +106,7 @@ class LeaderLink:
         """Send every rank its own encoded plan; raises as `send_plan`."""
         for (rank, peer), payload in zip(self._peers.items(), payloads, strict=True):
             try:
-                peer.send(FrameKind.PLAN, payload, timeout_s)
+                peer.send(PLAN, payload, timeout_s)
             except TimeoutError:
                 raise CollectiveTimeoutError(
                     f"{self.describe(rank)} did not take the step plan within {timeout_s:.0f} s."
@@ -193,7 +193,7 @@ class LeaderLink:
     def _has_more_than_a_sign(self) -> bool:
         """Take in rank 0's NEARLY_DONE; whether anything is left to read."""
         try:
-            return not self._first.skip(FrameKind.NEARLY_DONE) or bool(self._poll.poll(0))
+            return not self._first.skip(NEARLY_DONE) or bool(self._poll.poll(0))
         except OSError:
             return True  # a socket that fails is for the reader to explain
 
@@ -202,9 +202,11 @@ class LeaderLink:
             kind, payload = self._peers[rank].receive(timeout_s=10.0)
         except OSError as error:
             raise self._lost(rank, f" ({error})") from error
+        if kind is RESULT:
+            return payload
         if kind is FrameKind.FAULT:
             raise self.fault(payload)
-        return payload if kind is FrameKind.RESULT else None
+        return None
 
     def _last_words(self, rank: int) -> PenstockError:
         """Why a rank is gone: its fault report if one is in the socket, else that it died."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 
 from cluster.base.errors import InternalError
@@ -20,9 +19,9 @@ from moe.exchange.wire import WireFormat
 from moe.expert_table import ExpertTable
 from moe.spread_experts import SpreadExperts
 from replicas.engine.lockstep import ExpertOrders
-from replicas.engine.scheduler_output import StepOutput
 from replicas.layers.weights import StepwiseWeights
 from replicas.worker import wire
+from replicas.worker.decode_graphs import GraphedModel
 from replicas.worker.expert_mover import ExpertMover, expert_name
 from replicas.worker.expert_state import ExpertState
 from replicas.worker.frames import Payload
@@ -65,27 +64,13 @@ class LockstepRank:
         self._read_expert = expert_reader(plan, runner)
         self._mover = mover_of(experts, runner, self._read_expert)
         self._scheme = ""
-        self._outputs: deque[StepOutput] = deque()
+        self.settles = isinstance(runner.model, GraphedModel)
+        """Whether `settle` ever has something to do."""
         self.facts: dict[str, object] = {
             "schemes": [] if groups.place.joins_later else self._schemes(),
             "experts": [dataclasses.asdict(table) for table in experts.tables],
             "costs": costs.to_bytes() if costs is not None else b"",
         }
-
-    @property
-    def may_run_ahead(self) -> bool:
-        """A lock-step ends when all ranks have ended it."""
-        return False
-
-    @property
-    def num_in_flight(self) -> int:
-        """Steps run and not answered."""
-        return len(self._outputs)
-
-    @property
-    def answer_is_ready(self) -> bool:
-        """Always: `begin` has seen the step to its end."""
-        return True
 
     def leave(self) -> None:
         """Leave all groups; what peers wait for from this rank fails at once. May be repeated."""
@@ -152,8 +137,10 @@ class LockstepRank:
             move_failure="" if mover is None else mover.failure,
         )
 
-    def begin(self, payload: Payload, say_nearly_done: Callable[[], None], waited_s: float) -> None:
-        """Run an encoded lock-step, to its end.
+    def execute(
+        self, payload: Payload, say_nearly_done: Callable[[], None], waited_s: float
+    ) -> bytes | None:
+        """Run an encoded lock-step to its end; the encoded answer on a group's first rank.
 
         `say_nearly_done` goes unused: a step is done when the slowest group is, and no rank knows
         which that will be. So does `waited_s`: ranks wait for each other as well.
@@ -167,11 +154,6 @@ class LockstepRank:
             output = self._runner.execute(step.plan)
         if isinstance(self._runner.weights, StepwiseWeights):
             self._runner.weights.end_step()
-        self._outputs.append(output)
-
-    def answer(self) -> bytes | None:
-        """The encoded answer to the oldest step on a group's first rank, None elsewhere."""
-        output = self._outputs.popleft()
         return wire.encode(output) if self._answers else None
 
     def settle(self) -> None:

@@ -149,9 +149,11 @@ class ModelRunner:
             with torch.inference_mode():
                 self._model.settle()
 
-    def execute(self, plan: SchedulerOutput, on_nearly_done: SayDone | None = None) -> StepOutput:
+    def execute(
+        self, plan: SchedulerOutput, on_nearly_done: SayDone | None = None, waited_s: float = 0.0
+    ) -> StepOutput:
         """Run one step, both halves; see `launch` and `finish`."""
-        return self.finish(self.launch(plan, on_nearly_done))
+        return self.finish(self.launch(plan, on_nearly_done, waited_s))
 
     @torch.inference_mode()
     def launch(

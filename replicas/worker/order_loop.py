@@ -19,7 +19,7 @@ from cluster.base.errors import (
     WorkerDiedError,
 )
 from replicas.worker import wire
-from replicas.worker.frames import FrameKind, Payload
+from replicas.worker.frames import PLAN, FrameKind, Payload
 from replicas.worker.gathering import Gathered
 from replicas.worker.gathering_attempt import GatheringAttempt
 from replicas.worker.lockstep_rank import LockstepRank
@@ -50,6 +50,8 @@ class OrderLoop:
         self._number = plan.rank
         self._survives = plan.experts is not None and plan.experts.survives
         self._rank = rank
+        # A rank whose device computes beside the host; the ranks of others end a step in one go.
+        self._ahead = rank if isinstance(rank, TensorParallelRank) and rank.runs_ahead else None
         self._link = link
         # Between two groups: what the leader planned for the one that ended is not run.
         self._halted = plan.experts is not None and plan.experts.joins_later
@@ -77,12 +79,10 @@ class OrderLoop:
             self._link.close()
 
     def _next_order(self) -> tuple[FrameKind, Payload] | None:
-        # The device and the leader cannot be waited for together: each is asked in turn.
-        while self._rank.num_in_flight and not self._link.has_order():
-            if self._rank.answer_is_ready:
-                self._answer()
-            else:
-                time.sleep(_DEVICE_POLL_S)
+        if self._ahead is not None:
+            self._answer_until_ordered(self._ahead)
+        if not self._halted:
+            return self._link.receive_order(None)
         while True:
             try:
                 return self._link.receive_order(self._patience_s if self._halted else None)
@@ -92,12 +92,20 @@ class OrderLoop:
                         f"The leader made no new group within {_HALTED_TIMEOUT_S:.0f} s."
                     ) from None
 
+    def _answer_until_ordered(self, rank: TensorParallelRank) -> None:
+        """The device and the leader cannot be waited for together: each is asked in turn."""
+        while rank.num_in_flight and not self._link.has_order():
+            if rank.answer_is_ready:
+                self._answer(rank)
+            else:
+                time.sleep(_DEVICE_POLL_S)
+
     def _obey(self, kind: FrameKind, payload: Payload) -> None:
-        if kind is FrameKind.PLAN and not self._halted:
+        if kind is PLAN and not self._halted:
             self._step(payload)
             return
-        if not self._halted:  # else the rank may be with an attempt to gather
-            self._answer()
+        if self._ahead is not None:
+            self._answer(self._ahead)
         if kind is FrameKind.HALT:
             self._halt()
             self._link.send_halted()
@@ -106,8 +114,10 @@ class OrderLoop:
 
     def _step(self, payload: Payload) -> None:
         try:
-            self._rank.begin(payload, self._link.send_nearly_done, self._link.waited_s)
-            self._answer(all_but=1 if self._rank.may_run_ahead else 0)
+            if self._ahead is None:
+                self._execute(payload)
+            else:
+                self._launch(self._ahead, payload)
         except (WorkerDiedError, CollectiveTimeoutError) as error:
             if not self._survives:
                 raise
@@ -115,14 +125,29 @@ class OrderLoop:
             self._halt()
             self._link.send_fault(error.to_dict())
 
-    def _answer(self, *, all_but: int = 0) -> None:
+    def _execute(self, payload: Payload) -> None:
+        """A whole step. Few calls: between two steps whatever Python does costs the ranks time, and
+        a call of a function about a microsecond, because a step's weights have swept the caches."""
+        rank, link = self._rank, self._link
+        answer = rank.execute(payload, link.send_nearly_done, link.waited_s)
+        if answer is not None:
+            link.send_result(answer)
+        if rank.settles:
+            rank.settle()
+
+    def _launch(self, rank: TensorParallelRank, payload: Payload) -> None:
+        """A step on top of the one in flight, where the rank's device allows it."""
+        rank.begin(payload, self._link.send_nearly_done, self._link.waited_s)
+        self._answer(rank, all_but=1 if rank.may_run_ahead else 0)
+
+    def _answer(self, rank: TensorParallelRank, *, all_but: int = 0) -> None:
         """Answer steps in flight, oldest first, until so many are left."""
-        while self._rank.num_in_flight > all_but:
-            answer = self._rank.answer()
+        while rank.num_in_flight > all_but:
+            answer = rank.answer()
             if answer is not None:
                 self._link.send_result(answer)
-        if not self._rank.num_in_flight:
-            self._rank.settle()
+        if not rank.num_in_flight:
+            rank.settle()
 
     def _halt(self) -> None:
         """Leave all groups: peers that wait for this rank hear of it by that."""

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from cluster.dist.communicator import Communicator, SingleRank
 from cluster.dist.rendezvous import Rendezvous
 from cluster.dist.torch_communicator import TorchCommunicator
+from replicas.engine.scheduler_output import StepOutput
 from replicas.worker import wire
+from replicas.worker.decode_graphs import GraphedModel
 from replicas.worker.frames import Payload
 from replicas.worker.model_runner import ModelRunner
 from replicas.worker.pending_step import LaunchedStep
@@ -51,6 +53,10 @@ class TensorParallelRank:
         self._runner = runner
         self._answers = answers
         self._signs = signs
+        self.runs_ahead = runner.runs_ahead
+        """Whether a step may be begun before the one ahead of it is answered; else `execute`."""
+        self.settles = isinstance(runner.model, GraphedModel)
+        """Whether `settle` ever has something to do."""
         self._tail_s = 0.0
         self._in_flight: deque[LaunchedStep] = deque()
         self.facts: dict[str, object] = {}
@@ -74,19 +80,33 @@ class TensorParallelRank:
         """Whether `answer` would not wait; there is a step in flight."""
         return self._in_flight[0].is_done
 
+    def execute(
+        self, payload: Payload, say_nearly_done: Callable[[], None], waited_s: float
+    ) -> bytes | None:
+        """Run an encoded plan to its end; the encoded answer on the rank that gives it."""
+        says = self._signs and self._tail_s >= _SIGN_WORTH_S
+        plan = wire.decode_plan(payload)
+        return self._encoded(
+            self._runner.execute(plan, say_nearly_done if says else None, waited_s)
+        )
+
     def begin(self, payload: Payload, say_nearly_done: Callable[[], None], waited_s: float) -> None:
         """Launch an encoded plan; see `ModelRunner.launch`."""
         says = self._signs and self._tail_s >= _SIGN_WORTH_S
         plan = wire.decode_plan(payload)
-        step = self._runner.launch(plan, say_nearly_done if says else None, waited_s=waited_s)
+        step = self._runner.launch(plan, say_nearly_done if says else None, waited_s)
         self._in_flight.append(step)
 
     def answer(self) -> bytes | None:
         """See the oldest step to its end; the encoded answer on the rank that gives it."""
-        output = self._runner.finish(self._in_flight.popleft())
-        self._tail_s += _TAIL_GAIN * (output.timings_s.get("sample", 0.0) - self._tail_s)
-        return wire.encode(output) if self._answers else None
+        return self._encoded(self._runner.finish(self._in_flight.popleft()))
 
     def settle(self) -> None:
         """See `ModelRunner.settle`."""
         self._runner.settle()
+
+    def _encoded(self, output: StepOutput) -> bytes | None:
+        if not self._answers:
+            return None
+        self._tail_s += _TAIL_GAIN * (output.timings_s.get("sample", 0.0) - self._tail_s)
+        return wire.encode(output)

@@ -9,7 +9,15 @@ import time
 
 from cluster.base.errors import WorkerDiedError
 from replicas.worker import wire
-from replicas.worker.frames import FrameKind, FrameSocket, LinkAddress, Payload
+from replicas.worker.frames import (
+    NEARLY_DONE,
+    RESULT,
+    STOP,
+    FrameKind,
+    FrameSocket,
+    LinkAddress,
+    Payload,
+)
 from replicas.worker.gathering import Gathered
 
 
@@ -67,7 +75,7 @@ class WorkerLink:
         except OSError:
             return None
         self.waited_s = time.perf_counter() - started_s
-        return None if kind is FrameKind.STOP else (kind, payload)
+        return None if kind is STOP else (kind, payload)
 
     def send_halted(self) -> None:
         """Nothing of the epoch that ends follows; raises OSError when the leader is gone."""
@@ -82,12 +90,12 @@ class WorkerLink:
     def send_result(self, payload: bytes) -> None:
         """Send an encoded result; raises OSError when the leader is gone."""
         with self._sending:
-            self._sock.send(FrameKind.RESULT, payload, timeout_s=30.0)
+            self._sock.send(RESULT, payload, timeout_s=30.0)
 
     def send_nearly_done(self) -> None:
         """Tell the leader that the step's layers are computed; raises OSError when it is gone."""
         with self._sending:
-            self._sock.send(FrameKind.NEARLY_DONE, b"", timeout_s=30.0)
+            self._sock.send(NEARLY_DONE, b"", timeout_s=30.0)
 
     def send_fault(self, error: dict[str, str | None], lost: tuple[int, ...] = ()) -> None:
         """Tell the leader why this rank or its group has ended; best effort, from any thread."""
