@@ -149,13 +149,14 @@ class ReadsAtOnce(DeviceCopier):
 
 @pytest.mark.parametrize("careless", [UsesAtOnce, CopiesAtOnce, ReadsAtOnce])
 def test_each_rule_of_the_copier_is_needed(store: Store, careless: type[DeviceCopier]) -> None:
-    """Else the test above would prove nothing."""
-    found = []
-    for seed in range(12):
+    """Else the test above would prove nothing. Which seed shows it depends on threads, too."""
+
+    def mistakes(seed: int) -> list[str]:
         device = FakeDevice(seed=seed)
         with two_stages(store, device, copier=careless) as (link, _):
-            found += compute_passes(device, link, slots=3, passes=4, seconds=1e-3)[1]
-    assert found
+            return compute_passes(device, link, slots=3, passes=4, seconds=1e-3)[1]
+
+    assert any(mistakes(seed) for seed in range(100))
 
 
 @pytest.mark.parametrize(
