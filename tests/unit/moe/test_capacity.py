@@ -60,3 +60,16 @@ def test_what_remains_is_exact_and_the_rest_is_counted():
 def test_a_capacity_of_nothing_is_refused():
     with pytest.raises(ConfigError):
         CapacityExchange(None, 0.0, 4)
+
+
+def test_a_single_row_is_never_beyond_a_capacity():
+    class Inner:
+        name = "inner"
+
+        def dispatch(self, hidden_TD, expert_TK, weight_TK):
+            return expert_TK
+
+    exchange = CapacityExchange(Inner(), 1.0, num_experts=64)
+    chosen = torch.tensor([[3, 40]])
+    assert torch.equal(exchange.dispatch(torch.zeros((1, 4)), chosen, torch.ones((1, 2))), chosen)
+    assert exchange.num_dropped == 0

@@ -11,6 +11,7 @@ from cluster.base.errors import ConfigError
 from moe.load_split import source_shares, split_load
 from moe.node_packing import ExpertRanks
 from moe.placement import LayerPlacement, even_placement, place_layer
+from moe.placement_polish import polish
 
 
 @st.composite
@@ -135,3 +136,19 @@ def test_serving_the_own_node_first_keeps_the_totals(weights: list[int], num_nod
         here = sum(share for rank, share in zip(homes, shares, strict=True) if nodes[rank] == node)
         mine = sum(share for rank, share in zip(homes, taken, strict=True) if nodes[rank] == node)
         assert mine == pytest.approx(min(1.0, here * num_nodes))
+
+
+def test_every_node_keeps_a_slot_for_copies_of_what_is_hot_elsewhere() -> None:
+    # Whole on the second node the cluster would leave no slot there for a copy of expert 0.
+    ranks = ExpertRanks(slots=(4, 4), nodes=(0, 1))
+    placement = place_layer([100, 1, 1, 1, 1, 1], ranks, clusters=[(1, 2, 3, 4)])
+    assert placement.homes[0] == (0, 1)
+
+
+def test_of_two_exchanges_the_one_that_stays_inside_a_node_is_made() -> None:
+    load = np.array([4, 4, 2, 2, 2, 2, 2, 2, 2, 4, 4], dtype=np.float64)
+    homes = [[0], [0], [0], [1], [1], [1], [2], [2], [2], [3], [3]]
+    nodes = (0, 0, 1, 1)
+    after = polish(load, homes, nodes)
+    assert after != homes
+    assert [nodes[home] for (home,) in after] == [nodes[home] for (home,) in homes]

@@ -95,3 +95,13 @@ def test_old_rows_weigh_half_after_a_half_life() -> None:
         stats.add(-first)
     with pytest.raises(ConfigError, match="No load"):
         LoadStats(0, 3, half_life_rows=1)
+
+
+def test_a_gain_that_is_not_worth_the_journey_moves_nothing() -> None:
+    ranks = ExpertRanks(slots=(3, 3), nodes=(0, 1))
+    current = place_layer([1.0] * 4, ExpertRanks(slots=(2, 2), nodes=(0, 1)))
+    load = [3.0, 1.0, 1.0, 1.0]
+    worth = follow(load, current, ranks, max_moves=1, min_gain=0.01)
+    assert len(worth.moves) == 1
+    gain = follow(load, current, ranks, max_moves=0).after - worth.after
+    assert follow(load, current, ranks, max_moves=1, min_gain=gain + 0.01).moves == ()

@@ -50,3 +50,8 @@ def test_without_shares_only_copies_far_away_are_left_out(rank: int):
         near = [home in own_node for home in homes]
         expected = [(n / sum(near) if any(near) else 1 / len(homes)) for n in near]
         assert visits(choice, expert) == pytest.approx(expected, abs=0.01)
+
+
+def test_ranks_of_a_node_begin_with_different_copies():
+    firsts = [ReplicaChoice(SLOTS, TOPOLOGY, rank).physical(torch.tensor([[0]])) for rank in (0, 1)]
+    assert {SLOTS.rank_of_slot[int(first)] for first in firsts} == {0, 1}

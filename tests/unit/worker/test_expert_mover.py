@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
 
 import pytest
@@ -77,6 +79,33 @@ def test_what_cannot_be_read_is_said_and_what_is_aborted_is_forgotten():
         assert rank_mover.prepared == 0
         with pytest.raises(InternalError, match="not prepared"):
             rank_mover.obey(ExpertOrders(table=1))
+        return experts.held(2)
+
+    assert on_both(body) == [(0, 1), (2, 3)]
+
+
+def test_what_was_read_for_an_older_placement_is_not_taken_for_a_newer_one():
+    def body(rank, peers):
+        older_may_end = threading.Event()
+        num_reads = itertools.count()
+
+        def read(layer, expert):
+            if next(num_reads) == 0:
+                older_may_end.wait(5)
+            return {"w": torch.tensor(expert)}
+
+        rank_mover, experts, _ = mover(peers, rank, read)
+        before = set(threading.enumerate())
+        rank_mover.obey(ExpertOrders(rebalance=Rebalance(version=1, tables=(TABLE,))))
+        older = [t for t in threading.enumerate() if t not in before and t.name == "expert-mover"]
+        rank_mover.obey(ExpertOrders(rebalance=Rebalance(version=2, tables=(TABLE,))))
+        wait_until(lambda: rank_mover.prepared == 2)
+        older_may_end.set()
+        for thread in older:
+            thread.join(5)
+        assert rank_mover.prepared == 2
+        with pytest.raises(InternalError, match="3 of the experts is used but not prepared"):
+            rank_mover.obey(ExpertOrders(table=3))
         return experts.held(2)
 
     assert on_both(body) == [(0, 1), (2, 3)]
