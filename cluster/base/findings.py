@@ -16,10 +16,11 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from cluster.base.engine_spec import SpeculationSpec
 from cluster.base.front_spec import DashboardSpec, GatewaySpec
 from cluster.base.problems import shown
 from cluster.base.section import Section
-from cluster.base.spec import ClusterSpec, SpeculationSpec
+from cluster.base.spec import ClusterSpec
 
 Loc = tuple[int | str, ...]
 

@@ -20,7 +20,8 @@ from cluster.base.spec import ClusterSpec
 _HEAD = """# The cluster file
 
 One YAML file describes a cluster: what is served, how it is split, what is accepted. This page is
-generated from `cluster/base/spec.py` by `python -m cluster.base.spec_doc > docs/cluster-yaml.md`.
+generated from `cluster/base/spec.py` and its sections by
+`python -m cluster.base.spec_doc > docs/cluster-yaml.md`.
 
 ```yaml
 models:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from cluster.base.env import default_cache_dir
 from cluster.base.errors import ConfigError
-from cluster.base.spec import ModelSpec, OffloadSpec
+from cluster.base.offload_spec import OffloadSpec
+from cluster.base.spec import ModelSpec
 from cluster.base.zero3_plan import ForeignModel
 from cluster.planner.checkpoint_info import CheckpointInfo
 from offload.zero3.foreign_model import foreign_arch, inspect_checkpoint

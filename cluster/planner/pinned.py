@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.base.offload_spec import OffloadSpec
 from cluster.base.plan import ClusterPlan, EngineKind, ModelPlan
-from cluster.base.spec import ClusterSpec, ModelSpec, OffloadSpec
+from cluster.base.spec import ClusterSpec, ModelSpec
 
 
 def pin(spec: ClusterSpec, running: ClusterPlan) -> ClusterSpec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.base.engine_spec import SpeculationSpec
 from cluster.base.errors import ConfigError
 from cluster.base.moe_spec import MoeSectionSpec
 from cluster.base.plan import (
@@ -21,7 +22,7 @@ from cluster.base.plan import (
     SchedulerPlan,
     SpeculationPlan,
 )
-from cluster.base.spec import ClusterSpec, SpeculationSpec
+from cluster.base.spec import ClusterSpec
 from cluster.dist.topology import Topology
 from cluster.planner.caches import Cache, size_caches
 from cluster.planner.cpus import Compute, CpuDemand, front_share, share_cpus

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.base.env import default_cache_dir
-from cluster.base.spec import OffloadSpec
+from cluster.base.offload_spec import OffloadSpec
 from cluster.planner.decisions import Decision
 from cluster.planner.drafts import Draft, redraft
 from cluster.planner.kv_sizing import MIN_AUTO_CONTEXT

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.base.errors import ConfigError, CorruptWeightsError
-from cluster.base.spec import OffloadSpec
+from cluster.base.offload_spec import OffloadSpec
 from cluster.planner.drafts import Draft
 from offload.compression import DTYPE, Compression
 from offload.rates import Rates

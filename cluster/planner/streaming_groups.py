@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from cluster.base.errors import ConfigError
 from cluster.base.moe_spec import MoeSectionSpec
-from cluster.base.spec import OffloadSpec
+from cluster.base.offload_spec import OffloadSpec
 from offload.layout import PAGE_BYTES
 from offload.model_shape import LayerShape, ModelShape, UnitShape
 from offload.pieces import piece_bytes

@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster.base.amount_text import size_text
 from cluster.base.env import default_cache_dir
 from cluster.base.errors import ConfigError
-from cluster.base.spec import OffloadSpec
+from cluster.base.offload_spec import OffloadSpec
 from cluster.planner.drafts import Draft
 from cluster.planner.kv_sizing import MIN_AUTO_CONTEXT
 from cluster.planner.memory import blocks_for

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.base.errors import ConfigError
-from cluster.base.spec import OffloadSpec
+from cluster.base.offload_spec import OffloadSpec
 from cluster.planner.drafts import Draft
 from cluster.planner.streaming_room import host_budget
 from offload.compression import Compression

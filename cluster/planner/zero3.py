@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cluster.base.amount_text import size_text
 from cluster.base.errors import ConfigError
-from cluster.base.spec import OffloadSpec
+from cluster.base.offload_spec import OffloadSpec
 from cluster.base.zero3_plan import ForeignModel, Zero3Plan
 from cluster.planner.decisions import Decision
 from cluster.planner.drafts import Draft, redraft, step_tokens

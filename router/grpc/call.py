@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -19,6 +17,7 @@ import grpc
 from router.grpc import call_framing as framing
 from router.grpc.call_framing import CallError, Header, MessageReader
 from router.grpc.method_table import Method
+from router.grpc.request_inbox import RequestInbox
 
 if TYPE_CHECKING:
     from router.grpc.connection import GrpcConnection
@@ -51,10 +50,7 @@ class ServerCall:
         self._connection = connection
         self._stream_id = stream_id
         self._method = method
-        self._reader = reader
-        self._unread: deque[bytes] = deque()
-        self._half_closed = False
-        self._wake: asyncio.Future[None] | None = None
+        self._inbox = RequestInbox(method, reader)
         self._has_headers = False
         self._has_written = False
         self._trailing: Metadata = ()
@@ -141,28 +137,21 @@ class ServerCall:
     def take_data(self, data: bytes) -> None:
         """Add DATA of the client; what it does wrong ends the call."""
         try:
-            for message in self._reader.feed(data):
-                self._unread.append(message)
-            if sum(map(len, self._unread)) > self._reader.limit:
-                text = "The client sends faster than its call is served."
-                raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
-            if len(self._unread) > 1 and not self._method.request_streaming:
-                raise CallError(grpc.StatusCode.INTERNAL, "The call takes one message.")
+            self._inbox.take_data(data)
         except CallError as error:
             self.stop(error.code, error.text)
-            return
-        self._wake_reader()
 
     def take_end(self) -> None:
         """The client has said all it has to say."""
-        self._half_closed = True
         if self._arrival is not None:
             self._arrival.cancel()
-        if self._reader.is_within_message or not (self._unread or self._method.request_streaming):
-            self.stop(grpc.StatusCode.INTERNAL, "The request ends before its message does.")
-        elif self._task is None:
+        try:
+            self._inbox.take_end()
+        except CallError as error:
+            self.stop(error.code, error.text)
+            return
+        if self._task is None:
             self._start()
-        self._wake_reader()
 
     def stop(self, code: grpc.StatusCode, text: str) -> None:
         """End the call from outside its handler."""
@@ -208,7 +197,7 @@ class ServerCall:
 
     async def _handle(self) -> None:
         method = self._method
-        request = self._requests() if method.request_streaming else self._next_request()
+        request = self._inbox.request()
         if method.response_streaming:
             handler = method.stream_stream if method.request_streaming else method.unary_stream
             answer = handler(request, self)
@@ -221,26 +210,10 @@ class ServerCall:
         handler = method.stream_unary if method.request_streaming else method.unary_unary
         await self.write(await handler(request, self))
 
-    def _next_request(self) -> Any:
-        return self._method.request_deserializer(self._unread.popleft())
-
-    async def _requests(self) -> AsyncIterator[Any]:
-        while True:
-            while not self._unread:
-                if self._half_closed:
-                    return
-                self._wake = asyncio.get_running_loop().create_future()
-                await self._wake
-            yield self._next_request()
-
     def _stop_clocks(self) -> None:
         for clock in (self._deadline, self._arrival):
             if clock is not None:
                 clock.cancel()
-
-    def _wake_reader(self) -> None:
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
 
     def _finish(self) -> None:
         """Send the status, unless there is nobody to hear it."""
@@ -251,4 +224,4 @@ class ServerCall:
         first = [] if self._has_headers else list(_FIRST_HEADERS)
         status = framing.status_headers(*(self._ending or (grpc.StatusCode.CANCELLED, "")))
         headers = [*first, *status, *framing.metadata_headers(self._trailing)]
-        self._connection.end_stream(self._stream_id, headers, is_read=self._half_closed)
+        self._connection.end_stream(self._stream_id, headers, is_read=self._inbox.is_over)

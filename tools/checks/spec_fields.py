@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from tools.checks.source import Finding, Source
 
-SPEC = "cluster/base/spec.py"
+SPEC = re.compile(r"cluster/base/(\w+_)?spec\.py")
 
 
 def check(source: Source) -> Iterator[Finding]:
     """Annotated class fields of the spec without a `description`."""
-    if source.path != SPEC:
+    if SPEC.fullmatch(source.path) is None:
         return
     for node in ast.walk(source.tree):
         if isinstance(node, ast.ClassDef):
