@@ -18,7 +18,7 @@ from replicas.kernels.build import BuildPlan, KernelsUnavailableError, build_lib
 from replicas.kernels.loader import CpuLibrary, TilesRefusedError
 from replicas.kernels.select import select_kernels
 
-SMALL = 'extern "C" int pk_abi() { return 7; }\n'
+SMALL = 'extern "C" int pk_abi() { return -1; }\n'
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in build.COMPILERS), reason="there is no C++ compiler here"
 )
