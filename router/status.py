@@ -6,10 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from replicas.leader.record import ExpertRecord
+from replicas.leader.record import ExpertRecord, ReplicaState
 from router.api import ModelInfo
 from router.directory import Member, ReplicaDirectory
 from router.served_model import ServedModel
+
+UNREACHABLE = "unreachable"
+"""State of a replica that was ready, and that this gateway has lost."""
 
 
 def model_infos(models: Mapping[str, ServedModel], directory: ReplicaDirectory) -> list[ModelInfo]:
@@ -43,14 +46,17 @@ def cluster_status(
 
 def _replica(member: Member) -> dict[str, Any]:
     record, load = member.record, member.load
-    detail = record.detail
-    if not detail and member.stream is not None and not member.stream.connected:
-        detail = member.stream.last_error
+    state, detail = record.state.value, record.detail
+    lost = "" if member.stream is None or member.stream.connected else member.stream.last_error
+    if lost:
+        # A leader that was killed says nothing more: its last word stands until it expires.
+        state = UNREACHABLE if record.state is ReplicaState.READY else state
+        detail = detail or lost
     experts = record.experts or ExpertRecord()
     return {
         "replica_id": record.replica_id,
         "model": record.model,
-        "state": record.state.value,
+        "state": state,
         "detail": detail,
         "endpoint": record.endpoint,
         "pid": record.pid,

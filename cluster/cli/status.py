@@ -15,7 +15,13 @@ from cluster.cli.console import console
 from cluster.cli.seconds import timeout_option
 
 _SHORT_ID = 8
-_COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "failed": "red"}
+_COLOURS = {
+    "ready": "green",
+    "starting": "yellow",
+    "draining": "yellow",
+    "failed": "red",
+    "unreachable": "red",
+}
 
 
 @click.command()

@@ -111,3 +111,15 @@ async def test_a_departure_waits_for_stragglers_and_not_for_ever():
     busy.clear()
     leaving.note_idle()
     assert await waiting
+
+
+async def test_a_killed_replica_is_not_shown_as_ready_until_its_record_expires(checkpoint):
+    async with running_gateway(checkpoint, engines=[FakeEngine(), FakeEngine()]) as gateway:
+        await until(lambda: all(member.ready for member in gateway.directory.members()))
+        await gateway.replicas[0].kill()
+        await until(lambda: not gateway.directory.members()[0].ready)
+        killed, other = (await gateway.handler.status())["replicas"]
+    assert killed["state"] == "unreachable"
+    assert killed["detail"]
+    assert other["state"] == "ready"
+    assert not other["detail"]
