@@ -228,9 +228,15 @@ def random_run(
     run = Run(limits) if depth == 1 else kind(limits, random.Random(seed), depth)
     if depth == 2 and kind is not MovedRun and rng.random() < 0.2:
         run.executor.errors_from[rng.randrange(8)] = rng.randrange(1, 12)
+    work_through(run, rng, max_requests=10, copies=speculates)
+    return run
+
+
+def work_through(run: Run, rng: random.Random, *, max_requests: int, copies: bool) -> None:
+    """Requests arrive and some are aborted between steps, until all have ended."""
     abort_rate = rng.choice((0.0, 0.0, 0.05))
-    for number in range(rng.randint(1, 10)):
-        run.add(random_request(rng, f"r{number}", run.limits.max_context, copies=speculates))
+    for number in range(rng.randint(1, max_requests)):
+        run.add(random_request(rng, f"r{number}", run.limits.max_context, copies=copies))
         for _ in range(rng.choice((0, 0, 1, 4))):
             run.step()
             if rng.random() < abort_rate * 4:
@@ -241,4 +247,3 @@ def random_run(
         if rng.random() < abort_rate:
             run.abort(*rng.choice(list(run.completions)))
     run.finish()
-    return run

@@ -13,7 +13,7 @@ from engine_settings import engine_settings
 from hypothesis import given
 from hypothesis import strategies as st
 from loop_harness import Harness
-from scheduler_runs import MAX_STEPS, Run, random_limits, random_request
+from scheduler_runs import MAX_STEPS, Run, random_limits, work_through
 from simulated_executor import EOS, SimulatedExecutor, config, expected, request
 
 from cluster.base.errors import (
@@ -186,19 +186,7 @@ def random_lockstep_run(
         key, step = rng.randrange(8), rng.randrange(1, 12)
         for group in run.executor.groups:
             group.errors_from[key] = step
-    abort_rate = rng.choice((0.0, 0.0, 0.05))
-    for number in range(rng.randint(1, 12)):
-        run.add(random_request(rng, f"r{number}", run.limits.max_context, copies=speculates))
-        for _ in range(rng.choice((0, 0, 1, 4))):
-            run.step()
-            if rng.random() < abort_rate * 4:
-                victim = rng.choice(list(run.completions))
-                run.abort(victim[0], rng.choice((None, victim[1])))
-    while abort_rate and run.is_busy:
-        run.step()
-        if rng.random() < abort_rate:
-            run.abort(*rng.choice(list(run.completions)))
-    run.finish()
+    work_through(run, rng, max_requests=12, copies=speculates)
     return run
 
 
